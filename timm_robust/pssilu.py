@@ -1,0 +1,164 @@
+"""PSSiLU and PSiLU made cheap: `pssilu(x, alpha, beta)`, `psilu(x, alpha)`.
+
+Written out, PSSiLU is five passes over the data forward, more backward, and keeps four intermediate tensors alive. In eager
+mode the autograd function below makes one buffer and keeps x alone; where a compiler reads the code (torch.compile, torch.export,
+TorchScript) it finds the formula, which compilers fuse into one kernel each way. Equal to rounding; twice differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx
+
+BETA_MAX = 0.99
+"""abs(beta) acts as min(abs(beta), BETA_MAX): at 1 the formula divides by zero. Representable below 1 in bf16 too."""
+
+_PIECE = 1 << 18
+"""Elements that eager mode works on at a time on the CPU: 1 MiB in fp32, so that passes after the first hit the cache."""
+
+
+def pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """Parametric shifted SiLU: x (s(a x) - b) / (1 - b), a = abs(alpha), b = min(abs(beta), 0.99).
+
+    Dai et al. 2021, https://arxiv.org/abs/2110.05626. alpha and beta hold one element; x has any shape, the result x's shape and
+    dtype. For b > 0 it grows on both sides: slope -b / (1 - b) far to the left, 1 far to the right; max abs(f'') = a / (2 (1 - b)),
+    at 0.
+    """
+    return _pssilu(x, alpha, beta)
+
+
+def psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Parametric SiLU: x s(abs(alpha) x). Dai et al. 2021, https://arxiv.org/abs/2110.05626."""
+    return _psilu(x, alpha)
+
+
+@torch.fx.wrap
+def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """The formula where a compiler reads it, the fused passes in eager mode; a leaf to torch.fx."""
+    if torch.jit.is_scripting():
+        return _pssilu_formula(x, alpha, beta)
+    else:  # noqa: RET505 - TorchScript compiles what follows a bare return
+        if torch.compiler.is_compiling():
+            return _pssilu_formula(x, alpha, beta)
+        return _FusedPSSiLU.apply(x, alpha, beta)
+
+
+@torch.fx.wrap
+def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """As `_pssilu`, for beta = 0."""
+    if torch.jit.is_scripting():
+        return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
+    else:  # noqa: RET505 - TorchScript compiles what follows a bare return
+        if torch.compiler.is_compiling():
+            return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
+        return _FusedPSSiLU.apply(x, alpha, None)
+
+
+def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """PSSiLU as the paper writes it: what compilers fuse, and what the fused path is held against."""
+    b = beta.abs().clamp(max=0.99)  # BETA_MAX: TorchScript reads no module globals
+    return (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
+
+
+class _FusedPSSiLU(torch.autograd.Function):
+    """PSSiLU for eager mode: in-place passes, on the CPU over pieces that stay in cache, and x alone kept for backward.
+
+    With c = 1 / (1 - b): f = c x s(ax) - b c x = lerp(x s(ax), x, -b c), and likewise f' = lerp(silu'(ax), 1, -b c).
+    """
+
+    @staticmethod
+    def forward(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
+        out = torch.empty_like(x)
+        for o, v in _pieces(out, x):
+            torch.mul(v, a, out=o).sigmoid_().mul_(v)
+            if weight is not None:
+                o.lerp_(v, weight)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> tuple:
+        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
+            raise ValueError('vmap over alpha or beta of PSSiLU is not supported; map over x, or call it in a loop')
+        return _FusedPSSiLU.apply(x, alpha, beta), in_dims[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+        x, alpha, beta = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            return _pssilu_backward_formula(grad, x, alpha, beta, needs)
+        a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
+        grad_x = torch.empty_like(x) if needs[0] else None
+        grad_a = grad_b = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for v, g, o in _pieces(x, grad, grad_x if grad_x is not None else x):
+            z = v * a
+            if needs[1] or needs[2]:
+                s = torch.sigmoid(z)
+                h = g * v
+                h.addcmul_(h, s, value=-1)  # g x (1 - s)
+                grad_b = grad_b - h.sum(dtype=grad_b.dtype)
+                grad_a = grad_a + h.mul_(s).mul_(v).sum(dtype=grad_a.dtype)
+            if needs[0]:
+                torch.ops.aten.silu_backward(g, z, grad_input=o) if weight is None else torch.lerp(
+                    torch.ops.aten.silu_backward(g, z), g, weight, out=o
+                )
+        c = 1.0 if beta is None else 1 / (1 - _bounded(beta))
+        grad_alpha = (grad_a * c * alpha.sign()).to(alpha.dtype).view_as(alpha) if needs[1] else None
+        grad_beta = None
+        if needs[2] and beta is not None:
+            grad_beta = (grad_b * c * c * beta.sign() * (beta.abs() <= BETA_MAX)).to(beta.dtype).view_as(beta)
+        return grad_x, grad_alpha, grad_beta
+
+
+def _pssilu_backward_formula(
+    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None, needs: tuple
+) -> tuple:
+    """Gradients of PSSiLU in differentiable operations.
+
+    df/dx = (s + a x s (1 - s) - b) / (1 - b), df/da = x^2 s (1 - s) / (1 - b), df/db = -x (1 - s) / (1 - b)^2.
+    """
+    a = alpha.abs()
+    b = torch.zeros_like(alpha) if beta is None else _bounded(beta)
+    s = torch.sigmoid(a * x)
+    c = 1 / (1 - b)
+    grad_x = (grad * (s * (1 + a * x * (1 - s)) - b) * c).to(x.dtype) if needs[0] else None
+    grad_alpha = grad_beta = None
+    if needs[1]:
+        grad_alpha = ((grad * x * x * s * (1 - s) * c).sum() * alpha.sign()).to(alpha.dtype)
+    if needs[2] and beta is not None:
+        inside = (beta.abs() <= BETA_MAX).to(beta.dtype)
+        grad_beta = ((grad * x * (s - 1) * c * c).sum() * beta.sign() * inside).to(beta.dtype)
+    return grad_x, grad_alpha, grad_beta
+
+
+def _bounded(beta: torch.Tensor) -> torch.Tensor:
+    """abs(beta), kept below 1."""
+    return beta.abs().clamp(max=BETA_MAX)
+
+
+def _lerp_weight(beta: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """-b / (1 - b) in x's dtype; zero-dimensional, because shape [1] would promote x's dtype."""
+    if beta is None:
+        return None
+    b = _bounded(beta).reshape(())
+    return (b / (b - 1)).to(x.dtype)
+
+
+def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The tensors, cut alike into flat pieces of _PIECE elements where they are large, dense, alike in layout and on the CPU."""
+    first = tensors[0]
+    if first.device.type == 'cpu' and first.numel() > 2 * _PIECE and all(t.stride() == first.stride() for t in tensors):
+        if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
+            tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
+        if tensors[0].is_contiguous():
+            yield from zip(*(t.view(-1).split(_PIECE) for t in tensors))
+            return
+    yield tensors

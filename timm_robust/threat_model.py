@@ -1,0 +1,161 @@
+"""What the attacker may do: a ball around each image, and the box of valid pixels.
+
+Formulas follow Madry et al. 2018, https://arxiv.org/abs/1706.06083. All tensors are images in [0, 1], shaped [B, C, H, W];
+eps and step sizes are in pixels on that scale, so the usual Linf budget is 8/255.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+NORMS = ('Linf', 'L2')
+_TINY = 1e-12
+
+
+def parse_eps(eps: float | str) -> float:
+    """Read a radius: a number, or text such as '8/255' or '0.5'.
+
+    Returns:
+        The radius as a float, on the scale where pixels lie in [0, 1].
+
+    Raises:
+        ValueError: if it is no number, or not finite, or negative.
+    """
+    try:
+        value = float(Fraction(eps)) if isinstance(eps, str) else float(eps)
+    except (ValueError, ZeroDivisionError, TypeError, OverflowError):
+        raise ValueError(f"eps {eps!r} is not a number; write a fraction such as '8/255' or a decimal such as 0.5") from None
+    if not 0 <= value < float('inf'):
+        raise ValueError(f"eps {eps!r} must be finite and not negative; write for example '8/255'")
+    return value
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The set of allowed perturbations {d : ||d||_norm <= eps, lo <= x + d <= hi}.
+
+    Args:
+        norm: 'Linf' or 'L2'.
+        eps: radius in pixels on the [0, 1] scale; text such as '8/255' is read too.
+        bounds: smallest and largest valid pixel.
+    """
+
+    norm: str = 'Linf'
+    eps: float = 8 / 255
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        """Read eps, and refuse what cannot be meant."""
+        if self.norm not in NORMS:
+            raise ValueError(f'norm {self.norm!r} is unknown; allowed: {", ".join(NORMS)}')
+        given = self.eps
+        object.__setattr__(self, 'eps', parse_eps(given))
+        lo, hi = self.bounds
+        if not lo < hi:
+            raise ValueError(f'bounds {self.bounds!r} are empty; write (0.0, 1.0)')
+        if self.norm == 'Linf' and self.eps > hi - lo:
+            raise ValueError(
+                f'eps {given!r} for Linf is wider than the pixel range {hi - lo:g}: pixels lie in [{lo:g}, {hi:g}] here. '
+                f"For {given} steps of 8-bit images write '{given}/255'"
+            )
+
+    def random_start(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A random point of the ball around each image, inside the bounds.
+
+        Linf: uniform in the cube. L2: uniform in the ball (Gaussian direction, radius eps * U^(1/d)).
+
+        Args:
+            x: images [B, C, H, W].
+            generator: source of randomness on x's device; the global one if None.
+        """
+        if self.norm == 'Linf':
+            noise = torch.empty_like(x).uniform_(-self.eps, self.eps, generator=generator)
+        else:
+            noise = torch.empty_like(x).normal_(generator=generator)
+            dim = x[0].numel()
+            radius = torch.empty(len(x), device=x.device, dtype=x.dtype).uniform_(generator=generator).pow_(1 / dim)
+            noise = noise * _per_image(self.eps * radius / _l2(noise), x)
+        return (x + noise).clamp(*self.bounds)
+
+    def step(self, x_adv: torch.Tensor, grad: torch.Tensor, step_size: float) -> torch.Tensor:
+        """The steepest ascent step of length step_size in this norm; not yet projected.
+
+        Linf: x_adv + step_size * sign(grad). L2: x_adv + step_size * grad / ||grad||_2 (a zero gradient stays put).
+        """
+        if self.norm == 'Linf':
+            return x_adv + step_size * grad.sign()
+        return x_adv + _per_image(step_size / _l2(grad), x_adv) * grad
+
+    def project(self, x_adv: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The allowed point nearest to x_adv around x: onto the ball, then into the bounds.
+
+        For both norms the second projection keeps the first: clipping to a box that holds x only brings points nearer to x.
+        """
+        if self.norm == 'Linf':
+            x_adv = torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps)
+        else:
+            delta = x_adv - x
+            x_adv = x + delta * _per_image((self.eps / _l2(delta)).clamp(max=1.0), x)
+        return x_adv.clamp(*self.bounds)
+
+    def distance(self, x_adv: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """||x_adv - x|| of each image, [B]."""
+        delta = (x_adv - x).flatten(1)
+        return delta.abs().amax(1) if self.norm == 'Linf' else delta.norm(dim=1)
+
+    def contains(self, x_adv: torch.Tensor, x: torch.Tensor, tolerance: float = 1e-6) -> torch.Tensor:
+        """Whether each x_adv is allowed, [B] of bool; tolerance absorbs rounding (AutoAttack reaches 8.0000071/255)."""
+        lo, hi = self.bounds
+        inside = ((x_adv >= lo - tolerance) & (x_adv <= hi + tolerance)).flatten(1).all(1)
+        return inside & (self.distance(x_adv, x) <= self.eps + tolerance)
+
+    def __str__(self) -> str:
+        """Norm and radius as people write them: 'Linf 8/255', 'L2 0.5'."""
+        return f'{self.norm} {self.eps_text}'
+
+    @property
+    def eps_text(self) -> str:
+        """eps as the field writes it: n/255 for Linf where n is whole or a half, a decimal otherwise."""
+        n = self.eps * 255
+        if self.norm == 'Linf' and abs(2 * n - round(2 * n)) < 1e-6:
+            return f'{n:.4g}/255'
+        return f'{self.eps:.4g}'
+
+
+def check_images(x: torch.Tensor, y: torch.Tensor | None = None, num_classes: int | None = None) -> None:
+    """Refuse tensors that are not a batch of images in [0, 1] with matching labels.
+
+    Raises:
+        ValueError: naming the shape, type, range or label count that is wrong, and how to mend it.
+    """
+    if x.ndim != 4:
+        raise ValueError(f'images must be [B, C, H, W], got shape {list(x.shape)}; add the batch axis with x[None]')
+    if not x.is_floating_point():
+        raise ValueError(f'images must be floating point in [0, 1], got {x.dtype}; write x.float() / 255')
+    if not len(x):
+        return
+    lo, hi = x.aminmax()
+    if not (lo >= 0 and hi <= 1):
+        raise ValueError(
+            f'pixels must lie in [0, 1], got [{lo.item():.4g}, {hi.item():.4g}]; divide 8-bit images by 255, and leave '
+            'normalisation to the model (eps is in pixels)'
+        )
+    if y is None:
+        return
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise ValueError(f'labels must be whole numbers [B] = [{len(x)}], got shape {list(y.shape)} of {y.dtype}')
+    if num_classes is not None and not (y.min() >= 0 and y.max() < num_classes):
+        raise ValueError(f'labels must lie in 0..{num_classes - 1}, got {y.min().item()}..{y.max().item()}')
+
+
+def _l2(delta: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each image, [B], never quite zero."""
+    return delta.flatten(1).norm(dim=1).clamp_min(_TINY)
+
+
+def _per_image(value: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, 1, 1], to scale the images of x."""
+    return value.view(-1, *[1] * (x.ndim - 1))
