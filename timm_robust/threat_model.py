@@ -7,7 +7,6 @@ eps and step sizes are in pixels on that scale, so the usual Linf budget is 8/25
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 
@@ -25,7 +24,8 @@ def parse_eps(eps: float | str) -> float:
         ValueError: if it is no number, or not finite, or negative.
     """
     try:
-        value = float(Fraction(eps)) if isinstance(eps, str) else float(eps)
+        numerator, _, denominator = str(eps).partition('/') if isinstance(eps, str) else (eps, '', '')
+        value = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError, TypeError, OverflowError):
         raise ValueError(f"eps {eps!r} is not a number; write a fraction such as '8/255' or a decimal such as 0.5") from None
     if not 0 <= value < float('inf'):

@@ -1,0 +1,231 @@
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation
+from timm_robust.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
+
+# parameters away from their initial values, where every term of every formula counts
+POINTS = {
+    'pssilu': [{'alpha': 1.0, 'beta': 0.01}, {'alpha': 1.3, 'beta': -0.2}, {'alpha': -0.7, 'beta': 0.42}],
+    'psilu': [{'alpha': 1.0}, {'alpha': -2.5}],
+    'psoftplus': [{'alpha': 1.0}, {'alpha': -4.0}],
+    'prelu': [{'alpha': 0.0}, {'alpha': 0.3}, {'alpha': -0.2}],
+    'pprelu': [{'alpha': 1.0}, {'alpha': 0.6}],
+    'pelu': [{'alpha': 1.0}, {'alpha': 0.4}],
+    'reblu': [{'alpha': 0.0}, {'alpha': 0.5}, {'alpha': -0.5}],
+    'smoothrelu': [{'raw': 20.0}, {'raw': 2.0}],
+}
+CASES = [(name, point) for name in ACTIVATIONS for point in POINTS.get(name, [{}])]
+case_ids = [f'{name}-{"-".join(map(str, point.values()))}' for name, point in CASES]
+LEARNABLE = list(POINTS)
+
+
+def make(name, point, dtype=None):
+    return ACTIVATIONS[name](inplace=True, dtype=dtype, **point)
+
+
+@pytest.mark.parametrize(('name', 'point'), CASES, ids=case_ids)
+def test_gradients_of_first_and_second_order(name, point):
+    act = make(name, point, torch.float64)
+    x = torch.linspace(-4, 4, 41, dtype=torch.float64, requires_grad=True)  # even count a side, 0 included
+    x = (x + 0.05).detach().requires_grad_()  # but not at a kink
+
+    def f(x, *params):
+        return act.call(x, list(params))
+
+    assert torch.autograd.gradcheck(f, (x, *act.params()))
+    assert torch.autograd.gradgradcheck(f, (x, *act.params()))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_dtype_and_input_are_kept(name, dtype):
+    x = torch.randn(3, 5, 7, dtype=dtype)
+    before = x.clone()
+    for act in (make(name, {}), make(name, {}, dtype)):  # fp32 parameters under autocast, and a converted network
+        y = act(x.requires_grad_())
+        assert y.dtype == dtype and y.shape == x.shape
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.dtype == dtype
+    assert torch.equal(x, before), 'inplace=True must not overwrite the input'
+
+
+@pytest.mark.parametrize(
+    ('name', 'reference'),
+    [
+        ('pssilu', F.silu),
+        ('psilu', F.silu),
+        ('psoftplus', F.softplus),
+        ('prelu', F.relu),
+        ('pprelu', F.relu),
+        ('pelu', F.elu),
+        ('reblu', F.relu),
+        ('silu', F.silu),
+        ('gelu', F.gelu),
+        ('elu', F.elu),
+        ('softplus', F.softplus),
+        ('relu', F.relu),
+        ('softplus10', lambda x: F.softplus(x, beta=10)),
+    ],
+)
+def test_at_its_initial_value_each_is_a_known_function(name, reference):
+    x = torch.linspace(-6, 6, 1001)
+    torch.testing.assert_close(make(name, {})(x), reference(x), atol=2e-6, rtol=1e-5)
+
+
+def test_pssilu_is_silu_at_alpha_1_beta_0_and_the_papers_formula_elsewhere():
+    x = torch.linspace(-20, 20, 4001, dtype=torch.float64)
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    torch.testing.assert_close(pssilu(x, one, zero), F.silu(x), atol=1e-15, rtol=1e-14)
+    torch.testing.assert_close(psilu(x, 3 * one), x * torch.sigmoid(3 * x), atol=1e-15, rtol=1e-14)
+    a, b = -1.7, -0.3
+    expected = x * (torch.sigmoid(abs(a) * x) - abs(b)) / (1 - abs(b))
+    torch.testing.assert_close(pssilu(x, a * one, b * one), expected, atol=1e-13, rtol=1e-13)
+
+
+def test_beta_stays_below_one_and_alpha_may_be_zero():
+    x = torch.linspace(-3, 3, 101)
+    for alpha, beta in ((1.0, 1.0), (1.0, 50.0), (0.0, 0.2)):
+        act = PSSiLU(alpha=alpha, beta=beta)
+        y = act(x)
+        y.sum().backward()
+        assert y.isfinite().all() and act.alpha.grad.isfinite().all() and act.beta.grad.isfinite().all()
+    torch.testing.assert_close(PSSiLU(beta=50.0)(x), PSSiLU(beta=BETA_MAX)(x))
+
+
+def test_beta_learns_from_its_initial_value():
+    act = PSSiLU()
+    assert act.beta.item() != 0
+    act(torch.randn(100)).sum().backward()
+    assert act.beta.grad.item() != 0
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('layout', ['channels_last', 'contiguous', 'sliced'])
+@pytest.mark.parametrize('beta', [1e-8, -0.3])
+def test_fused_passes_equal_the_formula_beyond_one_piece(layout, dtype, beta):
+    x = torch.randn(8, 3 * _PIECE // 8 // 64, 8, 8, dtype=dtype)
+    if layout == 'channels_last':
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == 'sliced':
+        x = x[:, 1:-1]
+    grad = torch.randn_like(x)
+    results = []
+    for f in (pssilu, _pssilu_formula):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        alpha, b = torch.tensor([1.3], requires_grad=True), torch.tensor([beta], requires_grad=True)
+        y = f(leaf, alpha, b)
+        y.backward(grad)
+        results.append((y.detach(), leaf.grad, alpha.grad / x.numel() ** 0.5, b.grad / x.numel() ** 0.5))
+    tolerance = {'atol': 1e-5, 'rtol': 1e-5} if dtype == torch.float32 else {'atol': 5e-2, 'rtol': 2e-2}
+    for ours, formula in zip(*results):
+        torch.testing.assert_close(ours, formula, **tolerance)
+
+
+def test_only_the_input_is_kept_for_backward():
+    x = torch.randn(1000, requires_grad=True)
+    act = PSSiLU()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        act(x)
+    assert sorted(t.numel() for t in kept) == [1, 1, 1000]
+    assert any(t.data_ptr() == x.data_ptr() for t in kept)
+
+
+@pytest.mark.parametrize('name', ['pssilu', 'psilu'])
+def test_frozen_parameters_get_no_gradient(name):
+    act = make(name, {}).requires_grad_(False)
+    x = torch.randn(50, requires_grad=True)
+    act(x).sum().backward()
+    assert x.grad is not None and all(p.grad is None for p in act.parameters())
+
+
+def test_vmap_and_functional_gradients():
+    x, act = torch.randn(4, 30), PSSiLU(beta=0.2)
+    alpha, beta = act.alpha.detach(), act.beta.detach()
+    rows = torch.func.vmap(lambda row: pssilu(row, alpha, beta))(x)
+    torch.testing.assert_close(rows, pssilu(x, alpha, beta))
+    grad = torch.func.grad(lambda x: pssilu(x, alpha, beta).sum())(x)
+    leaf = x.clone().requires_grad_()
+    pssilu(leaf, alpha, beta).sum().backward()
+    torch.testing.assert_close(grad, leaf.grad)
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_compile_full_graph_and_export(name):
+    act = make(name, POINTS.get(name, [{}])[-1])
+    x = torch.randn(64, 9)
+    torch._dynamo.reset()
+    compiled = torch.compile(act, fullgraph=True, backend='aot_eager')
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    eager_grads, compiled_grads = (
+        torch.autograd.grad(f(leaf).sum(), [leaf, *act.parameters()]) for f, leaf in zip((act, compiled), leaves)
+    )
+    for ours, theirs in zip(eager_grads, compiled_grads):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.export.export(act, (x,)).module()(x), act(x))
+
+
+@pytest.mark.slow
+def test_inductor_fuses_pssilu():
+    torch._dynamo.reset()
+    act, x = PSSiLU(beta=0.2), torch.randn(1000, requires_grad=True)
+    y = torch.compile(act, fullgraph=True)(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, act(x))
+
+
+@pytest.mark.parametrize(('name', 'point'), CASES, ids=case_ids)
+def test_shape_agrees_with_the_curve(name, point):
+    act = make(name, point, torch.float64)
+    shape = act.shape()
+    x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)  # step 2e-4
+    with torch.no_grad():
+        y = act(x)
+    assert shape.value_at_zero == pytest.approx(act(torch.zeros(1, dtype=torch.float64)).item(), abs=1e-12)
+    if math.isinf(shape.minimum):
+        assert y[0] < y[1000] or y[-1] < y[-1000]  # still falling at the border
+        assert y.min() < -1
+    else:
+        assert y.min().item() == pytest.approx(shape.minimum, abs=1e-6)
+    h = (x[1] - x[0]).item()
+    curvature = ((y[2:] - 2 * y[1:-1] + y[:-2]) / h**2).abs().max().item()
+    if math.isinf(shape.max_curvature):
+        assert curvature > 100  # a kink: the second difference grows as 1 / h
+    else:
+        # SmoothReLU's f'' jumps at 0, where a second difference sees half of it at first and nearly all of it next to it
+        assert curvature == pytest.approx(shape.max_curvature, rel=0.25 if name == 'smoothrelu' else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ('point', 'minimum', 'curvature'),
+    [
+        ({'beta': 0.0}, -0.2785, 0.5),
+        ({'beta': 0.1}, -0.189, 0.556),
+        ({'beta': 0.3}, -0.058, 0.714),
+        ({'beta': 0.42}, -0.011, 0.862),
+    ],
+)
+def test_known_shapes_of_pssilu(point, minimum, curvature):
+    shape = PSSiLU(**point).shape()
+    assert shape.minimum == pytest.approx(minimum, abs=6e-4)
+    assert shape.max_curvature == pytest.approx(curvature, abs=6e-4)
+
+
+@pytest.mark.parametrize('name', LEARNABLE)
+def test_pickle_and_deepcopy_keep_the_parameters(name):
+    act = make(name, POINTS[name][-1])
+    for copied in (copy.deepcopy(act), pickle.loads(pickle.dumps(act))):
+        assert copied.values() == act.values()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"did you mean 'pssilu'\?.*there are: relu, silu"):
+        get_activation('pssilu2')
+    with pytest.raises(TypeError, match='PSSiLU has no parameter gamma; it has: alpha, beta'):
+        PSSiLU(gamma=1.0)

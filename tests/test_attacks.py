@@ -1,0 +1,108 @@
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_robust.attacks import attacked, fgsm, input_gradient, pgd
+from timm_robust.losses import cross_entropy
+from timm_robust.threat_model import ThreatModel
+
+LINF, L2 = ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+@pytest.mark.parametrize('steps', [1, 7])
+@pytest.mark.parametrize('random_start', [True, False])
+def test_stays_inside_the_threat_model_and_raises_the_loss(net, x, threat_model, steps, random_start):
+    y = torch.arange(12) % 10
+
+    def loss_fn(x):
+        return cross_entropy(net(x), y)
+
+    with attacked(net):
+        x_adv = pgd(
+            loss_fn, x, threat_model, steps=steps, step_size=threat_model.eps / 2, random_start=random_start
+        )
+        assert threat_model.contains(x_adv, x).all()
+        assert not x_adv.requires_grad
+        assert loss_fn(x_adv).mean() > loss_fn(x).mean()
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_one_full_step_is_exact_for_a_linear_surrogate(x, threat_model):
+    inner = 0.25 + 0.5 * x  # far from the bounds, where the optimum is known in closed form
+    weight = torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def loss_fn(x):
+        return (x * weight).flatten(1).sum(1)
+
+    x_adv = fgsm(loss_fn, inner, threat_model, random_start=False)
+    dual = weight.abs().sum() if threat_model.norm == 'Linf' else weight.norm()
+    torch.testing.assert_close(loss_fn(x_adv) - loss_fn(inner), (threat_model.eps * dual).expand(12), rtol=1e-4, atol=1e-4)
+    several = pgd(loss_fn, inner, threat_model, steps=20, step_size=threat_model.eps / 4)
+    torch.testing.assert_close(loss_fn(several), loss_fn(x_adv), rtol=1e-3, atol=2e-2)
+
+
+def test_more_steps_climb_higher(net, x):
+    y = torch.zeros(12, dtype=torch.long)
+    with attacked(net):
+        losses = [
+            cross_entropy(net(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=s, step_size=2 / 255, random_start=False)), y).mean()
+            for s in (0, 1, 5)
+        ]
+    assert losses[0] < losses[1] < losses[2]
+
+
+def test_same_generator_same_attack(net, x):
+    y = torch.zeros(12, dtype=torch.long)
+    runs = []
+    with attacked(net):
+        for seed in (3, 3, 4):
+            generator = torch.Generator().manual_seed(seed)
+            runs.append(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=2, step_size=0.01, generator=generator))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_no_parameter_gets_a_gradient(net, x):
+    input_gradient(lambda x: net(x).sum(1), x)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_each_image_is_attacked_on_its_own(net, x):
+    y = torch.arange(12) % 10
+    with attacked(net):
+        whole = pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=3, step_size=0.01, random_start=False)
+        half = pgd(lambda x: cross_entropy(net(x), y[:6]), x[:6], LINF, steps=3, step_size=0.01, random_start=False)
+    torch.testing.assert_close(whole[:6], half)
+
+
+@pytest.mark.parametrize('mode', ['eval', 'train'])
+@pytest.mark.parametrize('training', [True, False])
+def test_attacked_leaves_the_model_as_it_was(net, x, mode, training):
+    net.train(training)
+    net[1].eval()  # a batch norm that the user froze
+    net[0].weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in net.state_dict().items() if 'num_batches' not in key}
+    with pytest.raises(RuntimeError, match='inside'), attacked(net, mode):
+        assert net[1].training == (mode == 'train')
+        assert not any(p.requires_grad for p in net.parameters())
+        net(x)
+        raise RuntimeError('inside')
+    assert net.training == training and not net[1].training and net[1].momentum == 0.1
+    assert [p.requires_grad for p in net.parameters()] == [False] + [True] * 5
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+def test_unknown_mode(net):
+    with pytest.raises(ValueError, match='allowed: eval, train'), attacked(net, 'test'):
+        pass

@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from timm_robust.losses import clean, kl_divergence, make_loss, pgd_at, trades
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.SiLU(), nn.Linear(8, 4))
+
+
+@pytest.fixture
+def batch():
+    return torch.rand(6, 3, 2, 2), torch.arange(6) % 4
+
+
+def nudge(loss_fn, x):
+    """An attack that looks at its loss, as real ones do, and moves every pixel by 0.1."""
+    assert loss_fn(x).shape == (len(x),)
+    return (x + 0.1).clamp(0, 1)
+
+
+def gradients(net, loss):
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
+def test_trades_at_beta_0_is_cross_entropy(net, batch):
+    x, y = batch
+    result = trades(net, nudge, x, y, beta=0.0)
+    expected = F.cross_entropy(net(x), y)
+    torch.testing.assert_close(result.loss, expected)
+    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_trades_is_the_papers_formula_in_value_and_gradient(net, batch):
+    x, y = batch
+    result = trades(net, nudge, x, y, beta=6.0)
+    p, q = net(x).softmax(1), net(nudge(lambda x: net(x).sum(1), x)).softmax(1)
+    expected = F.cross_entropy(net(x), y) + 6 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(result.loss, expected)
+    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected)):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_trades_computes_its_target_once_an_attack(net, batch):
+    calls = []
+
+    def counting(x):
+        calls.append(torch.is_grad_enabled())
+        return net(x)
+
+    def three_steps(loss_fn, x):
+        for _ in range(3):
+            loss_fn(x)
+        return x
+
+    trades(counting, three_steps, *batch)
+    assert len(calls) == 1 + 3 + 2 and calls.count(False) == 1
+
+
+def test_pgd_at_trains_on_the_adversarial_images_alone(net, batch):
+    x, y = batch
+    result = pgd_at(net, nudge, x, y)
+    torch.testing.assert_close(result.loss, F.cross_entropy(net(nudge(lambda x: net(x).sum(1), x)), y))
+    assert result.output is None
+
+
+def test_clean_runs_no_attack(net, batch):
+    def forbidden(loss_fn, x):
+        raise AssertionError('attacked')
+
+    torch.testing.assert_close(clean(net, forbidden, *batch).loss, F.cross_entropy(net(batch[0]), batch[1]))
+
+
+@pytest.mark.parametrize('name', ['pgd_at', 'trades', 'clean'])
+def test_label_smoothing_reaches_the_loss(net, batch, name):
+    plain, smooth = (make_loss(name, smoothing=s)(net, nudge, *batch).loss for s in (0.0, 0.3))
+    assert not torch.isclose(plain, smooth)
+
+
+def test_losses_are_fp32_for_low_precision_logits(batch):
+    x, y = batch
+    low = lambda x: x.flatten(1)[:, :4].bfloat16()  # noqa: E731
+    for name in ('pgd_at', 'trades', 'clean'):
+        assert make_loss(name)(low, nudge, x, y).loss.dtype == torch.float32
+
+
+def test_kl_divergence():
+    a, b = torch.randn(5, 4), torch.randn(5, 4)
+    assert (kl_divergence(a, b) > 0).all()
+    torch.testing.assert_close(kl_divergence(a, a + 3), torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_unknown_loss():
+    with pytest.raises(ValueError, match='allowed: pgd_at, trades, clean'):
+        make_loss('mart2')

@@ -1,0 +1,27 @@
+"""Adversarially robust models for timm.
+
+Importing this package registers its models with timm: `timm.create_model('resnet18_pssilu')`,
+`timm.create_model('wrn28_10_pssilu')`. Train with `python train/adv_train.py`, measure with `python -m timm_robust.evaluate`.
+"""
+
+from . import models
+from .activations import ACTIVATIONS, Activation, get_activation
+from .attacks import attacked, fgsm, pgd
+from .pssilu import psilu, pssilu
+from .results import RobustnessResult
+from .threat_model import ThreatModel
+
+__version__ = '0.1.0'
+__all__ = [
+    'ACTIVATIONS',
+    'Activation',
+    'RobustnessResult',
+    'ThreatModel',
+    'attacked',
+    'fgsm',
+    'get_activation',
+    'models',
+    'pgd',
+    'psilu',
+    'pssilu',
+]
