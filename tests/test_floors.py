@@ -8,6 +8,7 @@ FLOORS = {
     'pssilu': 0,
     'threat_model': 0,
     'results': 0,
+    'plots': 1,
     'activations': 0.5,  # stands on pssilu alone
     'models': 1,
     'attacks': 1,

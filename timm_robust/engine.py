@@ -163,7 +163,7 @@ def fit(run: Run) -> dict[str, Any]:
     """Train to the end of the schedule; returns the last line of the log: the run's result."""
     recipe = run.recipe
     run.folder.mkdir(parents=True, exist_ok=True)
-    recipe.to_yaml(run.folder / 'args.yaml')
+    recipe.to_yaml(run.folder / 'args.yaml', full=True)
     per_epoch = run.batches.steps_per_epoch
     logger.info(
         '%s: %d images, %d steps of %d in %.4g epochs, %s, %s attack with batch norm in %s mode, %s',
@@ -173,17 +173,17 @@ def fit(run: Run) -> dict[str, Any]:
     while run.step < run.total_steps:
         row = train_epoch(run)
         epoch = row['epoch']
-        if run.held_out is not None and (epoch % recipe.val_interval == 0 or run.step >= run.total_steps):
+        if run.held_out is not None and ((epoch + 1) % recipe.val_interval == 0 or run.step >= run.total_steps):
             with averaged_weights(run.model, run.ema):
                 row.update(validate(run.model, run.forward, run.held_out, recipe))
         row.update(activation_state(run.model))
         run.history.append(row)
         write_summary(run)
-        metric = row.get('val_pgd_acc', -1.0)
+        metric = row.get(metric_name(recipe), -1.0)
         is_best = metric > run.best
         run.best = max(run.best, metric)
         save(run, epoch, metric, is_best)
-        logger.info('epoch %s', '  '.join(f'{k} {v:.4g}' for k, v in row.items()))
+        logger.info('%s', '  '.join(f'{key} {value:.4g}' for key, value in row.items()))
     return result(run)
 
 
@@ -259,6 +259,11 @@ def activation_state(model: nn.Module) -> dict[str, float]:
     if not isinstance(act, Activation) or not act.initial:
         return {}
     return {**act.values(), 'max_curvature': act.max_curvature()}
+
+
+def metric_name(recipe: Recipe) -> str:
+    """What the best checkpoint is best in: PGD accuracy, or clean accuracy for clean training."""
+    return 'val_clean_acc' if recipe.loss == 'clean' else 'val_pgd_acc'
 
 
 def learning_rate(run: Run) -> float:
@@ -340,7 +345,7 @@ def write_summary(run: Run) -> None:
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
-    best = max(run.history, key=lambda row: row.get('val_pgd_acc', -1.0), default={})
+    best = max(run.history, key=lambda row: row.get(metric_name(run.recipe), -1.0), default={})
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
     line = {'model': run.recipe.model, 'threat_model': str(run.recipe.threat_model), 'output': str(run.folder)}
     line.update({key: best[key] for key in keys if key in best})

@@ -1,0 +1,278 @@
+import logging
+import random
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from timm_robust import autoattack as door
+from timm_robust.autoattack import autoattack, undisturbed
+from timm_robust.threat_model import ThreatModel
+
+pyautoattack = pytest.importorskip('pyautoattack')
+LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
+
+
+def conv_net(num_classes: int = 10) -> nn.Sequential:
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(128, num_classes)]
+    return nn.Sequential(*layers).eval()
+
+
+def linear_net(num_classes: int = 10) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, num_classes))
+
+
+def images(model: nn.Module, n: int = 16, lo: float = 0.0, hi: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    x = lo + (hi - lo) * torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, model(x).argmax(1).detach()
+
+
+def upstream(model, x, y, threat_model, batch_size, seed, attacks=None):
+    version = {'version': 'custom', 'attacks': attacks} if attacks else {'version': 'standard'}
+    runner = pyautoattack.AutoAttack(model, norm=threat_model.norm, eps=threat_model.eps, seed=seed, **version)
+    runner.apgd.n_restarts, runner.apgd_targeted.n_target_classes = 1, 9
+    x_adv, labels = runner.run_standard_evaluation(x, y, batch_size=batch_size)
+    return labels == y, x_adv
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_standard_is_the_library_bit_for_bit(threat_model):
+    model = conv_net()
+    x, y = images(model)
+    y[0] = (y[0] + 1) % 10
+    robust, x_adv = upstream(model, x, y, threat_model, batch_size=7, seed=5)
+    result = autoattack(model, x, y, threat_model, batch_size=7, seed=5)
+    assert 0 < robust.sum() < 15
+    assert torch.equal(result.robust, robust)
+    assert torch.equal(result.x_adv, x_adv)
+    assert not result.robust[0] and not result.clean_correct[0] and result.clean_correct[1:].all()
+    assert torch.equal(result.y_pred_adv == y, result.robust)
+    assert threat_model.contains(result.x_adv, x).all()
+    assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+    assert result.per_attack['square'] == result.robust.float().mean().item()
+    assert result.rejected == 0 and result.wall_time_s > 0 and result.version == 'standard'
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_apgd_is_the_first_half_of_standard(threat_model):
+    model = conv_net()
+    x, y = images(model)
+    robust, x_adv = upstream(model, x, y, threat_model, batch_size=7, seed=5, attacks=['apgd-ce', 'apgd-t'])
+    result = autoattack(model, x, y, threat_model, version='apgd', batch_size=7, seed=5)
+    standard = autoattack(model, x, y, threat_model, batch_size=7, seed=5)
+    assert torch.equal(result.robust, robust) and torch.equal(result.x_adv, x_adv)
+    assert result.per_attack == {name: standard.per_attack[name] for name in ('apgd-ce', 'apgd-t')}
+    assert (standard.robust <= result.robust).all()
+
+
+def test_a_linear_model_gets_its_exact_robust_accuracy():
+    model = linear_net()
+    x, y = images(model, 16, 0.3, 0.7)
+    weight, logits = model[1].weight, model(x)
+    distance = (weight[y][:, None] - weight[None]).abs().sum(2)  # ||w_y - w_j||_1
+    radius = ((logits.gather(1, y[:, None]) - logits) / distance).scatter(1, y[:, None], torch.inf).amin(1)
+    eps = radius.sort()[0][7:9].mean().item()
+    assert (radius / eps - 1).abs().min() > 1e-3
+    result = autoattack(model, x, y, ThreatModel('Linf', eps))
+    assert torch.equal(result.robust, radius > eps)
+
+
+def test_no_ball_and_nothing_left_need_no_attack():
+    model = conv_net()
+    x, y = images(model)
+    y[:4] = (y[:4] + 1) % 10
+    same = autoattack(model, x, y, ThreatModel('Linf', 0))
+    assert torch.equal(same.robust, same.clean_correct) and torch.equal(same.x_adv, x)
+    assert same.per_attack['square'] == 0.75
+    none = autoattack(model, x, (model(x).argmax(1) + 1) % 10, LINF, version='apgd')
+    assert none.per_attack == {'apgd-ce': 0.0, 'apgd-t': 0.0}
+
+
+@pytest.mark.parametrize('cut', ['detach', 'round'])
+def test_a_hidden_gradient_is_warned_of_and_square_sees_through_it(cut):
+    class Masked(nn.Module):
+        def forward(self, x):
+            return x.detach() if cut == 'detach' else (x * 255).round() / 255
+
+    plain = conv_net()
+    model = nn.Sequential(Masked(), plain)
+    x, y = images(model)
+    result = autoattack(model, x, y, LINF)
+    assert result.per_attack['square'] < result.per_attack['apgd-t']
+    assert [text for text in result.warnings if 'zero gradient' in text and 'times)' in text]
+    assert [text for text in result.warnings if 'Square Attack has decreased' in text]
+    assert len(result.warnings) == 2
+
+
+def test_upstreams_other_warnings_are_kept_and_not_printed(capsys, caplog):
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + 0.1 * torch.randn_like(x)
+
+    x, y = images(conv_net())
+    for last, word in ((nn.Softmax(1), 'probability distribution'), (Noise(), 'randomized defense')):
+        model = nn.Sequential(conv_net(), last)
+        result = autoattack(model, x, y, LINF, version='apgd')
+        assert [text for text in result.warnings if word in text]
+    assert capsys.readouterr() == ('', '') and not caplog.records
+
+
+def test_a_compiled_model_is_not_called_dynamic():
+    model = conv_net()
+    x, y = images(model)
+    plain = autoattack(model, x, y, LINF, version='apgd', batch_size=10)
+    compiled = torch.compile(model, backend='aot_eager')
+    result = autoattack(compiled, x, y, LINF, version='apgd', batch_size=10)
+    assert result.warnings == [] and torch.equal(result.robust, plain.robust)
+    funcs = pyautoattack.checks.funcs
+    funcs['grad'] = 3  # what a model checked before leaves behind
+    assert autoattack(model, x, y, LINF, version='apgd').warnings == []
+    assert set(funcs.values()) == {0}
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_layouts_and_precisions(threat_model):
+    x, y = images(conv_net())
+    last = conv_net().to(memory_format=torch.channels_last)
+    result = autoattack(last, x.contiguous(memory_format=torch.channels_last), y, threat_model)
+    plain = autoattack(conv_net(), x, y, threat_model)
+    assert (result.robust != plain.robust).sum() <= 1
+    half = autoattack(conv_net().bfloat16(), x.double(), y, threat_model)
+    assert half.x_adv.dtype == torch.float32 and half.x_adv.is_contiguous()
+    assert (half.robust != plain.robust).sum() <= 2
+
+
+def random_numbers():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+def tracer(frame, event, arg):
+    return None
+
+
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_everything_is_left_as_it_was(interrupted):
+    class Interrupt(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if interrupted and self.calls > 30:
+                raise KeyboardInterrupt
+            return x
+
+    model = nn.Sequential(Interrupt(), conv_net())
+    x, y = images(model)
+    model.train()
+    model[1][1].eval()
+    model[1][0].weight.requires_grad_(False)
+    model[1][0].bias.grad = grad = torch.ones(8)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    wants = [p.requires_grad for p in model.parameters()]
+    numbers, before, level = random_numbers(), sys.gettrace(), logging.getLogger('auto-attack').level
+    sys.settrace(tracer)
+    try:
+        autoattack(model, x, y, LINF, version='apgd', progress=None)
+        assert not interrupted
+    except KeyboardInterrupt:
+        assert interrupted
+    finally:
+        trace = sys.gettrace()
+        sys.settrace(before)
+    assert trace is tracer
+    assert random_numbers() == numbers
+    assert modes == [module.training for module in model.modules()]
+    assert wants == [p.requires_grad for p in model.parameters()]
+    assert [p.grad is not None for p in model.parameters()] == [False, True, False, False, False, False]
+    assert model[1][0].bias.grad is grad and grad.eq(1).all()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert logging.getLogger('auto-attack').level == level
+
+
+def test_undisturbed_freezes_inside():
+    model = conv_net().train()
+    with undisturbed(model):
+        assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize('fault', ['outside the ball', 'nan', 'label unchanged', 'outside the bounds'])
+def test_false_claims_are_rejected(monkeypatch, fault):
+    model = linear_net()
+    x, y = images(model)
+    far = (1 - x).clamp(0, 1)
+    assert (model(far).argmax(1) != y).any()
+    lies = {'outside the ball': far, 'nan': torch.full_like(x, torch.nan), 'label unchanged': x.clone()}
+    lie = lies.get(fault, x - 10.0)
+    monkeypatch.setattr(door._Runner, 'run', lambda self, attack, x, y: (lie, torch.ones(len(x), dtype=torch.bool)))
+    result = autoattack(model, x, y, LINF, version='apgd')
+    assert result.robust.all() and result.rejected == 2 * len(x)
+    assert torch.equal(result.x_adv, x) and torch.equal(result.y_pred_adv, y)
+
+
+def test_a_rejected_image_meets_the_next_attack(monkeypatch):
+    model = conv_net()
+    x, y = images(model)
+    honest = door._Runner.run
+
+    def run(self, attack, x, y):
+        claims, claimed = honest(self, attack, x, y)
+        return (x, torch.ones_like(claimed)) if attack == 'apgd-ce' else (claims, claimed)
+
+    monkeypatch.setattr(door._Runner, 'run', run)
+    result = autoattack(model, x, y, LINF, version='apgd')
+    assert result.per_attack['apgd-ce'] == 1 > result.per_attack['apgd-t']
+    assert result.rejected == len(x)
+
+
+@pytest.mark.parametrize('num_classes', [2, 3, 5])
+def test_few_classes_are_attacked_and_said_so(num_classes):
+    model = linear_net(num_classes)
+    x, y = images(model)
+    result = autoattack(model, x, y, ThreatModel('Linf', 0.05))
+    assert not result.robust.all()
+    assert f'{num_classes} classes: {num_classes - 1} target classes instead of 9' in result.warnings
+    assert ('apgd-t' in result.per_attack) == (num_classes > 3)
+
+
+def test_progress_reports_batches_and_time_left(monkeypatch):
+    monkeypatch.setattr(door, '_REPORT_EVERY_S', 0.0)
+    model, lines = conv_net(), []
+    x, y = images(model)
+    autoattack(model, x, y, LINF, version='apgd', batch_size=10, progress=lines.append)
+    assert [line for line in lines if line.startswith('apgd-ce - 1/2 - ')]
+    assert [line for line in lines if line.startswith('apgd-t: ') and line.endswith('min left in all')]
+    assert [line for line in lines if line.endswith('% of 16 images still robust')]
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'version': 'plus'}, 'allowed: standard, apgd'),
+        ({'x': torch.full((2, 3, 8, 8), 2.0)}, 'divide 8-bit images by 255'),
+        ({'x': torch.zeros(0, 3, 8, 8), 'y': torch.zeros(0, dtype=torch.long)}, 'no images'),
+        ({'y': torch.tensor([1, 10])}, 'labels must lie in 0..9'),
+        ({'y': torch.tensor([1])}, 'labels must be whole numbers'),
+        ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'threat_model': ThreatModel('Linf', 0.1, (-1.0, 1.0))}, r'write bounds=\(0.0, 1.0\)'),
+        ({'x': torch.zeros(2, 3, 4, 8), 'threat_model': L2}, "write version='apgd'"),
+        ({'device': 'meta'}, 'move it there with model.to'),
+        ({'model': linear_net(1)}, 'at least 2 classes'),
+    ],
+)
+def test_wrong_input_is_refused(change, message):
+    given = {'model': conv_net(), 'x': torch.zeros(2, 3, 8, 8), 'y': torch.tensor([0, 0]), 'threat_model': LINF}
+    given |= change
+    with pytest.raises(ValueError, match=message):
+        autoattack(given.pop('model'), given.pop('x'), given.pop('y'), given.pop('threat_model'), **given)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pyautoattack', None)
+    with pytest.raises(ImportError, match=r'pip install timm-robust\[eval\]'):
+        autoattack(conv_net(), torch.zeros(1, 3, 8, 8), torch.tensor([0]), LINF)

@@ -1,0 +1,314 @@
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_robust import evaluate as module
+from timm_robust.data import ImageData, load_dataset
+from timm_robust.evaluate import PixelInput, SeededStart, evaluate, main, pixel_input
+from timm_robust.results import RobustnessResult
+from timm_robust.threat_model import ThreatModel
+
+LINF = ThreatModel('Linf', 0.02)
+
+
+def image_data(n: int = 16, num_classes: int = 10) -> ImageData:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(77, 179, (n, 3, 8, 8), generator=generator, dtype=torch.uint8)  # eps stays inside [0, 1]
+    return ImageData(pixels, torch.zeros(n, dtype=torch.long), tuple(map(str, range(num_classes))), 'noise')
+
+
+def fitted(model: nn.Module, n: int = 16) -> ImageData:
+    """Random images that the model labels right, but for the first."""
+    data = image_data(n)
+    with torch.no_grad():
+        labels = model(data.pixels()).argmax(1)
+    labels[0] = (labels[0] + 1) % 10
+    return dataclasses.replace(data, labels=labels)
+
+
+def linear_net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+
+
+def radii(model: nn.Sequential, data: ImageData) -> torch.Tensor:
+    """The Linf distance of each image to a linear model's decision boundary; 0 where the label is wrong."""
+    weight, logits, y = model[1].weight, model(data.pixels()), data.labels
+    gaps = (logits.gather(1, y[:, None]) - logits) / (weight[y][:, None] - weight[None]).abs().sum(2)
+    return gaps.scatter(1, y[:, None], torch.inf).amin(1).clamp_min(0).detach()
+
+
+def test_a_linear_model_gets_its_exact_robust_accuracy():
+    model = linear_net()
+    data = fitted(model)
+    radius = radii(model, data)
+    eps = radius.sort()[0][7:9].mean().item()
+    result, tensors = evaluate(model, data, ThreatModel('Linf', eps), attack='autoattack')
+    assert torch.equal(tensors['robust'], radius > eps)
+    assert result.autoattack_acc == int((radius > eps).sum()) / 16
+    assert result.clean_acc == 15 / 16 and result.autoattack_acc <= result.pgd_acc < result.clean_acc
+    assert result.max_distance == pytest.approx(eps, rel=1e-3) and result.mean_distance <= result.max_distance
+    assert (result.attack_version, result.steps, result.step_size) == ('standard', 10, 2.5 * eps / 10)
+    assert result.apgd_acc == result.per_attack['apgd-t'] >= result.autoattack_acc
+    assert result.warnings == [] and result.rejected == 0 and result.dtype == 'float32'
+
+
+def test_pgd_between_no_ball_and_a_huge_one():
+    model = linear_net()
+    data = fitted(model)
+    for eps, share in ((0.0, 15 / 16), (1.0, 0.0)):
+        result, tensors = evaluate(model, data, ThreatModel('Linf', eps), attack='pgd')
+        assert result.pgd_acc == share and result.clean_acc == 15 / 16
+        assert torch.equal(tensors['y_pred_adv'] == data.labels, tensors['robust'])
+    assert result.autoattack_acc is result.apgd_acc is result.attack_version is None
+    assert result.max_distance == pytest.approx(1, abs=0.4)
+
+
+def test_no_attack_measures_clean_accuracy_only():
+    model = linear_net()
+    result, tensors = evaluate(model, fitted(model), LINF, attack='none')
+    assert result.clean_acc == 15 / 16 and result.pgd_acc is None and result.steps is None
+    assert set(tensors) == {'y', 'y_pred', 'clean_correct'}
+
+
+def test_pgd_depends_on_the_seed_and_not_on_the_batches_or_on_n():
+    model = linear_net()
+    data = fitted(model)
+    threat_model = ThreatModel('Linf', radii(model, data).median().item())
+
+    def x_adv(**settings):
+        tensors = evaluate(model, data, threat_model, attack='pgd', pgd_steps=2, **settings)[1]
+        assert not tensors['robust'].all()
+        return tensors['x_adv']
+
+    reference = x_adv(seed=3)
+    assert torch.allclose(x_adv(seed=3, batch_size=5), reference, atol=1e-6)
+    assert torch.allclose(x_adv(seed=3, n=9), reference[:9], atol=1e-6)
+    torch.manual_seed(9)
+    assert torch.equal(x_adv(seed=3), reference)
+    assert not torch.allclose(x_adv(seed=4), reference, atol=1e-6)
+
+
+def test_restarts_only_break_more():
+    model = nn.Sequential(linear_net(), nn.Hardtanh(-0.05, 0.05))  # flat nearly everywhere: the start decides
+    data = fitted(model, 32)
+    eps = ThreatModel('Linf', 0.1)
+    shares = [evaluate(model, data, eps, attack='pgd', pgd_steps=1, pgd_restarts=k)[0].pgd_acc for k in (1, 2, 6)]
+    assert shares[0] >= shares[1] >= shares[2] and shares[0] > shares[2]
+
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+def test_seeded_starts_lie_in_the_ball_and_follow_their_key(norm):
+    x = image_data(4).pixels()
+    start = SeededStart(norm, 0.1, keys=('a', 'b', 'c', 'a')).random_start(x)
+    assert ThreatModel(norm, 0.1).contains(start, x).all()
+    noise = start - x
+    assert torch.allclose(noise[0], noise[3], atol=1e-6) and not torch.allclose(noise[0], noise[1], atol=1e-3)
+    alone = SeededStart(norm, 0.1, keys=('c',)).random_start(x[2:3])
+    assert torch.equal(alone, start[2:3])
+
+
+def test_a_model_without_a_gradient_is_measured_and_said_so():
+    class Cut(nn.Module):
+        def forward(self, x):
+            return x.detach()
+
+    model = nn.Sequential(Cut(), linear_net())
+    data = fitted(model)
+    threat_model = ThreatModel('Linf', 2 * radii(model[1], data).median().item())
+    result, _ = evaluate(model, data, threat_model)
+    assert result.autoattack_acc < result.apgd_acc
+    assert any('zero gradient' in text for text in result.warnings)
+
+
+def test_what_only_pgd_broke_is_said(monkeypatch):
+    model = linear_net()
+    data = fitted(model)
+    weak = module.autoattack
+
+    def blind(model, x, y, threat_model, **settings):
+        return weak(model, x, y, ThreatModel(threat_model.norm, 0.0), **settings)
+
+    monkeypatch.setattr(module, 'autoattack', blind)
+    result, _ = evaluate(model, data, ThreatModel('Linf', 1.0), attack='apgd')
+    assert result.warnings == ['PGD broke 15 images that apgd left standing']
+    assert result.pgd_acc == 0 and result.apgd_acc == 15 / 16 and result.autoattack_acc is None
+
+
+def test_the_model_is_left_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(64, 10))
+    data = dataclasses.replace(image_data(), labels=model.eval()(image_data().pixels()).argmax(1))
+    model.train()
+    before, rng = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    result, _ = evaluate(model, data, LINF, attack='apgd')
+    assert result.clean_acc == 1
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_normalisation_comes_from_the_pretrained_cfg():
+    model = linear_net()
+    assert pixel_input(model) is model
+    model.pretrained_cfg = {'mean': (0.0, 0.0, 0.0), 'std': (1.0, 1.0, 1.0)}
+    assert pixel_input(model) is model
+    model.pretrained_cfg = {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.3, 0.4), 'architecture': 'net', 'tag': 'in1k'}
+    x = image_data(2).pixels()
+    normalised = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    assert torch.allclose(pixel_input(model)(x), model(normalised), atol=1e-5)
+    result, tensors = evaluate(model, image_data(2), LINF, attack='none')
+    assert torch.equal(tensors['y_pred'], model(normalised).argmax(1)) and result.model == 'net.in1k'
+    assert torch.allclose(
+        PixelInput(model.bfloat16(), (0.5,), (0.5,))(x.bfloat16()).float(),
+        model((2 * x - 1).bfloat16()).float(),
+        atol=0.1,
+    )
+    assert not next(PixelInput(model, (0.5,), (0.5,)).buffers(recurse=False)).requires_grad
+    timm_model = timm.create_model('test_resnet', num_classes=10)
+    assert isinstance(pixel_input(timm_model), PixelInput)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'attack': 'fgsm'}, 'allowed: autoattack, apgd, pgd, none'),
+        ({'n': 17}, 'first 17 images of noise'),
+        ({'n': 0}, 'first 0 images'),
+        ({'pgd_steps': 0}, 'pgd_steps must be at least 1'),
+        ({'pgd_restarts': 0}, 'pgd_restarts must be at least 1'),
+        ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'model': nn.Linear(8, 10)}, r'gives \[1, 3, 8, 10\], not \[1, classes\]'),
+        ({'model': nn.Sequential(nn.Flatten(), nn.Linear(10, 10))}, r'does not take images \[3, 8, 8\] of noise'),
+        ({'data': image_data(16, 7)}, 'has 10 outputs, noise has 7 classes'),
+    ],
+)
+def test_wrong_input_is_refused(change, message):
+    given = {'model': linear_net(), 'data': image_data()} | change
+    with pytest.raises(ValueError, match=message):
+        evaluate(given.pop('model'), given.pop('data'), LINF, **given)
+
+
+def test_channels_that_do_not_fit_the_statistics_are_refused():
+    model = linear_net()
+    model.pretrained_cfg = {'mean': (0.5, 0.5), 'std': (0.5, 0.5)}
+    with pytest.raises(ValueError, match='normalises 2 channels'):
+        evaluate(model, image_data(), LINF)
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny timm network after three epochs on the digits."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_resnet', num_classes=10)
+    assert tuple(model.pretrained_cfg['mean']) != (0, 0, 0)
+    data, pixels = load_dataset('digits', split='train'), pixel_input(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(3):
+        for x, y in data.batches(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(pixels(x), y).backward()
+            optimizer.step()
+    path = tmp_path_factory.mktemp('someone') / 'run' / 'best.pth.tar'
+    path.parent.mkdir()
+    torch.save({'arch': 'test_resnet', 'num_classes': 10, 'state_dict': model.state_dict()}, path)
+    return path
+
+
+def test_the_command_line_end_to_end(checkpoint, tmp_path, capsys):
+    files = [tmp_path / 'results.json', tmp_path / 'flags.npz']
+    files[0].write_text('an older result')
+    where = ['--dataset', 'digits', '--results-file', str(files[0]), '--flags-file', str(files[1])]
+    main(
+        [
+            str(checkpoint),
+            *where,
+            '-n',
+            '8',
+            '--eps',
+            '1/255',
+            '--attack',
+            'apgd',
+            '--batch-size',
+            '8',
+            '--restarts',
+            '2',
+        ]
+    )
+    out, err = capsys.readouterr()
+    result = RobustnessResult.from_json(files[0])
+    assert RobustnessResult(**json.loads(out.splitlines()[-1])) == result
+    assert 'APGD-CE + APGD-T' in out and 'Linf 1/255' in out
+    assert 'images/s' in err and 'PGD-10 start 1 of 2' in err and 'apgd-t - ' in err
+    assert result.model == 'run/best.pth.tar' and 'someone' not in out and str(tmp_path) not in files[0].read_text()
+    assert (result.n, result.dataset, result.split, result.restarts, result.seed) == (8, 'digits', 'test', 2, 0)
+    assert result.clean_acc > 0.5 and result.apgd_acc <= result.pgd_acc <= result.clean_acc
+    flags = np.load(files[1])
+    assert flags['robust'].mean() == result.apgd_acc and flags['clean_correct'].mean() == result.clean_acc
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['flags.npz', 'results.json']
+
+
+def test_the_default_flags_run_autoattack_on_the_first_images(checkpoint, capsys):
+    main([str(checkpoint), '--dataset', 'digits', '-n', '2', '--eps', '16/255', '--quiet'])
+    out, err = capsys.readouterr()
+    result = RobustnessResult(**json.loads(out.splitlines()[-1]))
+    assert result.attack == 'autoattack' and result.attack_version == 'standard' and err == ''
+    assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+
+
+def test_without_n_a_small_split_is_measured_whole(checkpoint, capsys):
+    main([str(checkpoint), '--dataset', 'digits', '--attack', 'none', '--quiet'])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['n'] == 360
+
+
+def test_random_weights_are_said_so(capsys):
+    main(['test_resnet', '--dataset', 'digits', '-n', '2', '--attack', 'none', '--model-kwargs', 'num_classes=10'])
+    assert 'test_resnet has random weights' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['no_such_model', '--dataset', 'digits'], 'no_such_model'),
+        (['none.pth.tar', '--dataset', 'digits'], 'none.pth.tar'),
+        (['test_resnet', '--dataset', 'digits', '--eps', '8'], "write '8/255'"),
+        (['test_resnet', '--dataset', 'digits', '--eps', 'x'], 'is not a number'),
+        (['test_resnet', '--dataset', 'digits', '--norm', 'L1'], 'allowed: Linf, L2'),
+        (['test_resnet'], '--data-dir'),
+        (['test_resnet', '--dataset', 'mnist'], 'allowed: cifar10'),
+        (['test_resnet', '--dataset', 'digits', '--split', 'val'], 'allowed: train, test'),
+        (['test_resnet', '--dataset', 'digits', '--attack', 'none'], 'the model has 1000 outputs'),
+        (['test_resnet', '--dataset', 'digits', '--model-kwargs', 'num_classes=10', '-n', '361'], '360'),
+        (['test_resnet', '--dataset', 'digits', '--model-kwargs', 'num_classes'], 'num_classes|unpack'),
+        (['test_resnet', '--dataset', 'digits', '--model-kwargs', 'wrong=1'], 'wrong'),
+        (['test_resnet', '--dataset', 'digits', '--device', 'abacus'], 'abacus'),
+        (['test_resnet', '--dataset', 'digits', '--results-file', 'none/results.json'], 'mkdir -p none'),
+        (['test_resnet', '--attack', 'fgsm'], 'invalid choice'),
+        (['vit_tiny_patch16_224', '--dataset', 'digits', '--model-kwargs', 'num_classes=10'], 'does not take images'),
+        ([], 'MODEL'),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    out, err = capsys.readouterr()
+    *notes, error = err.splitlines()
+    assert end.value.code == 2 and out == ''
+    assert error.startswith('error: ') and re.search(message, error)
+    assert all(note.startswith(('note: ', 'clean: ')) for note in notes)
+
+
+def test_it_runs_as_a_module():
+    command = [sys.executable, '-W', 'error::RuntimeWarning', '-m', 'timm_robust.evaluate', '--help']
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert '--results-file' in done.stdout and '8/255' in done.stdout

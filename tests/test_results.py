@@ -1,0 +1,137 @@
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from timm_robust.results import RobustnessResult, atomic_file, environment, git_commit, public_name
+
+
+def result(**changes) -> RobustnessResult:
+    values = {
+        'model': 'resnet18_pssilu.at_cifar10_linf', 'dataset': 'cifar10', 'split': 'test', 'n': 1000,
+        'norm': 'Linf', 'eps': 8 / 255, 'eps_text': '8/255', 'attack': 'autoattack', 'attack_version': 'standard',
+        'steps': 10, 'step_size': 2 / 255, 'restarts': 1, 'clean_acc': 0.84, 'pgd_acc': 0.52, 'apgd_acc': 0.5,
+        'autoattack_acc': 0.485, 'seed': 0, 'batch_size': 250, 'dtype': 'float32', 'wall_time_s': 12.5,
+        'images_per_s': 80.0, 'hardware': 'a CPU, 2 CPU cores', 'versions': {'torch': '2.4', 'pyautoattack': None},
+        'commit': None, 'date': '2026-01-01T00:00:00+00:00', 'per_attack': {'apgd-ce': 0.51, 'apgd-t': 0.5},
+        'warnings': ['it seems to be a dynamic defense!'], 'rejected': 2, 'mean_distance': 0.03, 'max_distance': 0.0314,
+    }  # fmt: skip
+    return RobustnessResult(**(values | changes))
+
+
+def test_json_round_trip_is_exact(tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text('old')
+    result().to_json(path)
+    assert RobustnessResult.from_json(path) == result()
+    assert list(json.loads(path.read_text())) == [f.name for f in dataclasses.fields(RobustnessResult)]
+    assert [p.name for p in tmp_path.iterdir()] == ['results.json']
+    assert json.loads(result().to_line()) == json.loads(path.read_text()) and '\n' not in result().to_line()
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / 'results.json'
+    path.write_text('old')
+    with pytest.raises(ValueError, match='JSON compliant'):
+        result(wall_time_s=float('nan')).to_json(path)
+    with pytest.raises(KeyboardInterrupt), atomic_file(path) as file:
+        file.write(b'half')
+        raise KeyboardInterrupt
+    assert path.read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(FileNotFoundError, match='mkdir -p'):
+        result().to_json(tmp_path / 'none' / 'results.json')
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('{', 'is not JSON'),
+        ('[]', 'holds a list'),
+        ('{"clean_ac": 0.5}', "'clean_ac' is unknown; did you mean 'clean_acc'"),
+        ('{"model": "m"}', 'lacks dataset, split, n, '),
+    ],
+)
+def test_reading_is_strict(tmp_path, text, message):
+    path = tmp_path / 'results.json'
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        RobustnessResult.from_json(path)
+
+
+def test_values_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match='pgd_acc must be a fraction'):
+        result(pgd_acc=52.0)
+    with pytest.raises(ValueError, match='apgd-t must be a fraction'):
+        result(per_attack={'apgd-t': -0.1})
+    with pytest.raises(ValueError, match='allowed: autoattack, apgd, pgd, none'):
+        result(attack='fgsm')
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result().n = 5
+
+
+def test_models_are_named_without_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', '/home/alice')
+    names = {
+        'resnet18_pssilu.at_cifar10_linf': 'resnet18_pssilu.at_cifar10_linf',
+        'hf-hub:org/repo': 'hf-hub:org/repo',
+        '/data/work/out/run1/best.pth.tar': 'run1/best.pth.tar',
+        './best.pth': 'best.pth',
+        '../best.pth': 'best.pth',
+        '/home/alice/best.pth': 'best.pth',
+        '~/best.pth': 'best.pth',
+        '~/run/best.pth': 'run/best.pth',
+        'local-dir:/data/a/b': 'local-dir:a/b',
+        '/best.pth': 'best.pth',
+    }
+    for spec, name in names.items():
+        assert public_name(spec) == name == public_name(name)
+    assert result(model=str(tmp_path / 'run' / 'best.pth')).model == 'run/best.pth'
+
+
+def test_the_table_shows_what_was_measured():
+    text = result().table()
+    for part in (
+        '84.00 %  (840 of 1000)',
+        'PGD-10 ',
+        '48.50 %',
+        'Linf 8/255',
+        'after apgd-t',
+        'dynamic',
+        '2 adversarial',
+    ):
+        assert part in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert 'AutoAttack' not in result(autoattack_acc=None).table()
+
+
+def test_environment_names_hardware_and_versions():
+    found = environment('cpu')
+    assert found['hardware'].endswith(' CPU cores')
+    assert set(found['versions']) == {'python', 'torch', 'timm', 'timm_robust', 'pyautoattack'}
+    assert found['versions']['timm'] and type(found['versions']['torch']) is str
+    json.dumps(found)
+
+
+def test_git_commit_knows_a_change(tmp_path):
+    def git(*command: str) -> None:
+        who = ['-c', 'user.name=a', '-c', 'user.email=a@example.org']
+        subprocess.run(['git', '-C', str(tmp_path), *who, *command], check=True, capture_output=True)
+
+    assert git_commit(tmp_path) is None
+    git('init')
+    package = tmp_path / 'package'
+    package.mkdir()
+    (package / 'a.py').write_text('1')
+    assert git_commit(package) is None
+    git('add', '.')
+    git('commit', '-m', 'first')
+    commit = git_commit(package)
+    assert commit is not None and len(commit) == 40
+    Path(tmp_path / 'notes').write_text('outside the package')
+    assert git_commit(package) == commit
+    (package / 'a.py').write_text('2')
+    assert git_commit(package) == commit + '+dirty'
+    (tmp_path / 'installed').mkdir()
+    assert git_commit(tmp_path / 'installed') is None

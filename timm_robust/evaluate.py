@@ -1,0 +1,380 @@
+"""Measure a model: clean, PGD and AutoAttack accuracy on the first n images of a data set, as one record.
+
+    python -m timm_robust.evaluate MODEL --data-dir DIR -n 1000 --eps 8/255 --attack autoattack
+
+MODEL is a registry name, a checkpoint file or a folder. Progress goes to stderr; stdout gets a table and, as its last
+line, the record as JSON. eps is in pixels on the [0, 1] scale, whatever mean and std the model was trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import timm
+import torch
+from timm.utils import ParseKwargs
+from torch import nn
+
+from .attacks import pgd
+from .autoattack import Fp32Logits, autoattack, device_of, dtype_of, predict, recheck, share, undisturbed, upstream
+from .checkpoint import load_model
+from .data import DATASETS, SPLITS, ImageData, load_dataset
+from .losses import cross_entropy
+from .results import ATTACKS, RobustnessResult, atomic_file, environment, git_commit
+from .threat_model import NORMS, ThreatModel, parse_eps
+
+_DEFAULT_N = 1000
+_VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
+_SETTINGS = ('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split')
+Progress = Callable[[str], object]
+
+
+class PixelInput(nn.Module):
+    """A model that takes pixels: model((x - mean) / std), so that eps is in pixels.
+
+    Args:
+        model: a network that takes normalised images.
+        mean: mean of each channel, on the [0, 1] scale.
+        std: standard deviation of each channel.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Hold the statistics beside the model, on its device."""
+        super().__init__()
+        device = device_of(model, torch.empty(0))
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean, device=device).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W] in [0, 1]."""
+        if len(self.mean) not in (1, x.shape[1]):
+            raise ValueError(
+                f'it normalises {len(self.mean)} channels; create it with the statistics of these images, for example '
+                "pretrained_cfg_overlay={'mean': (0.5,), 'std': (0.5,)}"
+            )
+        return self.model(((x.float() - self.mean) / self.std).to(x.dtype))
+
+
+def pixel_input(model: nn.Module) -> nn.Module:
+    """The model as one that takes pixels: itself if its pretrained_cfg has mean 0 and std 1, or no such entries."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    mean, std = config.get('mean') or (0.0,), config.get('std') or (1.0,)
+    if set(mean) == {0.0} and set(std) == {1.0}:
+        return model
+    return PixelInput(model, mean, std)
+
+
+@dataclass(frozen=True)
+class SeededStart(ThreatModel):
+    """A threat model whose random start of an image depends on that image's key alone, not on batch or device."""
+
+    keys: tuple[str, ...] = ()
+
+    def random_start(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A random point of the ball around each image, drawn on the CPU from the hash of its key."""
+        starts, generator = [], torch.Generator()
+        for image, key in zip(x.cpu().split(1), self.keys, strict=True):
+            digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+            starts.append(super().random_start(image, generator.manual_seed(int.from_bytes(digest, 'big'))))
+        return torch.cat(starts).to(x.device)
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    threat_model: ThreatModel,
+    *,
+    attack: str = 'autoattack',
+    n: int | None = None,
+    pgd_steps: int = 10,
+    pgd_step_size: float | None = None,
+    pgd_restarts: int = 1,
+    batch_size: int = 250,
+    seed: int = 0,
+    progress: Progress | None = None,
+    name: str | None = None,
+    split: str = 'test',
+) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
+    """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
+
+    Args:
+        model: images -> logits, as timm trains it; normalisation by its pretrained_cfg is added here.
+        data: the split to measure on.
+        threat_model: norm, radius and bounds.
+        attack: 'autoattack' (standard), 'apgd' (its first two attacks), 'pgd' or 'none'. PGD runs unless 'none'.
+        n: number of images, the first of the split; None for all.
+        pgd_steps: steps of PGD on the cross-entropy.
+        pgd_step_size: step in pixels; 2.5 eps / pgd_steps if None.
+        pgd_restarts: random starts; an image that falls to one of them is broken.
+        batch_size: images a batch. PGD's random starts do not depend on it, AutoAttack's do.
+        seed: seed of all attacks.
+        progress: called with lines of text.
+        name: the model's name in the record; by default what its pretrained_cfg says.
+        split: the name of the split in the record.
+
+    Returns:
+        The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
+        robust and y_pred_adv [n] and x_adv [n, C, H, W] in float32; and PGD's own pgd_robust [n].
+
+    Raises:
+        ValueError: for an unknown attack, an n that the data does not have, or a model that does not fit the data.
+    """
+    date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
+    if attack not in ATTACKS:
+        raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
+    for what, count in {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}.items():
+        if count < 1:
+            raise ValueError(f'{what} must be at least 1, got {count}')
+    if attack in _VERSIONS:
+        upstream()  # if it is missing, say so now
+    data = data if n is None else data.first(n)
+    x, pixels = data.pixels(), pixel_input(model)
+    facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
+    facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
+    facts |= {
+        'model': name or _name(model),
+        'norm': threat_model.norm,
+        'eps': threat_model.eps,
+        'eps_text': threat_model.eps_text,
+    }
+    with undisturbed(model):
+        logits = Fp32Logits(pixels)
+        _check_fit(logits, data)
+        tensors = _clean(logits, x, data.labels, batch_size, progress)
+        facts['clean_acc'] = share(tensors['clean_correct'])
+        if attack != 'none':
+            facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
+            facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
+            facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
+        if attack in _VERSIONS:
+            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress)
+    if attack != 'none':
+        facts |= _distances(x, tensors, threat_model)
+    seconds = time.perf_counter() - started
+    facts |= {'wall_time_s': seconds, 'images_per_s': len(x) / seconds, 'commit': git_commit(Path(__file__).parent)}
+    return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; bad input ends it with one line, 'error: ...', and exit status 2."""
+    import timm_robust  # noqa: F401  (registers the models)
+
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+        for file in filter(None, (args.results_file, args.flags_file)):
+            if not Path(file).parent.is_dir() or Path(file).is_dir():
+                raise FileNotFoundError(
+                    f'cannot write {file}; type mkdir -p {Path(file).parent}, and name a file there'
+                )
+        threat_model = ThreatModel(args.norm, args.eps)
+        data = load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
+        model = load_model(args.model, device=args.device, **args.model_kwargs)
+        data = data.to(args.device)
+    except Exception as error:  # whatever fails up to here is input
+        parser.error(str(error) or type(error).__name__)
+    if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
+        _print(f'note: {args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
+    settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
+    settings['n'] = min(_DEFAULT_N, len(data)) if args.n is None else args.n
+    progress = None if args.quiet else _print
+    try:
+        result, tensors = evaluate(model, data, threat_model, name=args.model, progress=progress, **settings)
+        if args.results_file:
+            result.to_json(args.results_file)
+        if args.flags_file:
+            arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items() if value.ndim == 1}
+            with atomic_file(args.flags_file) as file:
+                np.savez(file, **arrays)
+    except torch.cuda.OutOfMemoryError:
+        parser.error(f'out of memory; type --batch-size {max(args.batch_size // 2, 1)}')
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, 'interrupted\n')
+    print(result.table(), result.to_line(), sep='\n')
+
+
+def _clean(
+    logits: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Labels, predictions and whether they agree, each [n]."""
+    pace = _Pace('clean', len(x), progress)
+    y_pred = torch.cat([pace(predict(logits, part, batch_size)) for part in x.split(batch_size)])
+    return {'y': y, 'y_pred': y_pred, 'clean_correct': y_pred == y}
+
+
+def _check_fit(logits: nn.Module, data: ImageData) -> None:
+    """Refuse a model that does not take these images, or that has other classes."""
+    image = data.pixels(slice(0, 1))
+    try:
+        with torch.no_grad():
+            shape = logits(image.to(device_of(logits, image))).shape
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f'the model does not take images {list(image.shape[1:])} of {data.name}: {error}') from error
+    if len(shape) != 2:
+        raise ValueError(f'the model gives {list(shape)}, not [1, classes], for one image; it is no classifier')
+    if shape[1] != data.num_classes:
+        raise ValueError(
+            f'the model has {shape[1]} outputs, {data.name} has {data.num_classes} classes; use the data it was '
+            f'trained for, or give it a new head with num_classes={data.num_classes} (in the shell: --model-kwargs)'
+        )
+
+
+def _pgd(
+    logits: nn.Module,
+    x: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    threat_model: ThreatModel,
+    facts: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """PGD on the cross-entropy, each restart on the images still standing; adds its verdicts to tensors."""
+    robust, x_adv, y_pred_adv = tensors['clean_correct'].clone(), x.clone(), tensors['y_pred'].clone()
+    device, steps, step_size, rejected = device_of(logits, x), facts['steps'], facts['step_size'], 0
+    for restart in range(facts['restarts']):
+        left = robust.nonzero()[:, 0]
+        if not len(left):
+            break
+        pace = _Pace(f'PGD-{steps} start {restart + 1} of {facts["restarts"]}', len(left), progress)
+        for part in left.split(facts['batch_size']):
+            images, y = x[part].to(device), tensors['y'][part].to(device)
+            keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
+            start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
+            found = pgd(partial(_surrogate, logits, y), images, start, steps=steps, step_size=step_size)
+            found, labels, broken = recheck(logits, found, images, y, threat_model, facts['batch_size'])
+            rejected += int(((labels != y) & ~broken).sum())
+            index = part[broken.to(x.device)]
+            robust[index], x_adv[index] = False, found[broken].to(x.device)
+            y_pred_adv[index] = labels[broken].to(x.device)
+            pace(part)
+    tensors |= {'pgd_robust': robust, 'robust': robust, 'x_adv': x_adv, 'y_pred_adv': y_pred_adv}
+    return {'pgd_acc': share(robust), 'rejected': rejected}
+
+
+def _surrogate(logits: nn.Module, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What PGD climbs: the cross-entropy of each image, [B]."""
+    return cross_entropy(logits(x), y)
+
+
+def _autoattack(
+    pixels: nn.Module,
+    x: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    threat_model: ThreatModel,
+    facts: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
+    attack, shared = facts['attack'], {key: facts[key] for key in ('batch_size', 'seed')}
+    result = autoattack(pixels, x, tensors['y'], threat_model, version=_VERSIONS[attack], progress=progress, **shared)
+    warnings = list(result.warnings)
+    if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
+        warnings.append(f'PGD broke {missed} images that {attack} left standing')
+    tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
+    record: dict[str, Any] = {'attack_version': result.version, 'per_attack': result.per_attack, 'warnings': warnings}
+    record['apgd_acc'] = [value for name, value in result.per_attack.items() if name.startswith('apgd')][-1]
+    record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
+    return record | {'rejected': facts['rejected'] + result.rejected}
+
+
+def _distances(x: torch.Tensor, tensors: dict[str, torch.Tensor], threat_model: ThreatModel) -> dict[str, float]:
+    """Mean and maximum distance of the adversarial images that count."""
+    broken = tensors['clean_correct'] & ~tensors['robust']
+    if not broken.any():
+        return {}
+    distance = threat_model.distance(tensors['x_adv'][broken], x[broken])
+    return {'mean_distance': distance.mean().item(), 'max_distance': distance.max().item()}
+
+
+def _name(model: nn.Module) -> str:
+    """The model's name in timm, 'arch.tag', or its class."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    names = [config.get('architecture') or type(model).__name__, config.get('tag')]
+    return '.'.join(filter(None, names))
+
+
+class _Pace:
+    """Says at most once a second how many images are done, how fast, and how long the rest takes."""
+
+    def __init__(self, what: str, total: int, progress: Progress | None) -> None:
+        self.what, self.total, self.progress, self.done = what, total, progress, 0
+        self.started = time.perf_counter()
+        self.said = self.started
+
+    def __call__(self, part: torch.Tensor) -> torch.Tensor:
+        """Note that these images are done, and hand them through."""
+        self.done += len(part)
+        now = time.perf_counter()
+        if self.progress is not None and (now - self.said >= 1 or self.done == self.total):
+            self.said = now
+            rate = self.done / (now - self.started)
+            left = timedelta(seconds=round((self.total - self.done) / rate))
+            self.progress(f'{self.what}: {self.done}/{self.total} images, {rate:.3g} images/s, {left} left')
+        return part
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with exit status 2."""
+        self.exit(2, f'error: {" ".join(message.split())}\n')
+
+
+def _parser() -> _Parser:
+    """The options; each with its default in the help."""
+    parser = _Parser(
+        'python -m timm_robust.evaluate',
+        description='Clean, PGD and AutoAttack accuracy of a model.',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add('model', metavar='MODEL', help='registry name (NAME.TAG for trained weights), checkpoint file or folder')
+    add('--data-dir', help='folder that holds the data')
+    add('--dataset', default='cifar10', help=', '.join(DATASETS))
+    add('--split', default='test', help=', '.join(SPLITS))
+    add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
+    add('-n', type=int, help=f'number of images, the first of the split; {_DEFAULT_N} or all if not given')
+    add('--norm', default='Linf', help=', '.join(NORMS))
+    add('--eps', default='8/255', help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5")
+    add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
+    add('--steps', dest='pgd_steps', type=int, default=10, metavar='N', help='steps of PGD')
+    add('--restarts', dest='pgd_restarts', type=int, default=1, metavar='N', help='random starts of PGD')
+    add(
+        '--step-size',
+        dest='pgd_step_size',
+        type=parse_eps,
+        metavar='EPS',
+        help='step of PGD; 2.5 eps / steps if not given',
+    )
+    add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add('--seed', type=int, default=0, help='seed of all attacks')
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='passed to the model')
+    add('--results-file', help='write the record there, as JSON')
+    add('--flags-file', help='write labels, predictions and flags of each image there, as .npz')
+    add('--quiet', action='store_true', help='no progress on stderr')
+    return parser
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+    main()

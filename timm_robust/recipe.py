@@ -1,0 +1,377 @@
+"""The recipe of a training run: every setting with its default, in timm's spelling, as YAML file and as command line.
+
+A recipe file holds only what differs from the defaults below. Precedence: default < file < command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import math
+import os
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+import yaml
+
+from timm_robust.threat_model import NORMS, ThreatModel, parse_eps
+
+_RANGES: dict[str, Callable[[float], bool]] = {
+    '>= 1': lambda v: v >= 1,
+    '>= 0': lambda v: v >= 0,
+    '> 0': lambda v: v > 0,
+    '>= 0 and < 1': lambda v: 0 <= v < 1,
+    '>= 0 and <= 1': lambda v: 0 <= v <= 1,
+    '> 0 and <= 1': lambda v: 0 < v <= 1,
+}
+_KINDS = {
+    bool: 'true or false',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text (in quotes)',
+    dict: 'a mapping of names to values',
+    list: 'a list of whole numbers',
+    NoneType: 'null',
+}
+
+
+def _about(group: str, text: str, allowed: str | tuple[str, ...] = '') -> dict[str, Any]:
+    """What is known of a setting: its help text, and what it may be: a tuple of choices, or a key of _RANGES."""
+    return {'group': group, 'help': text, 'allowed': allowed}
+
+
+def _field(group: str, default: Any, text: str, allowed: str | tuple[str, ...] = '') -> Any:
+    """A setting with a default."""
+    return dataclasses.field(default=default, metadata=_about(group, text, allowed))
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All settings of one training run; the text of each field says what it means (`--help` prints them all).
+
+    Raises:
+        ValueError: on construction, naming the key, the value and what is allowed.
+    """
+
+    model: str = _field('model', 'resnet18_pssilu', 'name in the timm registry')
+    model_kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=_about('model', 'arguments for the model, as key=value')
+    )
+    num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '>= 1')
+    pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
+    initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
+
+    dataset: str = _field('data', 'cifar10', 'cifar10, cifar100, torch/cifar10, torch/cifar100, parquet or digits')
+    data_dir: str | None = _field('data', 'data', 'folder that holds the data')
+    dataset_download: bool = _field('data', False, 'let torchvision fetch the data into the folder')
+    val_size: int = _field('data', 1000, 'training images held out to validate and to choose the checkpoint', '>= 0')
+    crop_padding: int = _field('data', 4, 'zero pixels around an image before the random crop; 0: no crop', '>= 0')
+    hflip: float = _field('data', 0.5, 'probability of a horizontal flip', '>= 0 and <= 1')
+
+    loss: str = _field('loss', 'pgd_at', 'what training descends', ('pgd_at', 'trades', 'clean'))
+    beta: float = _field('loss', 6.0, 'weight of the robust term of TRADES', '>= 0')
+    smoothing: float = _field('loss', 0.0, 'label smoothing', '>= 0 and < 1')
+
+    norm: str = _field('attack', 'Linf', 'norm of the threat model', NORMS)
+    eps: float | str = _field('attack', '8/255', 'radius of the threat model, pixels in [0, 1]')
+    attack: str = _field('attack', 'pgd', 'attack of the training step', ('pgd', 'fgsm'))
+    steps: int = _field('attack', 10, 'PGD steps in training', '>= 1')
+    step_size: float | str | None = _field('attack', None, 'none: 2.5 * eps / steps for pgd, 1.25 * eps for fgsm')
+    random_start: bool = _field('attack', True, 'start the attack at a random point of the ball')
+    attack_bn: str = _field('attack', 'eval', 'mode of batch norm during the attack', ('eval', 'train'))
+
+    eval_steps: int = _field('validation', 10, 'PGD steps in validation', '>= 1')
+    eval_step_size: float | str | None = _field('validation', None, 'none: 2.5 * eps / eval_steps')
+    val_interval: int = _field('validation', 1, 'epochs between validations', '>= 1')
+    val_batch_size: int = _field('validation', 250, 'images a validation batch', '>= 1')
+
+    epochs: int = _field('optimizer', 100, 'passes over the training images', '>= 1')
+    max_steps: int | None = _field('optimizer', None, 'stop after so many steps', '>= 1')
+    batch_size: int = _field('optimizer', 128, 'images a training step', '>= 1')
+    opt: str = _field('optimizer', 'sgd', "name of a timm optimizer; 'sgd' has Nesterov momentum, 'momentum' has not")
+    lr: float = _field('optimizer', 0.1, 'peak learning rate', '> 0')
+    momentum: float = _field('optimizer', 0.9, 'momentum', '>= 0 and < 1')
+    weight_decay: float = _field('optimizer', 5e-4, 'weight decay', '>= 0')
+    filter_bias_and_bn: bool = _field('optimizer', True, 'no weight decay on norms, biases, and the alpha and beta')
+    clip_grad: float | None = _field('optimizer', None, 'bound on the gradient; none: no clipping', '> 0')
+    clip_mode: str = _field('optimizer', 'norm', 'what clip_grad bounds', ('norm', 'value', 'agc'))
+
+    sched: str = _field('schedule', 'onecycle', 'course of the rate', ('onecycle', 'cosine', 'multistep', 'constant'))
+    warmup_epochs: float = _field('schedule', 0.0, 'epochs of linear warm-up', '>= 0')
+    min_lr: float = _field('schedule', 0.0, 'learning rate at the end', '>= 0')
+    decay_milestones: list[int] = dataclasses.field(
+        default_factory=list, metadata=_about('schedule', 'epochs at which multistep lowers the rate')
+    )
+    decay_rate: float = _field('schedule', 0.1, 'factor at each milestone', '> 0 and <= 1')
+
+    model_ema: bool = _field('averaging', False, 'keep an exponential moving average of the weights')
+    model_ema_decay: float = _field('averaging', 0.999, 'decay of the average per step', '>= 0 and < 1')
+    model_ema_warmup: bool = _field('averaging', True, 'begin with a smaller decay')
+
+    pssilu_reg: float = _field('PSSiLU', 10.0, 'lambda of the penalty lambda * |beta| of the activation', '>= 0')
+    pssilu_beta_clip: float | None = _field('PSSiLU', 0.01, 'bound on the norm of the gradient of its beta', '> 0')
+
+    amp: bool = _field('speed', False, 'automatic mixed precision')
+    amp_dtype: str = _field('speed', 'bfloat16', 'low precision of --amp', ('bfloat16', 'float16'))
+    channels_last: bool = _field('speed', True, 'channels-last memory layout')
+    torchcompile: bool = _field('speed', False, 'torch.compile the model')
+    device: str | None = _field('speed', None, "as torch names it; none: 'cuda' where there is one, else 'cpu'")
+
+    seed: int = _field('run', 42, 'seed of weights, data order, augmentation and attacks', '>= 0')
+    output: str = _field('run', 'output/train', 'folder for the folders of the runs')
+    experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
+    resume: str | None = _field('run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder")
+    log_interval: int = _field('run', 20, 'steps between log lines', '>= 1')
+    checkpoint_hist: int = _field('run', 2, 'checkpoints to keep beside the best and the last', '>= 1')
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        self.validate()
+
+    def validate(self) -> None:
+        """Bring every value to its type ('3e-4', as YAML reads it, to 0.0003) and refuse what cannot be meant.
+
+        Raises:
+            ValueError: naming the key, the value and what is allowed.
+        """
+        for name in _SETTINGS:
+            object.__setattr__(self, name, _read_value(name, getattr(self, name)))
+        _ = self.threat_model
+        for name in ('step_size', 'eval_step_size'):
+            _check_step_size(name, getattr(self, name))
+        if self.min_lr > self.lr:
+            raise ValueError(f'min_lr {self.min_lr} is larger than lr {self.lr}; allowed: 0 to lr')
+        milestones = self.decay_milestones
+        if milestones != sorted(set(milestones)) or any(epoch < 1 for epoch in milestones):
+            raise ValueError(f'decay_milestones {milestones} must be increasing epochs, such as [75, 90]')
+        if self.sched == 'multistep' and not milestones:
+            raise ValueError("sched 'multistep' needs decay_milestones, such as [75, 90]")
+        try:
+            torch.device(self.device or 'cpu')
+        except RuntimeError:
+            raise ValueError(f"device {self.device!r} is unknown; allowed: 'cpu', 'cuda', 'cuda:1', ...") from None
+
+    @property
+    def threat_model(self) -> ThreatModel:
+        """What the attacker may do, in training and in validation."""
+        return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # it reads '8/255' too
+
+    @property
+    def resolved_step_size(self) -> float:
+        """Step size of the training attack, in pixels on [0, 1]."""
+        if self.step_size is not None:
+            return parse_eps(self.step_size)
+        return parse_eps(self.eps) * (1.25 if self.attack == 'fgsm' else 2.5 / self.steps)
+
+    @property
+    def resolved_eval_step_size(self) -> float:
+        """Step size of the PGD of validation, in pixels on [0, 1]."""
+        if self.eval_step_size is not None:
+            return parse_eps(self.eval_step_size)
+        return parse_eps(self.eps) * 2.5 / self.eval_steps
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a recipe file: a YAML mapping of what differs from the defaults; '-' and '_' in keys are the same.
+
+        Raises:
+            FileNotFoundError: if there is no such file; it lists those in the folder.
+            ValueError: naming the file, the line, and the unknown or doubled key or the wrong value.
+        """
+        path, values = Path(path), {}
+        for key, value, line in _read_yaml(path):
+            name = str(key).replace('-', '_')
+            if name not in _SETTINGS:
+                near = difflib.get_close_matches(name, _SETTINGS, 1)
+                hint = f'did you mean {near[0]!r}? ' if near else ''
+                raise ValueError(f'{path}:{line}: unknown key {key!r}; {hint}timm_robust.recipe.Recipe lists the keys')
+            if name in values:
+                raise ValueError(f'{path}:{line}: key {key!r} is given twice')
+            try:
+                values[name] = _read_value(name, value)
+            except ValueError as error:
+                raise ValueError(f'{path}:{line}: {error}') from None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f'{path}: {error}') from None
+
+    def to_yaml(self, path: str | Path, full: bool = False) -> None:
+        """Write what differs from the defaults (full: every setting), atomically: never half a file."""
+        path, default = Path(path), type(self)()
+        values = {name: getattr(self, name) for name in _SETTINGS}
+        if not full:
+            values = {name: value for name, value in values.items() if value != getattr(default, name)}
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            temporary.write_text(text, encoding='utf-8')
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+_SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
+_HINTS = typing.get_type_hints(Recipe)
+
+
+def _kinds(name: str) -> tuple[type, ...]:
+    """The types that a setting allows: (float, NoneType) for `float | None`, (list,) for `list[int]`."""
+    hint = _HINTS[name]
+    origin = typing.get_origin(hint)
+    return (origin,) if origin in (dict, list) else typing.get_args(hint) or (hint,)
+
+
+def _read_value(name: str, value: Any) -> Any:
+    """The value brought to the type of the setting, checked against its choices or range."""
+    kinds, allowed = _kinds(name), _SETTINGS[name].metadata['allowed']
+    read = _convert(value, kinds)
+    if read is _convert:
+        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {" or ".join(_KINDS[k] for k in kinds)}')
+    if isinstance(allowed, tuple) and read not in allowed:
+        raise ValueError(f'{name} {value!r} is unknown; allowed: {", ".join(allowed)}')
+    if isinstance(allowed, str) and allowed and read is not None and not _RANGES[allowed](read):
+        raise ValueError(f'{name} {value!r} is out of range; allowed: {allowed}')
+    return read
+
+
+def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
+    """The value as one of these types, or this function itself where it fits none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return _convert
+    if list in kinds and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
+        return list(value)
+    if dict in kinds and isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return dict(value)
+    if type(value) in kinds and not isinstance(value, (list, dict)):
+        return value
+    if float in kinds and type(value) is int:
+        return float(value)
+    if str in kinds and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if float in kinds and isinstance(value, str):
+        try:
+            return _convert(float(value), kinds)
+        except ValueError:
+            return _convert
+    return _convert
+
+
+def _check_step_size(name: str, value: float | str | None) -> None:
+    """Refuse a step size that is no positive number."""
+    try:
+        good = value is None or parse_eps(value) > 0
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"{name} {value!r} is not a positive number; write for example '2/255' or 0.0078")
+
+
+def _read_yaml(path: Path) -> list[tuple[Any, Any, int]]:
+    """The (key, value, line) of a YAML mapping, without doubled keys."""
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except FileNotFoundError:
+        others = ', '.join(sorted(file.name for file in path.parent.glob('*.yaml'))) or 'no .yaml file'
+        raise FileNotFoundError(f'recipe {path} does not exist; its folder holds {others}') from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not a text file in UTF-8: {error}') from None
+    try:
+        root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f':{mark.line + 1}' if mark else ''
+        raise ValueError(f'{path}{line}: not valid YAML: {getattr(error, "problem", None) or error}') from None
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f'{path}: a recipe is a mapping of `key: value` lines, this is a {type(values).__name__}')
+    lines: dict[str, int] = {}
+    for node in (root, *(value for _, value in root.value if isinstance(value, yaml.MappingNode))):
+        seen = set()
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise ValueError(f'{path}:{line}: key {key.value!r} is given twice')
+            seen.add(key.value)
+            lines.setdefault(key.value, line)
+    return [(key, value, lines.get(str(key), 1)) for key, value in values.items()]
+
+
+class _KeyValue(argparse.Action):
+    """Reads `key=value ...` into a dict, each value as a Python literal where it is one (timm's --model-kwargs)."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        read = {}
+        for item in values:
+            key, equals, value = item.partition('=')
+            if not equals or not key:
+                parser.error(f'argument {option}: {item!r} is not of the form key=value')
+            try:
+                read[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                read[key] = value
+        setattr(namespace, self.dest, read)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add -c/--config and one flag for each setting; a flag that is not given leaves nothing in the namespace."""
+    parser.add_argument('-c', '--config', metavar='FILE.yaml', default=None, help='recipe file; flags override it')
+    groups: dict[str, Any] = {}
+    for name, field in _SETTINGS.items():
+        title = field.metadata['group']
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        kinds, allowed = _kinds(name), field.metadata['allowed']
+        default = 'none' if field.default in (None, dataclasses.MISSING) else field.default
+        options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {default})'.replace('%', '%%')}
+        if kinds == (bool,):
+            options['action'] = argparse.BooleanOptionalAction
+        elif kinds == (dict,):
+            options |= {'nargs': '*', 'action': _KeyValue, 'metavar': 'KEY=VALUE'}
+        elif kinds == (list,):
+            options |= {'nargs': '*', 'type': int, 'metavar': 'N'}
+        elif isinstance(allowed, tuple):
+            options['choices'] = allowed
+        else:
+            options |= {'type': _reader(kinds), 'metavar': {int: 'N', float: 'X'}.get(kinds[0], 'TEXT')}
+        flags = ['-b'] * (name == 'batch_size') + ['--' + name.replace('_', '-')]
+        group.add_argument(*flags, **options).default = argparse.SUPPRESS
+
+
+def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
+    """What turns the text of a flag into a value; `none` unsets a setting that may be None."""
+    kind = next(kind for kind in (str, int, float) if kind in kinds)
+
+    def read(text: str) -> Any:
+        return None if NoneType in kinds and text.lower() == 'none' else kind(text)
+
+    read.__name__ = _KINDS[kind].removeprefix('a ')  # argparse: invalid whole number value: 'x'
+    return read
+
+
+def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recipe:
+    """The recipe of a command line (without the program's name): default < --config file < flags.
+
+    What is wrong is printed with the usage, without a traceback, and the exit code is 2.
+    """
+    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...]; {prog} --help lists the flags'
+    parser = argparse.ArgumentParser(prog, usage, 'Train a robust model.', allow_abbrev=False)
+    add_arguments(parser)
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split('=')[0], parser._option_string_actions, 1)
+        parser.error(f'unknown argument {unknown[0]!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
+    given = vars(namespace)
+    config = given.pop('config')
+    try:
+        recipe = Recipe.from_yaml(config) if config else Recipe()
+        return dataclasses.replace(recipe, **given)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
