@@ -123,7 +123,7 @@ def test_fused_passes_equal_the_formula_beyond_one_piece(layout, dtype, beta):
         y.backward(grad)
         results.append((y.detach(), leaf.grad, alpha.grad / x.numel() ** 0.5, b.grad / x.numel() ** 0.5))
     tolerance = {'atol': 1e-5, 'rtol': 1e-5} if dtype == torch.float32 else {'atol': 5e-2, 'rtol': 2e-2}
-    for ours, formula in zip(*results):
+    for ours, formula in zip(*results, strict=True):
         torch.testing.assert_close(ours, formula, **tolerance)
 
 
@@ -164,9 +164,10 @@ def test_compile_full_graph_and_export(name):
     compiled = torch.compile(act, fullgraph=True, backend='aot_eager')
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     eager_grads, compiled_grads = (
-        torch.autograd.grad(f(leaf).sum(), [leaf, *act.parameters()]) for f, leaf in zip((act, compiled), leaves)
+        torch.autograd.grad(f(leaf).sum(), [leaf, *act.parameters()])
+        for f, leaf in zip((act, compiled), leaves, strict=True)
     )
-    for ours, theirs in zip(eager_grads, compiled_grads):
+    for ours, theirs in zip(eager_grads, compiled_grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.export.export(act, (x,)).module()(x), act(x))
 
@@ -198,7 +199,7 @@ def test_shape_agrees_with_the_curve(name, point):
     if math.isinf(shape.max_curvature):
         assert curvature > 100  # a kink: the second difference grows as 1 / h
     else:
-        # SmoothReLU's f'' jumps at 0, where a second difference sees half of it at first and nearly all of it next to it
+        # SmoothReLU's f'' jumps at 0 and falls fast behind it: a second difference sees part of it
         assert curvature == pytest.approx(shape.max_curvature, rel=0.25 if name == 'smoothrelu' else 2e-3)
 
 

@@ -30,9 +30,7 @@ def test_stays_inside_the_threat_model_and_raises_the_loss(net, x, threat_model,
         return cross_entropy(net(x), y)
 
     with attacked(net):
-        x_adv = pgd(
-            loss_fn, x, threat_model, steps=steps, step_size=threat_model.eps / 2, random_start=random_start
-        )
+        x_adv = pgd(loss_fn, x, threat_model, steps=steps, step_size=threat_model.eps / 2, random_start=random_start)
         assert threat_model.contains(x_adv, x).all()
         assert not x_adv.requires_grad
         assert loss_fn(x_adv).mean() > loss_fn(x).mean()
@@ -48,7 +46,9 @@ def test_one_full_step_is_exact_for_a_linear_surrogate(x, threat_model):
 
     x_adv = fgsm(loss_fn, inner, threat_model, random_start=False)
     dual = weight.abs().sum() if threat_model.norm == 'Linf' else weight.norm()
-    torch.testing.assert_close(loss_fn(x_adv) - loss_fn(inner), (threat_model.eps * dual).expand(12), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        loss_fn(x_adv) - loss_fn(inner), (threat_model.eps * dual).expand(12), rtol=1e-4, atol=1e-4
+    )
     several = pgd(loss_fn, inner, threat_model, steps=20, step_size=threat_model.eps / 4)
     torch.testing.assert_close(loss_fn(several), loss_fn(x_adv), rtol=1e-3, atol=2e-2)
 
@@ -57,7 +57,9 @@ def test_more_steps_climb_higher(net, x):
     y = torch.zeros(12, dtype=torch.long)
     with attacked(net):
         losses = [
-            cross_entropy(net(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=s, step_size=2 / 255, random_start=False)), y).mean()
+            cross_entropy(
+                net(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=s, step_size=2 / 255, random_start=False)), y
+            ).mean()
             for s in (0, 1, 5)
         ]
     assert losses[0] < losses[1] < losses[2]

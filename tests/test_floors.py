@@ -1,4 +1,4 @@
-"""Imports go down only: a module may import those on lower floors, and `train/` and the other scripts stand on the roof."""
+"""Imports go down only: a module may import those on lower floors; scripts stand on the roof."""
 
 import ast
 from pathlib import Path
@@ -41,7 +41,7 @@ def imports(path):
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split('.')[0] == 'timm_robust':
-                    yield (alias.name.split('.') + ['__init__'])[1]
+                    yield [*alias.name.split('.'), '__init__'][1]
 
 
 def test_every_room_has_a_floor():

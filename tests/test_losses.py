@@ -32,7 +32,7 @@ def test_trades_at_beta_0_is_cross_entropy(net, batch):
     result = trades(net, nudge, x, y, beta=0.0)
     expected = F.cross_entropy(net(x), y)
     torch.testing.assert_close(result.loss, expected)
-    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected)):
+    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -42,7 +42,7 @@ def test_trades_is_the_papers_formula_in_value_and_gradient(net, batch):
     p, q = net(x).softmax(1), net(nudge(lambda x: net(x).sum(1), x)).softmax(1)
     expected = F.cross_entropy(net(x), y) + 6 * (p * (p / q).log()).sum(1).mean()
     torch.testing.assert_close(result.loss, expected)
-    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected)):
+    for ours, theirs in zip(gradients(net, result.loss), gradients(net, expected), strict=True):
         torch.testing.assert_close(ours, theirs)
 
 

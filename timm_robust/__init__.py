@@ -1,7 +1,8 @@
 """Adversarially robust models for timm.
 
 Importing this package registers its models with timm: `timm.create_model('resnet18_pssilu')`,
-`timm.create_model('wrn28_10_pssilu')`. Train with `python train/adv_train.py`, measure with `python -m timm_robust.evaluate`.
+`timm.create_model('wrn28_10_pssilu')`. Train with `python train/adv_train.py`, measure with `python -m
+timm_robust.evaluate`.
 """
 
 from . import models

@@ -1,6 +1,7 @@
 """Activation functions for adversarial robustness: functional forms, modules, and the shape of each curve.
 
-Parametric family of Dai, Mahloujifar, Mittal 2021 (https://arxiv.org/abs/2110.05626), each at its initial value a known one:
+Parametric family of Dai, Mahloujifar, Mittal 2021 (https://arxiv.org/abs/2110.05626), each at its initial value a
+known one:
 
 | name      | class          | formula                                                 | at init  | shapes           |
 |-----------|----------------|---------------------------------------------------------|----------|------------------|
@@ -19,11 +20,12 @@ Smooth Adversarial Training, Xie et al. 2020 (https://arxiv.org/abs/2006.14536):
 | smoothrelu | SmoothReLU          | x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2, raw starts at 20 |
 | softplus10 | ParametricSoftplus  | log(1 + exp(10 x)) / 10                                                |
 
-and `relu`, `silu`, `gelu`, `elu`, `softplus`. s is the logistic sigmoid. Every function takes any shape, and returns its input's
-shape and dtype (a bf16 input gives a bf16 result whatever the dtype of the parameters).
+and `relu`, `silu`, `gelu`, `elu`, `softplus`. s is the logistic sigmoid. Every function takes any shape, and returns
+its input's shape and dtype (a bf16 input gives a bf16 result whatever the dtype of the parameters).
 
-The paper shares one (alpha, beta) over a whole network. A network of ours therefore owns one module of this file, and hands
-its blocks the tensors (`act.params()`), which call the class's `call(x, params)`: no tensor stands twice in the state dict.
+The paper shares one (alpha, beta) over a whole network. A network of ours therefore owns one module of this file, and
+hands its blocks the tensors (`act.params()`), which call the class's `call(x, params)`: no tensor stands twice in the
+state dict.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def prelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """x for x > 0, alpha x otherwise; alpha is free in sign. Dai et al. 2021, arXiv:2110.05626."""
+    """X for x > 0, alpha x otherwise; alpha is free in sign. Dai et al. 2021, arXiv:2110.05626."""
     return F.prelu(x, alpha.to(x.dtype))
 
 
@@ -79,7 +81,7 @@ def pprelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def pelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """x for x > 0, alpha (exp(x) - 1) otherwise: ELU with a learnable scale. Dai et al. 2021, arXiv:2110.05626."""
+    """X for x > 0, alpha (exp(x) - 1) otherwise: ELU with a learnable scale. Dai et al. 2021, arXiv:2110.05626."""
     return F.relu(x) + alpha.to(x.dtype) * torch.expm1(x - F.relu(x))
 
 
@@ -90,7 +92,7 @@ def reblu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-    """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2. Xie et al. 2020, https://arxiv.org/abs/2006.14536.
+    """X - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2. Xie et al. 2020, https://arxiv.org/abs/2006.14536.
 
     f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 gives 0, its limit.
     """
@@ -165,6 +167,7 @@ class Activation(nn.Module):
 class _Alpha(Activation):
     """Base of the activations with one learnable scalar alpha."""
 
+    alpha: torch.Tensor
     initial = {'alpha': 1.0}
 
     def params(self) -> List[torch.Tensor]:
@@ -178,6 +181,8 @@ class PSSiLU(Activation):
     beta starts at 1e-8 and never at 0, where d abs(beta) / d beta = 0 would keep it for ever.
     """
 
+    alpha: torch.Tensor
+    beta: torch.Tensor
     initial = {'alpha': 1.0, 'beta': 1e-8}
 
     @staticmethod
@@ -287,6 +292,7 @@ class ReBLU(_Alpha):
 class SmoothReLU(Activation):
     """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2 from raw = 20; see `smooth_relu`."""
 
+    raw: torch.Tensor
     initial = {'raw': 20.0}
 
     @staticmethod
@@ -299,7 +305,7 @@ class SmoothReLU(Activation):
         return [self.raw]
 
     def shape(self) -> Shape:
-        """max abs(f'') = a, just right of 0."""
+        """Max abs(f'') = a, just right of 0."""
         return Shape(0.0, 0.0, max(self.raw.item() ** 2, RAW_SQUARE_MIN))
 
 
@@ -321,7 +327,7 @@ class SiLU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """x s(x)."""
+        """X s(x)."""
         return F.silu(x)
 
     def shape(self) -> Shape:
@@ -334,7 +340,7 @@ class GELU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """x Phi(x)."""
+        """X Phi(x)."""
         return F.gelu(x)
 
     def shape(self) -> Shape:
@@ -348,7 +354,7 @@ class ELU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """x for x > 0, exp(x) - 1 otherwise."""
+        """X for x > 0, exp(x) - 1 otherwise."""
         return F.elu(x)
 
     def shape(self) -> Shape:

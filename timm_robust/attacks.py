@@ -1,7 +1,7 @@
 """Gradient attacks, composed of the literature's parts: initialise, take a step, project, and a loss to climb.
 
-An attack here knows neither model nor labels: it climbs `loss_fn: x -> [B]`, so that Madry's, TRADES' and an evaluator's
-attacks differ by the surrogate they hand in and by nothing else:
+An attack here knows neither model nor labels: it climbs `loss_fn: x -> [B]`, so that Madry's, TRADES' and an
+evaluator's attacks differ by the surrogate they hand in and by nothing else:
 
     surrogate = lambda x: F.cross_entropy(model(x), y, reduction='none')
     with attacked(model):
@@ -56,7 +56,8 @@ def pgd(
         threat_model: the allowed perturbations.
         steps: number of gradients taken; 0 returns the start.
         step_size: length of a step in the threat model's norm, in pixels.
-        random_start: start at a random point of the ball. A loss that is least at x, such as TRADES' KL divergence, needs it.
+        random_start: start at a random point of the ball. A loss that is least at x, such as TRADES' KL divergence,
+            needs it.
         generator: source of the random start.
 
     Returns:
@@ -82,9 +83,7 @@ def fgsm(
     """One step of PGD, of 1.25 eps unless said otherwise (Wong et al. 2020); exact where the loss is linear in x."""
     if step_size is None:
         step_size = 1.25 * threat_model.eps if random_start else threat_model.eps
-    return pgd(
-        loss_fn, x, threat_model, steps=1, step_size=step_size, random_start=random_start, generator=generator
-    )
+    return pgd(loss_fn, x, threat_model, steps=1, step_size=step_size, random_start=random_start, generator=generator)
 
 
 @contextmanager
@@ -93,7 +92,8 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
 
     Args:
         model: any network.
-        bn: 'eval' attacks the network as it is deployed. 'train' normalises with the batch's own statistics, and leaves the
+        bn: 'eval' attacks the network as it is deployed. 'train' normalises with the batch's own statistics, and
+            leaves the
             running ones alone.
 
     Raises:
@@ -119,5 +119,5 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
             for module, momentum in momenta:
                 module.momentum = momentum
         model.eval()
-        for module in training:
-            module.training = True
+        for trained in training:
+            trained.training = True

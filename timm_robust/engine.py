@@ -1,15 +1,18 @@
 """The run of a recipe: build, resume, the epoch loop, validation, logging and checkpoints.
 
-The clock is the step: data order, augmentation, noise and learning rate all follow from (recipe, step), so a checkpoint holds
-weights, optimizer, average and the step, and a resumed run continues as if it had never stopped. The best checkpoint is chosen by
-PGD accuracy on images held out of the training set; the test set is never looked at.
+The clock is the step: data order, augmentation, noise and learning rate all follow from (recipe, step), so a
+checkpoint holds weights, optimizer, average and the step, and a resumed run continues as if it had never stopped. The
+best checkpoint is chosen by PGD accuracy on images held out of the training set; the test set is never looked at.
 """
 
 from __future__ import annotations
 
 import csv
+import difflib
+import io
 import json
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, r
 from .data import ImageData, TrainBatches, load_dataset, split_holdout
 from .losses import cross_entropy
 from .recipe import Recipe
+from .results import atomic_file
 from .step import Forward, TrainStep, averaged_weights
 from .threat_model import ThreatModel
 
@@ -87,7 +91,7 @@ def build(recipe: Recipe) -> Run:
     batches = TrainBatches(rest.to(device), recipe.batch_size, recipe.seed, recipe.crop_padding, recipe.hflip)
     model = create_model(recipe, data.num_classes).to(device)
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     ema = None
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
@@ -110,7 +114,7 @@ def build(recipe: Recipe) -> Run:
         ema=ema,
         forward=forward,
         train_step=TrainStep(model, forward, optimizer, recipe, ema),
-        scheduler=make_scheduler(optimizer, recipe, total, per_epoch),
+        scheduler=make_scheduler(optimizer, recipe, total),
         batches=batches,
         held_out=held_out.to(device) if len(held_out) else None,
         total_steps=total,
@@ -127,8 +131,6 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         ValueError: for a name that is not registered, with the nearest ones.
     """
     if not timm.is_model(recipe.model):
-        import difflib
-
         near = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
         raise ValueError(f'model {recipe.model!r} is not registered with timm; nearest: {", ".join(near) or "none"}')
     classes = recipe.num_classes or num_classes
@@ -138,10 +140,12 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int, steps_per_epoch: int
-) -> Scheduler | None:
-    """timm's scheduler over the whole run, set by step; 'onecycle' is a linear rise over the warm-up and a linear fall to min_lr."""
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:
+    """A timm scheduler over the whole run, set by step; 'onecycle' rises over the warm-up, then falls, both linearly.
+
+    A run that max_steps makes shorter than its epochs goes through the same course faster.
+    """
+    steps_per_epoch = total_steps / recipe.epochs
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total_steps - 1)
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -151,7 +155,7 @@ def make_scheduler(
         warmup_prefix=True,
         warmup_lr=recipe.min_lr,
         min_lr=recipe.min_lr,
-        decay_milestones=[m * steps_per_epoch - warmup for m in recipe.decay_milestones],
+        decay_milestones=[round(m * steps_per_epoch) - warmup for m in recipe.decay_milestones],
         decay_rate=1.0 if recipe.sched == 'onecycle' else recipe.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
@@ -204,9 +208,9 @@ def train_epoch(run: Run) -> dict[str, Any]:
         if run.step % recipe.log_interval == 0 or run.step == end:
             done, now = run.step - first, time.perf_counter()
             mean_loss = loss_sum.item() / done  # the only wait for the device
-            if not mean_loss - mean_loss == 0:
+            if not math.isfinite(mean_loss):
                 raise FloatingPointError(
-                    f'the loss is {mean_loss} at step {run.step} (epoch {epoch}); the last checkpoint in {run.folder} is intact. '
+                    f'the loss is {mean_loss} at step {run.step} (epoch {epoch}); what {run.folder} holds is intact. '
                     'Lower --lr, add --clip-grad 1.0, or resume with another --seed'
                 )
             rate = done * recipe.batch_size / (now - started)
@@ -306,7 +310,7 @@ def save(run: Run, epoch: int, metric: float, is_best: bool) -> None:
 
 
 def restore(run: Run) -> None:
-    """Load the checkpoint of `resume`: a file, or 'auto' for the newest in the experiment's folder (none: start afresh).
+    """Load the checkpoint of `resume`: a file, or 'auto' for the newest in the experiment's folder, if there is one.
 
     Raises:
         ValueError: if the checkpoint is of another model or of another schedule's batch size.
@@ -319,10 +323,14 @@ def restore(run: Run) -> None:
     state = load_checkpoint(path)
     for key, ours in (('arch', recipe.model), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
-            raise ValueError(f'checkpoint {path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
+            raise ValueError(
+                f'checkpoint {path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one'
+            )
     theirs = state['recipe']['batch_size']
     if theirs != recipe.batch_size:
-        raise ValueError(f'checkpoint {path} was trained with --batch-size {theirs}; resume with the same, not {recipe.batch_size}')
+        raise ValueError(
+            f'checkpoint {path} was trained with --batch-size {theirs}; resume with the same, not {recipe.batch_size}'
+        )
     run.model.load_state_dict(state['state_dict'])
     run.train_step.optimizer.load_state_dict(state['optimizer'])
     run.train_step.scaler.load_state_dict(state['scaler'])
@@ -335,19 +343,23 @@ def restore(run: Run) -> None:
 def write_summary(run: Run) -> None:
     """summary.csv anew from the history: whole after a resume, and never half a row."""
     columns = list(dict.fromkeys(key for row in run.history for key in row))
-    path = run.folder / 'summary.csv'
-    with open(path.with_suffix('.tmp'), 'w', newline='') as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(run.history)
-    path.with_suffix('.tmp').replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(run.history)
+    with atomic_file(run.folder / 'summary.csv') as file:
+        file.write(text.getvalue().encode())
 
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
     best = max(run.history, key=lambda row: row.get(metric_name(run.recipe), -1.0), default={})
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
-    line = {'model': run.recipe.model, 'threat_model': str(run.recipe.threat_model), 'output': str(run.folder)}
+    line: dict[str, Any] = {
+        'model': run.recipe.model,
+        'threat_model': str(run.recipe.threat_model),
+        'output': str(run.folder),
+    }
     line.update({key: best[key] for key in keys if key in best})
     line.update(steps=run.step, images=run.step * run.recipe.batch_size, seconds=round(run.seconds, 1))
     return json.loads(json.dumps(line))

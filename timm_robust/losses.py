@@ -4,8 +4,8 @@
 - `trades`: Zhang et al. 2019, https://arxiv.org/abs/1901.08573
 - `clean`: ordinary training, the control.
 
-`model` maps pixels in [0, 1] to logits [B, K]; `attack(loss_fn, x)` gives adversarial images and is called with the model as the
-caller has set it up to be attacked. Losses are computed in fp32 whatever the precision of the logits.
+`model` maps pixels in [0, 1] to logits [B, K]; `attack(loss_fn, x)` gives adversarial images and is called with the
+model as the caller has set it up to be attacked. Losses are computed in fp32 whatever the precision of the logits.
 """
 
 from __future__ import annotations

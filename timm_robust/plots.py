@@ -18,7 +18,7 @@ def adversarial_figure(
     classes: Sequence[str],
     threat_model: ThreatModel,
 ) -> None:
-    """Save a PNG: one row an image, with the original, and for each model its adversarial image and the perturbation magnified.
+    """Save a PNG: a row an image, the original first, then each model's adversarial image and perturbation.
 
     Args:
         path: the PNG.
@@ -40,14 +40,19 @@ def adversarial_figure(
     figure = Figure(figsize=(1.7 * columns, 1.95 * len(x) + 0.5), layout='constrained')
     axes = figure.subplots(len(x), columns, squeeze=False)
     for row in range(len(x)):
-        _show(axes[row][0], x[row], f'original: {classes[y[row]]}', 'black')
+        _show(axes[row][0], x[row], f'original: {classes[int(y[row])]}', 'black')
         for column, (name, (x_adv, predicted)) in enumerate(attempts.items()):
             fooled = bool(predicted[row] != y[row])
-            title = f'{name}: {classes[predicted[row]]}'
+            title = f'{name}: {classes[int(predicted[row])]}'
             _show(axes[row][1 + 2 * column], x_adv[row], title, 'firebrick' if fooled else 'seagreen')
             delta = x_adv[row] - x[row]
             scale = threat_model.eps if threat_model.norm == 'Linf' else delta.abs().max().clamp_min(1e-12).item()
-            _show(axes[row][2 + 2 * column], (0.5 + 0.5 * delta / scale).clamp(0, 1), f'perturbation x {0.5 / scale:.3g}', 'black')
+            _show(
+                axes[row][2 + 2 * column],
+                (0.5 + 0.5 * delta / scale).clamp(0, 1),
+                f'perturbation x {0.5 / scale:.3g}',
+                'black',
+            )
     figure.suptitle(f'{threat_model}: red labels are wrong, green ones right', fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 

@@ -1,8 +1,9 @@
 """PSSiLU and PSiLU made cheap: `pssilu(x, alpha, beta)`, `psilu(x, alpha)`.
 
-Written out, PSSiLU is five passes over the data forward, more backward, and keeps four intermediate tensors alive. In eager
-mode the autograd function below makes one buffer and keeps x alone; where a compiler reads the code (torch.compile, torch.export,
-TorchScript) it finds the formula, which compilers fuse into one kernel each way. Equal to rounding; twice differentiable.
+Written out, PSSiLU is five passes over the data forward, more backward, and keeps four intermediate tensors alive. In
+eager mode the autograd function below makes one buffer and keeps x alone; where a compiler reads the code
+(torch.compile, torch.export, TorchScript) it finds the formula, which compilers fuse into one kernel each way. Equal
+to rounding; twice differentiable.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ BETA_MAX = 0.99
 """abs(beta) acts as min(abs(beta), BETA_MAX): at 1 the formula divides by zero. Representable below 1 in bf16 too."""
 
 _PIECE = 1 << 18
-"""Elements that eager mode works on at a time on the CPU: 1 MiB in fp32, so that passes after the first hit the cache."""
+"""Elements that eager mode works on at a time on the CPU: 1 MiB in fp32, so that later passes hit the cache."""
 
 
 def pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """Parametric shifted SiLU: x (s(a x) - b) / (1 - b), a = abs(alpha), b = min(abs(beta), 0.99).
 
-    Dai et al. 2021, https://arxiv.org/abs/2110.05626. alpha and beta hold one element; x has any shape, the result x's shape and
-    dtype. For b > 0 it grows on both sides: slope -b / (1 - b) far to the left, 1 far to the right; max abs(f'') = a / (2 (1 - b)),
-    at 0.
+    Dai et al. 2021, https://arxiv.org/abs/2110.05626. alpha and beta hold one element; x has any shape, the result x's
+    shape and dtype. For b > 0 it grows on both sides: slope -b / (1 - b) far to the left, 1 far to the right. Its
+    max abs(f'') is a / (2 (1 - b)), at 0.
     """
     return _pssilu(x, alpha, beta)
 
@@ -40,7 +41,7 @@ def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.T
     """The formula where a compiler reads it, the fused passes in eager mode; a leaf to torch.fx."""
     if torch.jit.is_scripting():
         return _pssilu_formula(x, alpha, beta)
-    else:  # noqa: RET505 - TorchScript compiles what follows a bare return
+    else:
         if torch.compiler.is_compiling():
             return _pssilu_formula(x, alpha, beta)
         return _FusedPSSiLU.apply(x, alpha, beta)
@@ -51,7 +52,7 @@ def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """As `_pssilu`, for beta = 0."""
     if torch.jit.is_scripting():
         return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
-    else:  # noqa: RET505 - TorchScript compiles what follows a bare return
+    else:
         if torch.compiler.is_compiling():
             return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
         return _FusedPSSiLU.apply(x, alpha, None)
@@ -90,7 +91,7 @@ class _FusedPSSiLU(torch.autograd.Function):
         return _FusedPSSiLU.apply(x, alpha, beta), in_dims[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, alpha, beta = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
@@ -153,12 +154,12 @@ def _lerp_weight(beta: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | N
 
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The tensors, cut alike into flat pieces of _PIECE elements where they are large, dense, alike in layout and on the CPU."""
+    """The tensors, cut into flat pieces of _PIECE elements where they are large, dense, alike in layout, on the CPU."""
     first = tensors[0]
     if first.device.type == 'cpu' and first.numel() > 2 * _PIECE and all(t.stride() == first.stride() for t in tensors):
         if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
             tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
         if tensors[0].is_contiguous():
-            yield from zip(*(t.view(-1).split(_PIECE) for t in tensors))
+            yield from zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True)
             return
     yield tensors

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import yaml
 
-from timm_robust.threat_model import NORMS, ThreatModel, parse_eps
+from .results import atomic_file
+from .threat_model import NORMS, ThreatModel, parse_eps
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     '>= 1': lambda v: v >= 1,
@@ -210,12 +211,8 @@ class Recipe:
             values = {name: value for name, value in values.items() if value != getattr(default, name)}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-        try:
-            temporary.write_text(text, encoding='utf-8')
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_file(path) as file:
+            file.write(text.encode())
 
 
 _SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}

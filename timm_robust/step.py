@@ -106,7 +106,7 @@ class TrainStep:
         return StepOutput(loss.detach(), (shown.detach().argmax(1) == y).sum())
 
     def _clip(self) -> None:
-        """Bound the gradients as the recipe says: all of them, then PSSiLU's beta on its own (Dai et al. 2021: 0.01)."""
+        """Bound the gradients as the recipe says: all, then PSSiLU's beta on its own (Dai et al. 2021: 0.01)."""
         recipe = self.recipe
         if recipe.clip_grad is None and recipe.pssilu_beta_clip is None:
             return
@@ -118,20 +118,27 @@ class TrainStep:
 
 
 def make_attack(model: nn.Module, recipe: Recipe) -> Attack:
-    """The recipe's training attack on this model: it freezes the parameters and sets batch norm's mode while it runs."""
+    """The recipe's training attack on this model; it freezes the parameters and sets batch norm's mode."""
     steps = 1 if recipe.attack == 'fgsm' else recipe.steps
-    settings = {'steps': steps, 'step_size': recipe.resolved_step_size, 'random_start': recipe.random_start}
+    threat_model, step_size = recipe.threat_model, recipe.resolved_step_size
 
     def attack(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
         with attacked(model, recipe.attack_bn):
-            return pgd(loss_fn, x, recipe.threat_model, **settings)
+            return pgd(
+                loss_fn,
+                x,
+                threat_model,
+                steps=steps,
+                step_size=step_size,
+                random_start=recipe.random_start,
+            )
 
     return attack
 
 
 @contextmanager
 def averaged_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
-    """Lend the averaged weights to the model, so that what was compiled for it serves both; a no-op without an average."""
+    """Lend the averaged weights, if any, to the model, so that what was compiled for it serves both."""
     if ema is None:
         yield
         return

@@ -1,7 +1,7 @@
 """What the attacker may do: a ball around each image, and the box of valid pixels.
 
-Formulas follow Madry et al. 2018, https://arxiv.org/abs/1706.06083. All tensors are images in [0, 1], shaped [B, C, H, W];
-eps and step sizes are in pixels on that scale, so the usual Linf budget is 8/255.
+Formulas follow Madry et al. 2018, https://arxiv.org/abs/1706.06083. All tensors are images in [0, 1], shaped [B, C, H,
+W]; eps and step sizes are in pixels on that scale, so the usual Linf budget is 8/255.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def parse_eps(eps: float | str) -> float:
         numerator, _, denominator = str(eps).partition('/') if isinstance(eps, str) else (eps, '', '')
         value = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError, TypeError, OverflowError):
-        raise ValueError(f"eps {eps!r} is not a number; write a fraction such as '8/255' or a decimal such as 0.5") from None
+        raise ValueError(
+            f"eps {eps!r} is not a number; write a fraction such as '8/255' or a decimal such as 0.5"
+        ) from None
     if not 0 <= value < float('inf'):
         raise ValueError(f"eps {eps!r} must be finite and not negative; write for example '8/255'")
     return value
@@ -58,7 +60,7 @@ class ThreatModel:
             raise ValueError(f'bounds {self.bounds!r} are empty; write (0.0, 1.0)')
         if self.norm == 'Linf' and self.eps > hi - lo:
             raise ValueError(
-                f'eps {given!r} for Linf is wider than the pixel range {hi - lo:g}: pixels lie in [{lo:g}, {hi:g}] here. '
+                f'eps {given!r} for Linf is wider than the pixel range: pixels lie in [{lo:g}, {hi:g}] here. '
                 f"For {given} steps of 8-bit images write '{given}/255'"
             )
 
@@ -92,7 +94,8 @@ class ThreatModel:
     def project(self, x_adv: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The allowed point nearest to x_adv around x: onto the ball, then into the bounds.
 
-        For both norms the second projection keeps the first: clipping to a box that holds x only brings points nearer to x.
+        For both norms the second projection keeps the first: clipping to a box that holds x only brings points nearer
+        to x.
         """
         if self.norm == 'Linf':
             x_adv = torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps)
@@ -118,7 +121,7 @@ class ThreatModel:
 
     @property
     def eps_text(self) -> str:
-        """eps as the field writes it: n/255 for Linf where n is whole or a half, a decimal otherwise."""
+        """Eps as the field writes it: n/255 for Linf where n is whole or a half, a decimal otherwise."""
         n = self.eps * 255
         if self.norm == 'Linf' and abs(2 * n - round(2 * n)) < 1e-6:
             return f'{n:.4g}/255'

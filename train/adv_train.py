@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Train a robust model: python train/adv_train.py -c train/recipes/resnet18_pssilu.fgsm_cifar10_linf.yaml --data-dir DIR.
+"""Train a robust model: python train/adv_train.py -c train/recipes/NAME.yaml --data-dir DIR.
 
-Every flag is a field of `timm_robust.recipe.Recipe`; flags win over the recipe file, the file over the defaults. The folder
-output/train/<experiment> gets args.yaml, summary.csv, last.pth.tar, model_best.pth.tar (best PGD accuracy on held-out images)
-and the newest checkpoints. The last line of the output is the result as JSON.
+Every flag is a field of `timm_robust.recipe.Recipe`; flags win over the recipe file, the file over the defaults. The
+folder output/train/<experiment> gets args.yaml, summary.csv, last.pth.tar, model_best.pth.tar (best PGD accuracy on
+held-out images) and the newest checkpoints. The last line of the output is the result as JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The package's main job in a few minutes on two CPU cores, without a download: `make demo`.
 
-Trains a quarter-width `resnet18_pssilu` on scikit-learn's scanned digits twice, once as usual (the control) and once adversarially,
-attacks both with the full standard AutoAttack, prints a table, and saves a picture.
+Trains a quarter-width `resnet18_pssilu` on scikit-learn's scanned digits twice, once as usual (the control) and once
+adversarially, attacks both with the full standard AutoAttack, prints a table, and saves a picture.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ CONTROL = replace(ROBUST, loss='clean', epochs=8, val_interval=8, warmup_epochs=
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both, attack both, print the table, save the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)')
+    parser.add_argument(
+        '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
+    )
     parser.add_argument('-n', type=int, default=32, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=int, help='train both models for so many epochs')
     args = parser.parse_args(argv)
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results[name] = result
     picture = output / 'demo.png'
     draw(picture, models, test, ROBUST.threat_model)
-    print(f'\nresnet18_pssilu (width 16 of 64) on {len(test)} held-out digits, {ROBUST.threat_model}, AutoAttack standard:\n')
+    print(f'\nresnet18_pssilu (width 16 of 64), {len(test)} held-out digits, {ROBUST.threat_model}, full AutoAttack:\n')
     print(f'{"":22s}{"clean":>8s}{"PGD-10":>8s}{"AutoAttack":>12s}')
     for name, r in results.items():
         print(f'{name:22s}{r.clean_acc:8.1%}{r.pgd_acc:8.1%}{r.autoattack_acc:12.1%}')

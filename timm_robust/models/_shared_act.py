@@ -1,8 +1,9 @@
-"""Base of the CIFAR networks: one activation for the whole network, owned by the root, its tensors handed to the blocks.
+"""Base of the CIFAR networks: one activation for the whole network, owned by the root.
 
-Storing one activation module in every block, as the paper's code does, puts a copy of alpha and beta under every block's name
-in the state dict: safetensors refuses such a dict, and timm's ModelEmaV3 averages alpha once per name. Here the root registers
-the activation once, `params = self.act.params()` goes down with x, and blocks apply the activation's plain function to both.
+Storing one activation module in every block, as the paper's code does, puts a copy of alpha and beta under every
+block's name in the state dict: safetensors refuses such a dict, and timm's ModelEmaV3 averages alpha once per name.
+Here the root registers the activation once, `params = self.act.params()` goes down with x, and blocks apply the
+activation's plain function to both.
 """
 
 import re
@@ -12,7 +13,9 @@ import torch
 import torch.nn as nn
 from timm.layers import create_classifier
 from timm.models import checkpoint
-from timm.models._features import feature_take_indices  # timm's own families import it from here; there is no public path
+from timm.models._features import (
+    feature_take_indices,
+)  # timm's own families import it from here; there is no public path
 
 from ..activations import Activation, ReLU, get_activation
 
@@ -24,7 +27,9 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(self, x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, params: List[torch.Tensor]
+    ) -> torch.Tensor:
         """Run the blocks; with grad_checkpointing each one's intermediates are recomputed in backward."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -35,7 +40,7 @@ class Stage(nn.Sequential):
 
 
 class SharedActNet(nn.Module):
-    """Stem, stages, optional final norm and activation, pooling and classifier; the methods that timm expects of a model.
+    """Stem, stages, optional final norm and activation, pooling, classifier, and the methods that timm expects.
 
     Args:
         act_layer: name of an activation of `timm_robust.activations`.
@@ -84,9 +89,11 @@ class SharedActNet(nn.Module):
 
         self.conv1 = nn.Conv2d(in_chans, stem_chs, 3, stride=1, padding=1, bias=False, **dd)
         self.bn1 = nn.Identity() if preact else nn.BatchNorm2d(stem_chs, **dd)
-        self.feature_info = [{'num_chs': stem_chs, 'reduction': 1, 'module': 'conv1' if preact else 'bn1'}]
+        self.feature_info: List[Dict[str, Any]] = [
+            {'num_chs': stem_chs, 'reduction': 1, 'module': 'conv1' if preact else 'bn1'}
+        ]
         stages, in_chs, reduction = [], stem_chs, 1
-        for i, (chs, stride, depth) in enumerate(zip(stage_chs, strides, depths)):
+        for i, (chs, stride, depth) in enumerate(zip(stage_chs, strides, depths, strict=True)):
             blocks = [block(in_chs if j == 0 else chs, chs, stride if j == 0 else 1, act, **dd) for j in range(depth)]
             stages.append(Stage(*blocks))
             in_chs, reduction = chs, reduction * stride
@@ -119,7 +126,7 @@ class SharedActNet(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's intermediates in backward."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -171,7 +178,7 @@ class SharedActNet(nn.Module):
         else:
             stages = self.stages[:max_index]
         feat_idx = 0
-        for feat_idx, stage in enumerate(stages, start=1):  # noqa: B007 - read after the loop
+        for feat_idx, stage in enumerate(stages, start=1):
             x = stage(x, params)
             if feat_idx in take_indices:
                 intermediates.append(self.forward_norm(x, params) if norm and feat_idx == last else x)
@@ -188,7 +195,8 @@ class SharedActNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages) + 1, indices)
         prune_end = max_index < len(self.stages)
         if prune_norm or prune_end:
-            self.norm, self.final_act = nn.Identity(), False
+            self.norm = nn.Identity()
+            self.final_act = False
         self.stages = self.stages[:max_index]
         if max_index == 0 and not self.stem_act:
             self.act, self.act_fn = ReLU(), ReLU.call  # nothing applies it any more
@@ -231,7 +239,7 @@ class SharedActNet(nn.Module):
 
 
 def collapse_shared_act(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Strip `module.` prefixes, and take the copies `...activation.alpha`, `...activation.beta` of other codes to one `act.*`.
+    """Strip `module.` prefixes, and take all copies of `activation.alpha` and `.beta` to one `act.*`.
 
     Raises:
         ValueError: if copies of one parameter differ: such a network does not share its activation.
@@ -243,13 +251,15 @@ def collapse_shared_act(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.
         if shared:
             key, value = f'act.{shared[1]}', value.reshape(1)
             if key in out and not torch.equal(out[key], value):
-                raise ValueError(f'copies of {shared[1]} differ in the checkpoint: the activation is not shared; retrain it')
+                raise ValueError(
+                    f'copies of {shared[1]} differ in the checkpoint: the activation is not shared; retrain it'
+                )
         out[key] = value
     return out
 
 
 def family_cfg(pool_size: Tuple[int, int], **kwargs: Any) -> Dict[str, Any]:
-    """pretrained_cfg of a CIFAR network: 32x32 pixels in [0, 1], no normalisation, so that eps is in pixels everywhere."""
+    """pretrained_cfg of a CIFAR network: 32x32 pixels in [0, 1], not normalised, so that eps is in pixels."""
     return {
         'url': '',
         'num_classes': 10,

@@ -1,7 +1,7 @@
 """Wide ResNets for 32x32 images: pre-activation, no dropout, one activation for the whole network.
 
-Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146, in the form that TRADES made the field's standard (Zhang et al.
-2019, https://arxiv.org/abs/1901.08573); with parametric activations Dai et al. 2021, https://arxiv.org/abs/2110.05626.
+Zagoruyko and Komodakis 2016, https://arxiv.org/abs/1605.07146, in the form that TRADES made the field's standard
+(Zhang et al. 2019, https://arxiv.org/abs/1901.08573); with parametric activations Dai et al. 2021, https://arxiv.org/abs/2110.05626.
 Models: `wrn28_10_<act>`, `wrn34_10_<act>`, `wrn70_16_<act>` for every activation of `timm_robust.activations`.
 """
 
@@ -22,7 +22,7 @@ SIZES = {'wrn28_10': (28, 10), 'wrn34_10': (34, 10), 'wrn70_16': (70, 16)}
 
 
 class PreActBlock(nn.Module):
-    """norm, act, conv, norm, act, conv, add; where the shape changes, the shortcut is a 1x1 convolution of the activated input."""
+    """norm, act, conv, norm, act, conv, add; a shortcut that changes shape convolves the activated input."""
 
     def __init__(
         self, in_chs: int, out_chs: int, stride: int, act: Type[Activation], device: Any = None, dtype: Any = None
@@ -35,10 +35,9 @@ class PreActBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.projects = in_chs != out_chs
+        self.shortcut: nn.Module = nn.Identity()
         if self.projects:
             self.shortcut = nn.Conv2d(in_chs, out_chs, 1, stride=stride, bias=False, **dd)
-        else:
-            self.shortcut = nn.Identity()
 
     def forward(self, x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """[B, in_chs, H, W] to [B, out_chs, H / stride, W / stride]."""

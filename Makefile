@@ -1,0 +1,34 @@
+# make demo: the main job in a few minutes | make test: the tests | make lint: ruff and mypy | make bench: the benchmarks
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two OpenMP threads that wait by spinning starve each other when anything else runs; waiting passively costs nothing.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-all lint bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python train/demo.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/activation.py
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info output

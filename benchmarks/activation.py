@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""What PSSiLU costs beside F.silu and beside its formula written out: forward and backward, eager and compiled.
+
+    python benchmarks/activation.py    # 4 million elements; a table, and benchmarks/results/activation-*.json
+
+The cases take turns in one process, so that a busy machine slows all of them alike; reported are the median and the
+quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from timm_robust.pssilu import pssilu
+from timm_robust.results import atomic_file, environment, git_commit
+
+
+def formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """PSSiLU as one writes it down."""
+    return x * (torch.sigmoid(alpha.abs() * x) - beta.abs()) / (1 - beta.abs())
+
+
+def cases(device: torch.device) -> dict[str, tuple[Callable[..., torch.Tensor], list[torch.Tensor]]]:
+    """Name -> function and the parameters that follow x."""
+    learned = [torch.full((1,), value, device=device, requires_grad=True) for value in (1.1, 0.1)]
+    frozen = [p.detach() for p in learned]
+    compiled = torch.compile(pssilu, fullgraph=True, dynamic=False)
+    return {
+        'F.silu': (F.silu, []),
+        'formula': (formula, learned),
+        'formula, frozen': (formula, frozen),
+        'pssilu': (pssilu, learned),
+        'pssilu, frozen': (pssilu, frozen),
+        'compiled pssilu': (compiled, learned),
+        'compiled pssilu, frozen': (compiled, frozen),
+    }
+
+
+def once(f: Callable[..., torch.Tensor], x: torch.Tensor, params: list[torch.Tensor], grad: torch.Tensor) -> float:
+    """Seconds of one forward and backward."""
+    leaf = x.detach().requires_grad_()
+    if x.device.type == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    f(leaf, *params).backward(grad)
+    if x.device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--elements', type=int, default=4_000_000)
+    parser.add_argument('--repeats', type=int, default=30)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
+    parser.add_argument(
+        '--output', default=str(Path(__file__).parent / 'results'), help="folder for the JSON; '' for none"
+    )
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    x = torch.randn(args.elements, device=device, dtype=getattr(torch, args.dtype))
+    grad, functions = torch.randn_like(x), cases(device)
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(args.repeats + 3):  # three turns to compile and warm up
+        for name, (f, params) in functions.items():
+            seconds = once(f, x, params, grad)
+            if turn >= 3:
+                times[name].append(seconds)
+    rows = {}
+    for name, seconds in times.items():
+        low, median, high = statistics.quantiles(seconds, n=4)
+        rows[name] = {'ms': 1e3 * median, 'ms_quartiles': [1e3 * low, 1e3 * high]}
+    print(f'{"forward + backward":26s}{"ms":>8s}{"quartiles":>18s}{"x F.silu":>10s}{"x formula":>11s}')
+    for name, row in rows.items():
+        row['x_silu'] = row['ms'] / rows['F.silu']['ms']
+        row['x_formula'] = row['ms'] / rows['formula, frozen' if 'frozen' in name else 'formula']['ms']
+        low, high = row['ms_quartiles']
+        print(
+            f'{name:26s}{row["ms"]:8.2f}{f"{low:.2f} to {high:.2f}":>18s}{row["x_silu"]:10.2f}{row["x_formula"]:11.2f}'
+        )
+    if args.output:
+        where = environment(device)
+        record = {'benchmark': 'activation', 'elements': args.elements, 'dtype': args.dtype, 'repeats': args.repeats}
+        record |= {
+            'threads': torch.get_num_threads(),
+            **where,
+            'commit': git_commit(Path(__file__).parent),
+            'rows': rows,
+        }
+        slug = 'cpu' if device.type == 'cpu' else where['hardware'].split(',')[0].lower().replace(' ', '-')
+        path = Path(args.output) / f'activation-{slug}-{args.dtype}.json'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as file:
+            file.write((json.dumps(record, indent=2) + '\n').encode())
+        print(f'written: {path}')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+"""timm's own tests/test_models.py, of the installed version, pointed at our models.
+
+The wheel does not hold the tests, so timm's source archive is fetched from the package index once and kept in .cache/;
+without a network, and without the archive, these tests are skipped.
+"""
+
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import timm
+
+import timm_robust
+
+ROOT = Path(__file__).parents[1]
+# ResNet-18 with every activation, and each wide size; of wrn70_16 (267 million parameters) what fits a small machine
+SELECTIONS = {
+    'resnet18': ' or '.join(f'resnet18_{act}' for act in timm_robust.ACTIVATIONS),
+    'wrn28_10': 'wrn28_10_pssilu or wrn28_10_relu',
+    'wrn34_10': 'wrn34_10_pssilu',
+    'wrn70_16': 'test_model_default_cfgs and wrn70_16_pssilu',
+}
+
+
+@pytest.fixture(scope='module')
+def upstream(tmp_path_factory):
+    """A folder with upstream's test file, our two modules added to its list of those with forward_intermediates."""
+    cache = ROOT / '.cache'
+    archive = cache / f'timm-{timm.__version__}.tar.gz'
+    if not archive.is_file():
+        cache.mkdir(exist_ok=True)
+        fetch = [
+            'pip',
+            'download',
+            '--quiet',
+            '--no-deps',
+            '--no-binary',
+            'timm',
+            '-d',
+            str(cache),
+            f'timm=={timm.__version__}',
+        ]
+        run = subprocess.run([sys.executable, '-m', *fetch], capture_output=True, text=True)
+        if run.returncode:
+            pytest.skip(f'timm {timm.__version__}: no source archive to be had: {run.stderr.strip()[-200:]}')
+    folder = tmp_path_factory.mktemp('upstream')
+    with tarfile.open(archive) as tar:
+        for name in ('test_models.py', 'conftest.py'):
+            text = tar.extractfile(f'timm-{timm.__version__}/tests/{name}').read().decode()
+            if name == 'test_models.py':
+                marker = 'FEAT_INTER_FILTERS = ['
+                assert marker in text, 'upstream renamed its list of modules with forward_intermediates'
+                text = 'import timm_robust\n' + text.replace(marker, f"{marker}'cifar_resnet', 'wide_resnet', ", 1)
+            (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.upstream
+@pytest.mark.parametrize('name', SELECTIONS)
+def test_upstream_model_tests_pass(name, upstream):
+    selection = SELECTIONS[name]
+    command = [
+        '-m',
+        'pytest',
+        '-q',
+        '-p',
+        'no:cacheprovider',
+        '-W',
+        'ignore',
+        '-k',
+        selection,
+        str(upstream / 'test_models.py'),
+    ]
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=upstream)
+    tail = run.stdout[-3000:]
+    assert run.returncode == 0, tail
+    assert 'passed' in tail and 'failed' not in tail and ' skipped' not in tail, tail
