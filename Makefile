@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two OpenMP threads that wait by spinning starve each other when anything else runs; waiting passively costs nothing.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test test-all lint bench clean
 

@@ -102,7 +102,7 @@ def test_the_demo_runs_end_to_end(tmp_path):
     args = ['--output', str(tmp_path), '-n', '2', '--epochs', '1']
     run = subprocess.run([sys.executable, str(ROOT / 'train/demo.py'), *args], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert set(json.loads(run.stdout.splitlines()[-1])) == {'standard training', 'adversarial training'}
+    assert set(json.loads(run.stdout.splitlines()[-1])) == {'standard training', 'robust training'}
     with Image.open(tmp_path / 'demo.png') as picture:
         assert picture.size[0] > 600
         assert len(picture.convert('L').getcolors(1 << 16)) > 50  # not blank

@@ -54,19 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
     )
-    parser.add_argument('-n', type=int, default=32, help='held-out images to attack (default: %(default)s)')
+    parser.add_argument('-n', type=int, default=24, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=int, help='train both models for so many epochs')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
     started, output = time.perf_counter(), Path(args.output)
     test = load_dataset('digits', split='test').first(args.n)
     results, models = {}, {}
-    for name, recipe in {'standard training': CONTROL, 'adversarial training': ROBUST}.items():
+    for name, recipe in {'standard training': CONTROL, 'robust training': ROBUST}.items():
         logging.info('\n%s', name)
         experiment = name.split()[0]
         recipe = replace(recipe, output=str(output), experiment=experiment, epochs=args.epochs or recipe.epochs)
         fit(build(recipe))
-        models[name] = load_model(output / experiment)
+        models[name] = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here
         result, _ = evaluate(models[name], test, recipe.threat_model, name=name, progress=logging.info)
         result.to_json(output / f'{experiment}.json')
         results[name] = result
@@ -95,7 +95,7 @@ def draw(path: Path, models: dict[str, torch.nn.Module], data: ImageData, threat
                 step_size=threat_model.eps / 8,
             )
             with torch.no_grad():
-                attempts[name.split()[0]] = x_adv, model(x_adv).argmax(1)
+                attempts[name.removesuffix(' training')] = x_adv, model(x_adv).argmax(1)
     adversarial_figure(path, x, y, attempts, data.classes, threat_model)
 
 
