@@ -155,7 +155,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
         warmup_prefix=True,
         warmup_lr=recipe.min_lr,
         min_lr=recipe.min_lr,
-        decay_milestones=[round(m * steps_per_epoch) - warmup for m in recipe.decay_milestones],
+        decay_milestones=[round(m * steps_per_epoch) - warmup + 1 for m in recipe.decay_milestones],  # timm adds 1 to t
         decay_rate=1.0 if recipe.sched == 'onecycle' else recipe.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
