@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_robust.attacks import attacked, fgsm, input_gradient, pgd
+from timm_robust.attacks import apgd, attacked, fgsm, input_gradient, n_fgsm, pgd
 from timm_robust.losses import cross_entropy
 from timm_robust.threat_model import ThreatModel
 
@@ -108,3 +108,37 @@ def test_attacked_leaves_the_model_as_it_was(net, x, mode, training):
 def test_unknown_mode(net):
     with pytest.raises(ValueError, match='allowed: eval, train'), attacked(net, 'test'):
         pass
+
+
+def test_n_fgsm_goes_beyond_the_ball_but_not_beyond_the_pixels(net, x):
+    y = torch.arange(12) % 10
+    with attacked(net):
+        x_adv = n_fgsm(lambda x: cross_entropy(net(x), y), x, LINF)
+    distance = LINF.distance(x_adv, x)
+    assert (distance > LINF.eps).any() and (distance <= 3 * LINF.eps + 1e-6).all()
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_apgd_is_allowed_and_at_least_as_strong_as_pgd(net, x, threat_model):
+    y = torch.arange(12) % 10
+
+    def loss_fn(x):
+        return cross_entropy(net(x), y)
+
+    with attacked(net):
+        ours = apgd(loss_fn, x, threat_model, steps=20, random_start=False)
+        theirs = pgd(loss_fn, x, threat_model, steps=20, step_size=threat_model.eps / 4, random_start=False)
+        assert threat_model.contains(ours, x).all()
+        assert loss_fn(ours).mean() >= loss_fn(theirs).mean() - 1e-3
+        assert (loss_fn(ours) >= loss_fn(x) - 1e-6).all()  # it returns the best point that it saw
+
+
+def test_apgd_reaches_the_maximum_of_a_linear_surrogate(x):
+    inner, weight = 0.25 + 0.5 * x, torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def loss_fn(x):
+        return (x * weight).flatten(1).sum(1)
+
+    gain = loss_fn(apgd(loss_fn, inner, LINF, steps=10)) - loss_fn(inner)
+    torch.testing.assert_close(gain, (LINF.eps * weight.abs().sum()).expand(12), rtol=1e-4, atol=1e-4)

@@ -10,9 +10,11 @@ import yaml
 
 from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
-from timm_robust.engine import build, fit, make_scheduler, validate
+from timm_robust.engine import Stopped, build, fit, plan, validate
 from timm_robust.evaluate import evaluate
 from timm_robust.recipe import Recipe
+from timm_robust.run import make_scheduler
+from timm_robust.watchdog import Diverged
 
 TINY = Recipe(
     model='resnet18_pssilu',
@@ -80,7 +82,7 @@ def test_a_run_leaves_what_its_user_needs(undisturbed):
     ]  # fmt: skip
     assert json.loads(json.dumps(line))['steps'] == 7
     assert float(line['val_pgd_acc']) == max(float(row['val_pgd_acc']) for row in rows)
-    assert load_checkpoint(run / 'model_best.pth.tar')['metric'] == line['val_pgd_acc']
+    assert load_checkpoint(run / 'model_best.pth.tar')['best'] == line['val_pgd_acc']
 
 
 def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
@@ -95,24 +97,30 @@ def test_another_seed_does_not(undisturbed, tmp_path):
     )
 
 
+class Killed(Exception):
+    pass
+
+
+def killed_at(step, run, error=Killed):
+    """The run, which will fail before it takes this step."""
+    batches = run.batches
+
+    class Failing:
+        steps_per_epoch, data = batches.steps_per_epoch, batches.data
+
+        def __getitem__(self, number):
+            if number == step:
+                raise error
+            return batches[number]
+
+    run.batches = Failing()
+    return run
+
+
 @pytest.mark.parametrize('resume', ['auto', 'file'])
 def test_resume_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path, resume):
-    class Stopped(Exception):
-        pass
-
-    run = build(tiny(tmp_path))
-    step, calls = run.train_step, []
-
-    def fail_at_5(*args):
-        calls.append(1)
-        if len(calls) == 6:
-            raise Stopped
-        return step(*args)
-
-    run.train_step = fail_at_5
-    fail_at_5.optimizer, fail_at_5.scaler = step.optimizer, step.scaler
-    with pytest.raises(Stopped):
-        fit(run)
+    with pytest.raises(Killed):
+        fit(killed_at(5, build(tiny(tmp_path))))
     path = 'auto' if resume == 'auto' else str(tmp_path / 'run' / 'checkpoint-0.pth.tar')
     again = build(tiny(tmp_path, resume=path))
     assert again.step == 3 and again.folder == tmp_path / 'run'
@@ -202,12 +210,12 @@ def test_training_teaches(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    run = build(tiny(tmp_path))
+    run = build(tiny(tmp_path, on_divergence='stop'))
     with torch.no_grad():
         run.model.fc.bias.fill_(float('nan'))
-    with pytest.raises(FloatingPointError, match=r'the loss is nan at step 2.*--lr.*--seed'):
+    with pytest.raises(Diverged, match=r'the loss is nan at step 2.*stops.*--lr.*--seed'):
         fit(run)
-    assert not list((tmp_path / 'run').glob('*.pth.tar'))
+    assert not (tmp_path / 'run' / 'model_best.pth.tar').exists()
 
 
 @pytest.mark.parametrize(
@@ -263,3 +271,164 @@ def test_regulariser_and_clip_rule_beta(tmp_path):
         other.train_step(x, y, 0)
     # d(10 |beta|)/d beta = 10 for beta = 1e-8 > 0
     assert free.model.act.beta.grad.item() - none.model.act.beta.grad.item() == pytest.approx(10, rel=1e-3)
+
+
+def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturbed, tmp_path):
+    run = build(tiny(tmp_path))
+    take = run.train_step.__call__
+
+    class Signalled:
+        def __getattr__(self, name):
+            return getattr(run_step, name)
+
+        def __call__(self, x, y, number, progress):
+            run.stop = number == 4  # in the middle of the second epoch
+            return take(x, y, number, progress)
+
+    run_step, run.train_step = run.train_step, Signalled()
+    with pytest.raises(Stopped, match=r'stopped by a signal at step 5.*--resume .*last\.pth\.tar'):
+        fit(run)
+    again = build(tiny(tmp_path, resume='auto'))
+    assert again.step == 5
+    fit(again)
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+    losses = [
+        [row['train_loss'] for row in load_checkpoint(f / 'run' / 'last.pth.tar')['history']]
+        for f in (tmp_path, undisturbed[0])
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_nan_rolls_back_with_another_seed_and_the_run_ends_well(tmp_path):
+    run, poisoned = build(tiny(tmp_path)), []
+    batches = run.batches
+
+    class Poisoned:
+        steps_per_epoch, data = batches.steps_per_epoch, batches.data
+
+        def __getitem__(self, number):
+            x, y = batches[number]
+            if number == 4 and not poisoned:
+                poisoned.append(number)
+                x = x * float('nan')
+            return x, y
+
+    run.batches = Poisoned()
+    line = fit(run)
+    assert line['rollbacks'] == 1 and line['steps'] == 7
+    assert all(value.isfinite().all() for value in weights(tmp_path).values() if value.is_floating_point())
+    assert [row['epoch'] for row in run.history] == [0, 1, 2]
+    assert load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['rollbacks'] == 1
+
+
+def test_too_many_rollbacks_stop_the_run(tmp_path):
+    run = build(tiny(tmp_path, max_rollbacks=1, lr=1e30, warmup_epochs=0.0))
+    with pytest.raises(Diverged, match='stops after 1 rollbacks'):
+        fit(run)
+
+
+@pytest.mark.parametrize('seconds', [12, 25])
+def test_a_budget_ends_on_time_at_the_end_rate(tmp_path, seconds):
+    """The schedule follows the clock. Loose bounds: what is tested is the logic, on a machine that others use too."""
+    run = build(tiny(tmp_path, max_steps=None, budget=f'{seconds}s', batch_size=100, ema_bn_batches=2))
+    line = fit(run)
+    assert 0.7 * seconds < line['seconds'] < 1.3 * seconds
+    assert run.train_step.optimizer.param_groups[0]['lr'] < 0.2 * 0.05
+    assert line['steps'] == run.step > 0
+
+
+def test_a_budget_counts_the_time_already_spent(tmp_path):
+    with pytest.raises(Killed):
+        fit(killed_at(4, build(tiny(tmp_path, max_steps=None, budget='100s'))))
+    again = build(tiny(tmp_path, max_steps=None, budget='100s', resume='auto'))
+    assert again.clock.elapsed() > load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['seconds'] > 0
+    assert again.clock.progress(again.step) > 0
+
+
+def test_plan_measures_and_trains_nothing(tmp_path):
+    line = plan(build(tiny(tmp_path, max_steps=None)), steps=1)
+    assert line['images'] == 3 * 3 * 400 and line['epochs'] == 3
+    assert line['hours'] * 3600 > 9 * line['step_ms'] / 1000
+    assert line['peak_memory_gib'] > 0.1
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('model', 'kwargs'),
+    [
+        ('convnext_atto', {'dims': (8, 8, 16, 16), 'depths': (1, 1, 1, 1)}),
+        ('vit_tiny_patch16_224', {'img_size': 32, 'patch_size': 8, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}),
+        ('resnet50', {'channels': (8, 8, 8, 8), 'layers': (1, 1, 1, 1)}),
+    ],
+)
+def test_any_timm_model_trains_and_evaluates_with_eps_in_pixels(tmp_path, model, kwargs):
+    run = build(tiny(tmp_path, model=model, model_kwargs=kwargs, max_steps=1, val_size=20, model_ema=False))
+    assert run.model.pretrained_cfg['mean'] != (0.0, 0.0, 0.0)  # normalised inside the attacked function
+    fit(run)
+    loaded = load_model(tmp_path / 'run')
+    result, _ = evaluate(
+        loaded, load_dataset('digits', split='test'), TINY.threat_model, attack='pgd', n=10, pgd_steps=1
+    )
+    assert result.max_distance is None or result.max_distance <= 0.1 + 1e-6
+    mean, std = (torch.tensor(run.model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(run.forward(x), run.model((x - mean) / std), atol=1e-5, rtol=1e-4)
+
+
+def test_images_of_another_size_are_refused_or_resized(tmp_path):
+    kwargs = {'patch_size': 16, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}
+    with pytest.raises(ValueError, match=r'does not take 3 x 32 x 32.*--img-size 224.*--model-kwargs img_size=32'):
+        build(tiny(tmp_path, model='vit_tiny_patch16_224', model_kwargs=kwargs))
+    recipe = tiny(tmp_path, model='vit_tiny_patch16_224', model_kwargs={**kwargs, 'img_size': 64}, img_size=64)
+    assert build(recipe).forward(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_averaged_statistics_are_re_estimated(tmp_path):
+    """With stale statistics the average sits at chance; re-estimated ones are those of its own activations."""
+    run = build(tiny(tmp_path, model_ema_decay=0.99))
+    fit(run)
+    means = [run.ema.module.bn1.running_mean, run.model.bn1.running_mean]
+    conv = torch.nn.functional.conv2d(run.batches[0][0], run.ema.module.conv1.weight, padding=1)
+    theirs = conv.mean((0, 2, 3))
+    assert (means[0] - theirs).norm() < 0.2 * theirs.norm()
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [{'attack': 'n_fgsm'}, {'attack': 'apgd', 'steps': 3}, {'awp_gamma': 0.01}, {'mixup': 0.2}, {'loss': 'mart'}],
+)
+def test_further_attacks_and_regularisers_take_a_step(tmp_path, settings):
+    run = build(tiny(tmp_path, **{'max_steps': 1, 'val_size': 0, 'model_kwargs': {'width': 2}, **settings}))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.scheduler.step_update(0)
+    assert run.train_step(*run.batches[0], 0).loss.isfinite()
+    assert not torch.equal(run.model.conv1.weight, before['conv1.weight'])
+
+
+def test_extra_images_are_mixed_in(tmp_path):
+    numpy = pytest.importorskip('numpy')
+    extra = tmp_path / 'extra.npz'
+    rng = numpy.random.default_rng(0)
+    numpy.savez(extra, image=rng.integers(0, 256, (300, 32, 32, 3), dtype=numpy.uint8), label=rng.integers(0, 10, 300))
+    run = build(tiny(tmp_path, extra_data=str(extra), extra_fraction=0.5, max_steps=1, val_size=0))
+    x, y = run.batches[0]
+    assert x.shape == (400, 3, 32, 32) and len(y) == 400
+    assert ((x.std((1, 2, 3)) > 0.27).sum() - 200).abs() <= 5  # noise, among digits
+    run.train_step(x, y, 0)
+
+
+def test_image_folder_streams_through_timm(tmp_path):
+    from PIL import Image
+
+    for split, n in (('train', 6), ('validation', 3)):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'folder' / split / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = torch.randint(256, (40, 48, 3), dtype=torch.uint8).numpy()
+                Image.fromarray(pixels).save(tmp_path / 'folder' / split / name / f'{i}.png')
+    recipe = tiny(
+        tmp_path, dataset='folder', data_dir=str(tmp_path / 'folder'), val_split='validation', batch_size=4, workers=0,
+        img_size=32, max_steps=3, model_ema=False,
+    )  # fmt: skip
+    line = fit(build(recipe))
+    assert line['steps'] == 3 and 'val_pgd_acc' in line

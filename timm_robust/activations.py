@@ -167,12 +167,11 @@ class Activation(nn.Module):
 class _Alpha(Activation):
     """Base of the activations with one learnable scalar alpha."""
 
-    alpha: torch.Tensor
     initial = {'alpha': 1.0}
 
     def params(self) -> List[torch.Tensor]:
         """[alpha]."""
-        return [self.alpha]
+        return [self.alpha]  # type: ignore[list-item]
 
 
 class PSSiLU(Activation):
@@ -181,8 +180,6 @@ class PSSiLU(Activation):
     beta starts at 1e-8 and never at 0, where d abs(beta) / d beta = 0 would keep it for ever.
     """
 
-    alpha: torch.Tensor
-    beta: torch.Tensor
     initial = {'alpha': 1.0, 'beta': 1e-8}
 
     @staticmethod
@@ -192,11 +189,11 @@ class PSSiLU(Activation):
 
     def params(self) -> List[torch.Tensor]:
         """[alpha, beta]."""
-        return [self.alpha, self.beta]
+        return [self.alpha, self.beta]  # type: ignore[list-item]
 
     def shape(self) -> Shape:
         """Minimum where silu'(a x) = b; max abs(f'') = a / (2 (1 - b)), at 0."""
-        a, b = abs(self.alpha.item()), min(abs(self.beta.item()), BETA_MAX)
+        a, b = abs(self.values()['alpha']), min(abs(self.values()['beta']), BETA_MAX)
         if a == 0:
             return Shape(0.0, -math.inf if b != 0.5 else 0.0, 0.0)
         return Shape(0.0, _silu_minimum(b) / a, a / (2 * (1 - b)))
@@ -212,7 +209,7 @@ class PSiLU(_Alpha):
 
     def shape(self) -> Shape:
         """SiLU's, scaled: minimum -0.2785 / a, max abs(f'') = a / 2."""
-        a = abs(self.alpha.item())
+        a = abs(self.values()['alpha'])
         return Shape(0.0, _silu_minimum(0.0) / a, a / 2) if a else Shape(0.0, -math.inf, 0.0)
 
 
@@ -226,7 +223,7 @@ class PSoftplus(_Alpha):
 
     def shape(self) -> Shape:
         """log(2) / a at 0, infimum 0, max abs(f'') = a / 4."""
-        a = max(abs(self.alpha.item()), ALPHA_MIN)
+        a = max(abs(self.values()['alpha']), ALPHA_MIN)
         return Shape(math.log(2) / a, 0.0, a / 4)
 
 
@@ -242,7 +239,7 @@ class PReLU(_Alpha):
 
     def shape(self) -> Shape:
         """A kink at 0 unless alpha = 1."""
-        a = self.alpha.item()
+        a = self.values()['alpha']
         return Shape(0.0, -math.inf if a > 0 else 0.0, 0.0 if a == 1 else math.inf)
 
 
@@ -256,7 +253,7 @@ class PReLUPlus(_Alpha):
 
     def shape(self) -> Shape:
         """A kink at 0 unless alpha = 0."""
-        a = self.alpha.item()
+        a = self.values()['alpha']
         return Shape(0.0, -math.inf if a < 0 else 0.0, math.inf if a else 0.0)
 
 
@@ -270,7 +267,7 @@ class PELU(_Alpha):
 
     def shape(self) -> Shape:
         """Infimum -alpha; a kink at 0 unless alpha = 1, where max abs(f'') = 1."""
-        a = self.alpha.item()
+        a = self.values()['alpha']
         return Shape(0.0, min(-a, 0.0), 1.0 if a == 1 else math.inf)
 
 
@@ -286,13 +283,12 @@ class ReBLU(_Alpha):
 
     def shape(self) -> Shape:
         """A kink at 0: slope 1 to the right whatever alpha; unbounded below for alpha < -1."""
-        return Shape(0.0, -math.inf if self.alpha.item() < -1 else 0.0, math.inf)
+        return Shape(0.0, -math.inf if self.values()['alpha'] < -1 else 0.0, math.inf)
 
 
 class SmoothReLU(Activation):
     """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2 from raw = 20; see `smooth_relu`."""
 
-    raw: torch.Tensor
     initial = {'raw': 20.0}
 
     @staticmethod
@@ -302,11 +298,11 @@ class SmoothReLU(Activation):
 
     def params(self) -> List[torch.Tensor]:
         """[raw]."""
-        return [self.raw]
+        return [self.raw]  # type: ignore[list-item]
 
     def shape(self) -> Shape:
         """Max abs(f'') = a, just right of 0."""
-        return Shape(0.0, 0.0, max(self.raw.item() ** 2, RAW_SQUARE_MIN))
+        return Shape(0.0, 0.0, max(self.values()['raw'] ** 2, RAW_SQUARE_MIN))
 
 
 class ReLU(Activation):

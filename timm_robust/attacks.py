@@ -9,12 +9,16 @@ evaluator's attacks differ by the surrogate they hand in and by nothing else:
 
 - FGSM with random start: Wong, Rice, Kolter 2020, https://arxiv.org/abs/2001.03994
 - PGD: Madry et al. 2018, https://arxiv.org/abs/1706.06083
+- Noise-FGSM: de Jorge et al. 2022, https://arxiv.org/abs/2202.01181
+- Auto-PGD: Croce and Hein 2020, https://arxiv.org/abs/2003.01690
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
@@ -32,10 +36,7 @@ BN_MODES = ('eval', 'train')
 
 def input_gradient(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
     """Gradient of the summed loss with respect to x, [B, C, H, W]; leaves every `.grad` alone."""
-    x = x.detach().requires_grad_()
-    with torch.enable_grad():
-        (grad,) = torch.autograd.grad(loss_fn(x).sum(), x)
-    return grad
+    return _gradient_and_loss(loss_fn, x)[0]
 
 
 def pgd(
@@ -86,6 +87,96 @@ def fgsm(
     return pgd(loss_fn, x, threat_model, steps=1, step_size=step_size, random_start=random_start, generator=generator)
 
 
+def n_fgsm(
+    loss_fn: LossFn,
+    x: torch.Tensor,
+    threat_model: ThreatModel,
+    *,
+    noise: float = 2.0,
+    step_size: float | None = None,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Noise-FGSM: a step of eps from x plus noise of radius `noise` eps, not projected onto the ball.
+
+    de Jorge et al. 2022, https://arxiv.org/abs/2202.01181: the noise beyond eps is what keeps single-step training
+    from collapsing. For training only: the result leaves the ball by up to `noise` eps, and stays within the bounds.
+    """
+    wide = replace(threat_model, eps=min(noise * threat_model.eps, threat_model.bounds[1] - threat_model.bounds[0]))
+    start = wide.random_start(x.detach(), generator)
+    step_size = threat_model.eps if step_size is None else step_size
+    return threat_model.step(start, input_gradient(loss_fn, start), step_size).clamp(*threat_model.bounds)
+
+
+def apgd(
+    loss_fn: LossFn,
+    x: torch.Tensor,
+    threat_model: ThreatModel,
+    *,
+    steps: int,
+    random_start: bool = True,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Auto-PGD: momentum 0.75, and a step size from 2 eps down that is halved for the images that stop improving.
+
+    Croce and Hein 2020, https://arxiv.org/abs/2003.01690, algorithm 1. It has no step size to choose, and returns the
+    best point it saw.
+
+    Args:
+        loss_fn: what to climb, one value an image.
+        x: images [B, C, H, W] in [0, 1].
+        threat_model: the allowed perturbations.
+        steps: number of gradients taken after the first.
+        random_start: start at a random point of the ball.
+        generator: source of the random start.
+    """
+    x = x.detach()
+    x_adv = threat_model.random_start(x, generator) if random_start else x
+    size = x.new_full((len(x), *[1] * (x.ndim - 1)), 2 * threat_model.eps)
+    grad, loss = _gradient_and_loss(loss_fn, x_adv)
+    best, best_loss, best_grad = x_adv, loss, grad
+    previous, last_best, last_halved = x_adv, loss, torch.ones_like(loss, dtype=torch.bool)
+    rises, checkpoints, start = torch.zeros_like(loss), _checkpoints(steps), 0
+    for k in range(steps):
+        z = threat_model.project(threat_model.step(x_adv, grad, size), x)
+        momentum = 1.0 if k == 0 else 0.75
+        new = threat_model.project(x_adv + momentum * (z - x_adv) + (1 - momentum) * (x_adv - previous), x)
+        previous, x_adv, old_loss = x_adv, new, loss
+        grad, loss = _gradient_and_loss(loss_fn, x_adv)
+        rises, better = rises + (loss > old_loss), loss > best_loss
+        best, best_grad = _where(better, x_adv, best), _where(better, grad, best_grad)
+        best_loss = torch.where(better, loss, best_loss)
+        if k + 1 in checkpoints:
+            halve = (rises <= 0.75 * (k + 1 - start)) | (~last_halved & (last_best >= best_loss))
+            size = _where(halve, size / 2, size)
+            x_adv, grad = _where(halve, best, x_adv), _where(halve, best_grad, grad)
+            loss = torch.where(halve, best_loss, loss)
+            last_best, last_halved, rises, start = best_loss, halve, torch.zeros_like(rises), k + 1
+    return best
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """When Auto-PGD looks back: after 22 % of the steps, then at distances that shrink by 3 % down to 6 %."""
+    points, before, now = set(), 0.0, 0.22
+    while now < 1:
+        points.add(math.ceil(now * steps))
+        before, now = now, now + max(now - before - 0.03, 0.06)
+    return points
+
+
+def _gradient_and_loss(loss_fn: LossFn, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the summed loss [B, C, H, W], and the loss of each image [B]."""
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        loss = loss_fn(x)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+    return grad, loss.detach()
+
+
+def _where(mask: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """torch.where with a mask [B] over images."""
+    return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
+
+
 @contextmanager
 def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
     """Make a model ready to be attacked, and leave it as it was: parameters frozen, batch norm's mode explicit.
@@ -103,21 +194,29 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
         raise ValueError(f'attack_bn {bn!r} is unknown; allowed: {", ".join(BN_MODES)}')
     training = [module for module in model.modules() if module.training]
     frozen = [p for p in model.parameters() if p.requires_grad]
-    momenta = [(m, m.momentum) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     model.train(bn == 'train')
     for p in frozen:
         p.requires_grad_(False)
-    if bn == 'train':
-        for module, _ in momenta:
-            module.momentum = 0.0
     try:
-        yield
+        with frozen_statistics(model):
+            yield
     finally:
         for p in frozen:
             p.requires_grad_(True)
-        if bn == 'train':
-            for module, momentum in momenta:
-                module.momentum = momentum
         model.eval()
-        for trained in training:
-            trained.training = True
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norm in its present mode, its running statistics untouched."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

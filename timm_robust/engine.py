@@ -1,260 +1,233 @@
-"""The run of a recipe: build, resume, the epoch loop, validation, logging and checkpoints.
+"""The epoch loop: steps, validation, watchdog, checkpoints, log; and the plan of a run before it starts.
 
-The clock is the step: data order, augmentation, noise and learning rate all follow from (recipe, step), so a
-checkpoint holds weights, optimizer, average and the step, and a resumed run continues as if it had never stopped. The
-best checkpoint is chosen by PGD accuracy on images held out of the training set; the test set is never looked at.
+The best checkpoint is chosen by PGD accuracy on images held out of the training set; the test set is never looked at.
 """
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import json
 import logging
-import math
+import resource
 import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-import timm
 import torch
 import torch.nn as nn
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
+from timm.utils import distribute_bn
 
 from .activations import Activation
 from .attacks import attacked, pgd
-from .checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
-from .data import ImageData, TrainBatches, load_dataset, split_holdout
+from .checkpoint import latest_checkpoint
+from .logs import RunLog
 from .losses import cross_entropy
 from .recipe import Recipe
-from .results import atomic_file
-from .step import Forward, TrainStep, averaged_weights
-from .threat_model import ThreatModel
+from .run import TICKS, Run, Sums, build, change_seed, restore, save
+from .step import Forward, averaged_weights, make_attack
+from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
+__all__ = ['Stopped', 'build', 'fit', 'plan', 'validate']
 logger = logging.getLogger('timm_robust')
 
 
-@dataclass
-class Run:
-    """Everything of a run, built from its recipe by `build`.
-
-    Args:
-        recipe: the settings.
-        folder: where logs and checkpoints go.
-        device: where it trains.
-        model: the network.
-        ema: its averaged copy, or None.
-        forward: how the network is called.
-        train_step: one training step.
-        scheduler: sets the learning rate by step.
-        batches: the training stream.
-        held_out: validation images, or None.
-        total_steps: steps of the whole schedule.
-        step: steps taken.
-        seconds: time spent training, over all sessions.
-        best: highest validation metric so far.
-        history: one row an epoch, as in summary.csv.
-    """
-
-    recipe: Recipe
-    folder: Path
-    device: torch.device
-    model: nn.Module
-    ema: ModelEmaV3 | None
-    forward: Forward
-    train_step: TrainStep
-    scheduler: Scheduler | None
-    batches: TrainBatches
-    held_out: ImageData | None
-    total_steps: int
-    step: int = 0
-    seconds: float = 0.0
-    best: float = -1.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def build(recipe: Recipe) -> Run:
-    """Read the data, make the model and what trains it, and restore the checkpoint that the recipe resumes from.
-
-    Raises:
-        ValueError, FileNotFoundError: for data, model names, weights or checkpoints that are not there or do not fit.
-    """
-    device = torch.device(recipe.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-    torch.manual_seed(recipe.seed)
-    data = load_dataset(recipe.dataset, recipe.data_dir, 'train', recipe.dataset_download)
-    rest, held_out = split_holdout(data, recipe.val_size, recipe.seed)
-    batches = TrainBatches(rest.to(device), recipe.batch_size, recipe.seed, recipe.crop_padding, recipe.hflip)
-    model = create_model(recipe, data.num_classes).to(device)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    ema = None
-    if recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
-    optimizer = create_optimizer_v2(
-        model,
-        opt=recipe.opt,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        filter_bias_and_bn=recipe.filter_bias_and_bn,
-    )
-    forward = Forward(model, recipe, device)
-    epochs, per_epoch = recipe.epochs, batches.steps_per_epoch
-    total = min(recipe.max_steps or epochs * per_epoch, epochs * per_epoch)
-    run = Run(
-        recipe=recipe,
-        folder=output_folder(recipe),
-        device=device,
-        model=model,
-        ema=ema,
-        forward=forward,
-        train_step=TrainStep(model, forward, optimizer, recipe, ema),
-        scheduler=make_scheduler(optimizer, recipe, total),
-        batches=batches,
-        held_out=held_out.to(device) if len(held_out) else None,
-        total_steps=total,
-    )
-    if recipe.resume:
-        restore(run)
-    return run
-
-
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network from timm's registry, with its initial weights.
-
-    Raises:
-        ValueError: for a name that is not registered, with the nearest ones.
-    """
-    if not timm.is_model(recipe.model):
-        near = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
-        raise ValueError(f'model {recipe.model!r} is not registered with timm; nearest: {", ".join(near) or "none"}')
-    classes = recipe.num_classes or num_classes
-    model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
-    if recipe.initial_checkpoint:
-        model.load_state_dict(read_weights(recipe.initial_checkpoint))
-    return model
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:
-    """A timm scheduler over the whole run, set by step; 'onecycle' rises over the warm-up, then falls, both linearly.
-
-    A run that max_steps makes shorter than its epochs goes through the same course faster.
-    """
-    steps_per_epoch = total_steps / recipe.epochs
-    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total_steps - 1)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched={'onecycle': 'poly'}.get(recipe.sched, recipe.sched),
-        num_epochs=total_steps - warmup,
-        warmup_epochs=warmup,
-        warmup_prefix=True,
-        warmup_lr=recipe.min_lr,
-        min_lr=recipe.min_lr,
-        decay_milestones=[round(m * steps_per_epoch) - warmup + 1 for m in recipe.decay_milestones],  # timm adds 1 to t
-        decay_rate=1.0 if recipe.sched == 'onecycle' else recipe.decay_rate,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
-    return scheduler
+class Stopped(Exception):
+    """The run was asked to stop; it saved its state first."""
 
 
 def fit(run: Run) -> dict[str, Any]:
-    """Train to the end of the schedule; returns the last line of the log: the run's result."""
+    """Train to the end of the schedule; returns the run's result, the last line of the log.
+
+    Raises:
+        Stopped: after a signal, with what to type to go on.
+        Diverged: if the run went wrong more often than the recipe lets it go back.
+    """
     recipe = run.recipe
-    run.folder.mkdir(parents=True, exist_ok=True)
-    recipe.to_yaml(run.folder / 'args.yaml', full=True)
-    per_epoch = run.batches.steps_per_epoch
-    logger.info(
-        '%s: %d images, %d steps of %d in %.4g epochs, %s, %s attack with batch norm in %s mode, %s',
-        *(recipe.model, len(run.batches.data), run.total_steps, recipe.batch_size, run.total_steps / per_epoch),
-        *(recipe.threat_model, recipe.attack, recipe.attack_bn, run.device),
-    )
-    while run.step < run.total_steps:
-        row = train_epoch(run)
-        epoch = row['epoch']
-        if run.held_out is not None and ((epoch + 1) % recipe.val_interval == 0 or run.step >= run.total_steps):
-            with averaged_weights(run.model, run.ema):
-                row.update(validate(run.model, run.forward, run.held_out, recipe))
-        row.update(activation_state(run.model))
-        run.history.append(row)
-        write_summary(run)
-        metric = row.get(metric_name(recipe), -1.0)
-        is_best = metric > run.best
-        run.best = max(run.best, metric)
-        save(run, epoch, metric, is_best)
-        logger.info('%s', '  '.join(f'{key} {value:.4g}' for key, value in row.items()))
+    if not run.world.rank:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        recipe.to_yaml(run.folder / 'args.yaml', full=True)
+    describe(run)
+    settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
+    wandb: dict[str, Any] = {'wandb': recipe.log_wandb, 'wandb_project': recipe.wandb_project}
+    with RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings) as log:
+        if run.clock.budget is not None:
+            run.clock.keep(closing_seconds(run))
+        if run.step == 0:
+            save(run, -1, numbered=False)  # what a rollback in the first epoch goes back to
+        while progress(run) < 1:
+            try:
+                row = train_epoch(run, log)
+                finish_epoch(run, row, log)
+            except Diverged as error:
+                roll_back(run, error)
+                log.history = list(run.history)
+    run.world.wait()
     return result(run)
 
 
-def train_epoch(run: Run) -> dict[str, Any]:
+def describe(run: Run) -> None:
+    """Say what is about to happen; an epoch is a number of images seen."""
+    recipe, per_epoch, world = run.recipe, run.batches.steps_per_epoch, run.world
+    if world.rank:
+        return
+    length = f'{recipe.budget} on the clock' if recipe.budget else f'{run.total_steps} steps'
+    data = f'{len(run.batches.data)} images'
+    if recipe.extra_data:
+        data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
+    logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
+    logger.info(
+        '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
+        *(length, recipe.batch_size, world.size, per_epoch * recipe.batch_size * world.size, per_epoch),
+    )
+    logger.info(
+        '%s against %s, %s attack with batch norm in %s mode, on %s',
+        *(recipe.loss, recipe.threat_model, recipe.attack, recipe.attack_bn, world.device),
+    )
+
+
+def progress(run: Run) -> float:
+    """The share of the run that is done, the same in every process."""
+    done = run.clock.progress(run.step)
+    return done if run.clock.budget is None else run.world.first(done)
+
+
+def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
     """Steps up to the end of the epoch (a resumed run may start inside one); returns its row for summary.csv."""
     recipe, per_epoch = run.recipe, run.batches.steps_per_epoch
     epoch = run.step // per_epoch
-    end = min((epoch + 1) * per_epoch, run.total_steps)
-    started, first, shown_at = time.perf_counter(), run.step, time.perf_counter()
-    loss_sum = correct = torch.zeros((), device=run.device)
-    while run.step < end:
+    end = (epoch + 1) * per_epoch
+    if run.sums is None:
+        zero = torch.zeros((), device=run.world.device)
+        run.sums = Sums(run.step, zero, zero)
+    sums, first, started = run.sums, run.step, time.perf_counter()
+    batch = recipe.batch_size * run.world.size
+    own = slice(run.world.rank * recipe.batch_size, (run.world.rank + 1) * recipe.batch_size)
+    while run.step < end and (done := progress(run)) < 1:
         if run.scheduler is not None:
-            run.scheduler.step_update(run.step)
+            run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         x, y = run.batches[run.step]
-        out = run.train_step(x, y, run.step)
-        loss_sum, correct = loss_sum + out.loss, correct + out.correct
+        out = run.train_step(x[own], y[own], run.step, done)
+        sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
         run.step += 1
         if run.step % recipe.log_interval == 0 or run.step == end:
-            done, now = run.step - first, time.perf_counter()
-            mean_loss = loss_sum.item() / done  # the only wait for the device
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(
-                    f'the loss is {mean_loss} at step {run.step} (epoch {epoch}); what {run.folder} holds is intact. '
-                    'Lower --lr, add --clip-grad 1.0, or resume with another --seed'
-                )
-            rate = done * recipe.batch_size / (now - started)
-            left = (run.total_steps - run.step) * recipe.batch_size / rate
-            logger.info(
-                'epoch %d step %d/%d loss %.4f acc %.1f %% lr %.4g %.1f images/s left %s',
-                *(epoch, run.step, run.total_steps, mean_loss, 100 * correct.item() / done / recipe.batch_size),
-                *(learning_rate(run), rate, time.strftime('%H:%M:%S', time.gmtime(left))),
-            )
-            shown_at = now
-    run.seconds += shown_at - started
-    images = (run.step - first) * recipe.batch_size
+            row = epoch_row(run, sums, (run.step - first) * batch / (time.perf_counter() - started))
+            check_loss(row['train_loss'], run.history, run.step)
+            show(run, log, row)
+        stop_if_asked(run, epoch)
+        if recipe.save_interval and run.step % recipe.save_interval == 0 and run.step < end:
+            save(run, epoch, numbered=False)
+    row = epoch_row(run, sums, (run.step - first) * batch / (time.perf_counter() - started))
+    check_loss(row['train_loss'], run.history, run.step)
+    return row
+
+
+def epoch_row(run: Run, sums: Sums, images_per_s: float) -> dict[str, Any]:
+    """The present epoch's numbers so far, over all processes; this waits for the device."""
+    steps, world = max(run.step - sums.first_step, 1), run.world
+    loss, correct = world.sum(torch.stack([sums.loss.double(), sums.correct.double()])).tolist()
+    batch = run.recipe.batch_size * world.size
     return {
-        'epoch': epoch,
+        'epoch': (run.step - 1) // run.batches.steps_per_epoch,
         'step': run.step,
-        'images': run.step * recipe.batch_size,
-        'train_loss': loss_sum.item() / max(run.step - first, 1),
-        'train_acc': correct.item() / max(images, 1),
-        'lr': learning_rate(run),
-        'images_per_s': images / (shown_at - started),
-        'seconds': run.seconds,
+        'images': run.step * batch,
+        'train_loss': loss / steps / world.size,
+        'train_acc': correct / steps / batch,
+        'lr': run.train_step.optimizer.param_groups[0]['lr'],
+        'images_per_s': images_per_s,
+        'seconds': run.clock.elapsed(),
     }
 
 
-def validate(model: nn.Module, forward: Forward, data: ImageData, recipe: Recipe) -> dict[str, float]:
+def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
+    """The live line."""
+    batch = run.recipe.batch_size * run.world.size
+    if run.clock.budget is not None:
+        log.total_steps = round(run.step / max(run.clock.progress(run.step), 1e-6))
+    log.step(
+        step=run.step,
+        loss=row['train_loss'],
+        acc=row['train_acc'],
+        lr=row['lr'],
+        images_per_s=row['images_per_s'],
+        seconds_left=run.clock.left(run.step, row['images_per_s'] / batch),
+        epoch=row['epoch'],
+        images=row['images'],
+    )
+
+
+def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
+    """Validate, watch, log and save."""
+    recipe, started = run.recipe, time.perf_counter()
+    over = progress(run) >= 1
+    run.sums = None
+    if run.world.size > 1:
+        distribute_bn(run.model, run.world.size, reduce=True)
+    if run.held_out is not None and ((row['epoch'] + 1) % recipe.val_interval == 0 or over):
+        with averaged_weights(run.model, run.ema):
+            if run.ema is not None:
+                reestimate_batch_norm(run)
+            row.update(validate(run.model, run.forward, run.held_out, recipe, run))
+    row.update(activation_state(run.model))
+    check_epoch(row, run.history)
+    check_weights(run.model)
+    run.history.append(row)
+    log.epoch(row)
+    metric = row.get(metric_name(recipe), -1.0)
+    is_best, run.best = metric > run.best, max(metric, run.best)
+    save(run, row['epoch'], is_best=is_best)
+    run.clock.keep(run.world.largest(time.perf_counter() - started))
+
+
+def validate(model: nn.Module, forward: Forward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}."""
-    threat_model: ThreatModel = recipe.threat_model
-    generator = torch.Generator(data.images.device).manual_seed(recipe.seed)
-    clean = robust = torch.zeros((), device=data.images.device)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    settings: dict[str, Any] = {
+        'steps': recipe.eval_steps,
+        'step_size': recipe.resolved_eval_step_size,
+        'generator': generator,
+    }
     with attacked(model):
         for x, y in data.batches(recipe.val_batch_size):
-            x_adv = pgd(
-                lambda x: cross_entropy(forward(x), y),  # noqa: B023 - called within this turn of the loop
-                x,
-                threat_model,
-                steps=recipe.eval_steps,
-                step_size=recipe.resolved_eval_step_size,
-                generator=generator,
-            )
+            x_adv = pgd(lambda x, y=y: cross_entropy(forward(x), y), x, recipe.threat_model, **settings)  # type: ignore[misc]
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
-                clean = clean + right.sum()
-                robust = robust + (right & (forward(x_adv).argmax(1) == y)).sum()
-    return {'val_clean_acc': clean.item() / len(data), 'val_pgd_acc': robust.item() / len(data)}
+                robust = right & (forward(x_adv).argmax(1) == y)
+            counts += torch.stack([right.sum(), robust.sum(), torch.tensor(len(y), device=device)])
+    clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
+    return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
+
+
+def reestimate_batch_norm(run: Run) -> None:
+    """Running statistics of the averaged weights, anew: the plain mean over batches of what training feeds the network.
+
+    Averaged statistics belong to no weights that ever were. The adversarial images are made first, with the statistics
+    as they are.
+    """
+    model, step, recipe = run.model, run.train_step, run.recipe
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or not recipe.ema_bn_batches:
+        return
+    inputs = []
+    size = recipe.batch_size
+    attack = make_attack(model, recipe, run.clock.progress(run.step))
+    for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
+        step.draw_from(run.step + number)
+        x, y = run.batches[run.step + number]
+        x, y = (part[run.world.rank * size : (run.world.rank + 1) * size] for part in (x, y))
+        inputs.append((x, step.loss.perturb(run.forward, attack, x, y), y))
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+    model.train()
+    with torch.no_grad():
+        for x, x_adv, y in inputs:
+            step.loss.descend(run.forward, x, x_adv, y)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    if run.world.size > 1:
+        distribute_bn(model, run.world.size, reduce=True)
 
 
 def activation_state(model: nn.Module) -> dict[str, float]:
@@ -270,85 +243,114 @@ def metric_name(recipe: Recipe) -> str:
     return 'val_clean_acc' if recipe.loss == 'clean' else 'val_pgd_acc'
 
 
-def learning_rate(run: Run) -> float:
-    """The present rate of the first parameter group."""
-    return run.train_step.optimizer.param_groups[0]['lr']
-
-
-def output_folder(recipe: Recipe) -> Path:
-    """output/<experiment>; a run that resumes a checkpoint file goes on in that file's folder."""
-    if recipe.resume and recipe.resume != 'auto':
-        return Path(recipe.resume).parent
-    return Path(recipe.output) / (recipe.experiment or f'{time.strftime("%Y%m%d-%H%M%S")}-{recipe.model}')
-
-
-def save(run: Run, epoch: int, metric: float, is_best: bool) -> None:
-    """Write checkpoint-<epoch>.pth.tar, last.pth.tar and, if so, model_best.pth.tar; drop old ones."""
-    state = {
-        'version': 1,
-        'arch': run.recipe.model,
-        'model_kwargs': dict(run.recipe.model_kwargs),
-        'num_classes': run.model.num_classes,
-        'recipe': asdict(run.recipe),
-        'epoch': epoch,
-        'step': run.step,
-        'seconds': run.seconds,
-        'metric': metric,
-        'best': run.best,
-        'history': run.history,
-        'state_dict': run.model.state_dict(),
-        'optimizer': run.train_step.optimizer.state_dict(),
-        'scaler': run.train_step.scaler.state_dict(),
-    }
-    if run.ema is not None:
-        state['state_dict_ema'] = run.ema.module.state_dict()
-    save_checkpoint(run.folder / f'checkpoint-{epoch}.pth.tar', state)
-    save_checkpoint(run.folder / 'last.pth.tar', state)
-    if is_best:
-        save_checkpoint(run.folder / 'model_best.pth.tar', state)
-    prune_checkpoints(run.folder, run.recipe.checkpoint_hist)
-
-
-def restore(run: Run) -> None:
-    """Load the checkpoint of `resume`: a file, or 'auto' for the newest in the experiment's folder, if there is one.
+def roll_back(run: Run, error: Diverged) -> None:
+    """Go back to the last good state, with another seed.
 
     Raises:
-        ValueError: if the checkpoint is of another model or of another schedule's batch size.
+        Diverged: if the recipe says to stop, or the run went back too often already.
     """
-    recipe = run.recipe
-    path = latest_checkpoint(run.folder) if recipe.resume == 'auto' else Path(str(recipe.resume))
-    if path is None:
-        logger.info('nothing to resume in %s: starting afresh', run.folder)
-        return
-    state = load_checkpoint(path)
-    for key, ours in (('arch', recipe.model), ('num_classes', run.model.num_classes)):
-        if state.get(key) != ours:
-            raise ValueError(
-                f'checkpoint {path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one'
-            )
-    theirs = state['recipe']['batch_size']
-    if theirs != recipe.batch_size:
-        raise ValueError(
-            f'checkpoint {path} was trained with --batch-size {theirs}; resume with the same, not {recipe.batch_size}'
+    recipe, count = run.recipe, run.rollbacks + 1
+    path = latest_checkpoint(run.folder)
+    stop = recipe.on_divergence == 'stop' or count > recipe.max_rollbacks or path is None
+    if stop:
+        tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''
+        raise Diverged(
+            f'{error}; the run stops{tried}. {run.folder} holds the last good state. '
+            'Lower --lr, add --clip-grad 1.0, or resume with another --seed'
+        ) from error
+    logger.warning('%s: back to %s with another seed (%d of %d)', error, path, count, recipe.max_rollbacks)
+    assert path is not None
+    spent = run.clock.elapsed()
+    restore(run, path)
+    run.clock.restart(spent)
+    change_seed(run, count)
+
+
+def stop_if_asked(run: Run, epoch: int) -> None:
+    """After a signal: save, and end the run.
+
+    Raises:
+        Stopped: with what to type to go on.
+    """
+    asked = run.world.largest(float(run.stop)) if run.world.size > 1 else run.stop
+    if asked:
+        save(run, epoch, numbered=False)
+        raise Stopped(
+            f'stopped by a signal at step {run.step}, and saved; go on with --resume {run.folder / "last.pth.tar"} '
+            'and the same settings'
         )
-    run.model.load_state_dict(state['state_dict'])
-    run.train_step.optimizer.load_state_dict(state['optimizer'])
-    run.train_step.scaler.load_state_dict(state['scaler'])
-    if run.ema is not None:
-        run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
-    run.step, run.seconds, run.best, run.history = state['step'], state['seconds'], state['best'], state['history']
-    logger.info('resumed %s at step %d of %d', path, run.step, run.total_steps)
 
 
-def write_summary(run: Run) -> None:
-    """summary.csv anew from the history: whole after a resume, and never half a row."""
-    columns = list(dict.fromkeys(key for row in run.history for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(run.history)
-    with atomic_file(run.folder / 'summary.csv') as file:
-        file.write(text.getvalue().encode())
+def closing_seconds(run: Run) -> float:
+    """Estimated time that validation takes at the end: a part of it is run, and scaled up."""
+    if run.held_out is None:
+        return 0.0
+    recipe, held_out = run.recipe, run.held_out
+    n = min(recipe.val_batch_size, len(held_out))
+    part = held_out.first(n)
+    validate(run.model, run.forward, part, recipe)  # compiles
+    started = time.perf_counter()
+    validate(run.model, run.forward, part, recipe)
+    seconds = (time.perf_counter() - started) * len(held_out) / n
+    if run.ema is not None and recipe.ema_bn_batches:
+        pairs = recipe.ema_bn_batches * recipe.batch_size * (run.recipe.steps + 1)
+        seconds *= 1 + pairs / (len(held_out) * (recipe.eval_steps + 1))
+    return run.world.largest(seconds)
+
+
+def plan(run: Run, steps: int = 5) -> dict[str, Any]:
+    """Measure a few steps, and tell time, memory, images and device-hours of the whole run before it starts.
+
+    The run itself is spent: build it anew to train.
+    """
+    device, batch = run.world.device, run.recipe.batch_size * run.world.size
+    own = slice(run.world.rank * run.recipe.batch_size, (run.world.rank + 1) * run.recipe.batch_size)
+    late = run.recipe.late_start if run.recipe.late_steps else 1.0
+    seconds = {}
+    for at in sorted({0.0, 1.0 if late < 1 or run.recipe.awp_gamma or run.recipe.eps_warmup else 0.0}):
+        for number in range(steps + 2):
+            if number == 2:
+                _synchronise(device)
+                started = time.perf_counter()
+            x, y = run.batches[number]
+            run.train_step(x[own], y[own], number, at)
+        _synchronise(device)
+        seconds[at] = (time.perf_counter() - started) / steps
+    share = max(late, run.recipe.awp_start if run.recipe.awp_gamma else 0.0)
+    step_seconds = seconds[0.0] * share + seconds.get(1.0, seconds[0.0]) * (1 - share)
+    validation = closing_seconds(run)
+    epochs = run.total_steps / run.batches.steps_per_epoch
+    total = run.total_steps * step_seconds + validation * max(epochs / run.recipe.val_interval, 1)
+    if run.clock.budget is not None:
+        total = run.clock.budget
+        epochs = (total - validation) / step_seconds / run.batches.steps_per_epoch
+    images = round(epochs * run.batches.steps_per_epoch) * batch
+    line = {
+        'model': run.recipe.model,
+        'images_per_s': batch / step_seconds,
+        'step_ms': 1e3 * step_seconds,
+        'validation_s': validation,
+        'epochs': epochs,
+        'images': images,
+        'hours': total / 3600,
+        'device_hours': total / 3600 * run.world.size,
+        'peak_memory_gib': _peak_memory(device) / 2**30,
+        'devices': run.world.size,
+    }
+    return line
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def result(run: Run) -> dict[str, Any]:
@@ -361,5 +363,10 @@ def result(run: Run) -> dict[str, Any]:
         'output': str(run.folder),
     }
     line.update({key: best[key] for key in keys if key in best})
-    line.update(steps=run.step, images=run.step * run.recipe.batch_size, seconds=round(run.seconds, 1))
+    line.update(
+        steps=run.step,
+        images=run.step * run.recipe.batch_size * run.world.size,
+        seconds=round(run.clock.elapsed(), 1),
+        rollbacks=run.rollbacks,
+    )
     return json.loads(json.dumps(line))

@@ -30,6 +30,7 @@ from .autoattack import Fp32Logits, autoattack, device_of, dtype_of, predict, re
 from .checkpoint import load_model
 from .data import DATASETS, SPLITS, ImageData, load_dataset
 from .losses import cross_entropy
+from .pixels import pixel_input
 from .results import ATTACKS, RobustnessResult, atomic_file, environment, git_commit
 from .threat_model import NORMS, ThreatModel, parse_eps
 
@@ -37,45 +38,6 @@ _DEFAULT_N = 1000
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
 _SETTINGS = ('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split')
 Progress = Callable[[str], object]
-
-
-class PixelInput(nn.Module):
-    """A model that takes pixels: model((x - mean) / std), so that eps is in pixels.
-
-    Args:
-        model: a network that takes normalised images.
-        mean: mean of each channel, on the [0, 1] scale.
-        std: standard deviation of each channel.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Hold the statistics beside the model, on its device."""
-        super().__init__()
-        device = device_of(model, torch.empty(0))
-        self.model = model
-        self.register_buffer('mean', torch.tensor(mean, device=device).view(-1, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of images [B, C, H, W] in [0, 1]."""
-        if len(self.mean) not in (1, x.shape[1]):
-            raise ValueError(
-                f'it normalises {len(self.mean)} channels; create it with the statistics of these images, for example '
-                "pretrained_cfg_overlay={'mean': (0.5,), 'std': (0.5,)}"
-            )
-        return self.model(((x.float() - self.mean) / self.std).to(x.dtype))
-
-
-def pixel_input(model: nn.Module) -> nn.Module:
-    """The model as one that takes pixels: itself if its pretrained_cfg has mean 0 and std 1, or no such entries."""
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    mean, std = config.get('mean') or (0.0,), config.get('std') or (1.0,)
-    if set(mean) == {0.0} and set(std) == {1.0}:
-        return model
-    return PixelInput(model, mean, std)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 
+from .clock import parse_duration
 from .results import atomic_file
 from .threat_model import NORMS, ThreatModel, parse_eps
 
@@ -67,23 +68,43 @@ class Recipe:
     num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '>= 1')
     pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
     initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
+    img_size: int | None = _field('model', None, 'pixels a side that images are resized to; none: as they are', '>= 1')
+    grad_checkpointing: bool = _field('model', False, 'recompute activations in backward: less memory, more time')
 
-    dataset: str = _field('data', 'cifar10', 'cifar10, cifar100, torch/cifar10, torch/cifar100, parquet or digits')
+    dataset: str = _field(
+        'data',
+        'cifar10',
+        'cifar10, cifar100, parquet, npz, npy or digits; folder, wds/..., hfds/... stream through timm',
+    )
     data_dir: str | None = _field('data', 'data', 'folder that holds the data')
     dataset_download: bool = _field('data', False, 'let torchvision fetch the data into the folder')
+    train_split: str = _field('data', 'train', 'split to train on')
+    val_split: str | None = _field('data', None, 'split to validate on; none: val_size images of the training split')
     val_size: int = _field('data', 1000, 'training images held out to validate and to choose the checkpoint', '>= 0')
     crop_padding: int = _field('data', 4, 'zero pixels around an image before the random crop; 0: no crop', '>= 0')
     hflip: float = _field('data', 0.5, 'probability of a horizontal flip', '>= 0 and <= 1')
+    mixup: float = _field('data', 0.0, 'mixup alpha; 0: none', '>= 0')
+    cutmix: float = _field('data', 0.0, 'cutmix alpha; 0: none', '>= 0')
+    extra_data: str | None = _field('data', None, 'generated images, .npz or .npy, to mix in')
+    extra_fraction: float = _field('data', 0.5, 'their share of each batch', '>= 0 and <= 1')
+    workers: int = _field('data', 2, 'loader processes of streamed data', '>= 0')
 
-    loss: str = _field('loss', 'pgd_at', 'what training descends', ('pgd_at', 'trades', 'clean'))
-    beta: float = _field('loss', 6.0, 'weight of the robust term of TRADES', '>= 0')
+    loss: str = _field('loss', 'pgd_at', 'what training descends', ('pgd_at', 'trades', 'mart', 'clean'))
+    beta: float = _field('loss', 6.0, 'weight of the robust term of TRADES and MART', '>= 0')
+    awp_gamma: float = _field('loss', 0.0, 'size of the adversarial weight perturbation; 0: none', '>= 0')
+    awp_start: float = _field('loss', 0.0, 'share of the run after which the weights are perturbed', '>= 0 and <= 1')
     smoothing: float = _field('loss', 0.0, 'label smoothing', '>= 0 and < 1')
 
     norm: str = _field('attack', 'Linf', 'norm of the threat model', NORMS)
     eps: float | str = _field('attack', '8/255', 'radius of the threat model, pixels in [0, 1]')
-    attack: str = _field('attack', 'pgd', 'attack of the training step', ('pgd', 'fgsm'))
+    attack: str = _field('attack', 'pgd', 'attack of the training step', ('pgd', 'fgsm', 'n_fgsm', 'apgd'))
     steps: int = _field('attack', 10, 'PGD steps in training', '>= 1')
-    step_size: float | str | None = _field('attack', None, 'none: 2.5 * eps / steps for pgd, 1.25 * eps for fgsm')
+    step_size: float | str | None = _field(
+        'attack', None, 'none: 2.5 * eps / steps for pgd, 1.25 * eps for fgsm, eps for n_fgsm'
+    )
+    late_steps: int | None = _field('attack', None, 'steps from late_start on; none: steps', '>= 1')
+    late_start: float = _field('attack', 0.5, 'share of the run after which late_steps holds', '>= 0 and <= 1')
+    eps_warmup: float = _field('attack', 0.0, 'share of the run in which eps grows from 0', '>= 0 and <= 1')
     random_start: bool = _field('attack', True, 'start the attack at a random point of the ball')
     attack_bn: str = _field('attack', 'eval', 'mode of batch norm during the attack', ('eval', 'train'))
 
@@ -93,8 +114,15 @@ class Recipe:
     val_batch_size: int = _field('validation', 250, 'images a validation batch', '>= 1')
 
     epochs: int = _field('optimizer', 100, 'passes over the training images', '>= 1')
-    max_steps: int | None = _field('optimizer', None, 'stop after so many steps', '>= 1')
+    max_steps: int | None = _field('optimizer', None, 'end the schedule after so many steps', '>= 1')
+    budget: str | None = _field(
+        'optimizer', None, "run the schedule on the clock instead: '25m', '1.5h', '1h30m', '90s'"
+    )
     batch_size: int = _field('optimizer', 128, 'images a training step', '>= 1')
+    opt_kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict, metadata=_about('optimizer', 'further arguments of the optimizer, as key=value')
+    )
+    layer_decay: float | None = _field('optimizer', None, 'factor of the rate from layer to layer', '> 0 and <= 1')
     opt: str = _field('optimizer', 'sgd', "name of a timm optimizer; 'sgd' has Nesterov momentum, 'momentum' has not")
     lr: float = _field('optimizer', 0.1, 'peak learning rate', '> 0')
     momentum: float = _field('optimizer', 0.9, 'momentum', '>= 0 and < 1')
@@ -114,6 +142,9 @@ class Recipe:
     model_ema: bool = _field('averaging', False, 'keep an exponential moving average of the weights')
     model_ema_decay: float = _field('averaging', 0.999, 'decay of the average per step', '>= 0 and < 1')
     model_ema_warmup: bool = _field('averaging', True, 'begin with a smaller decay')
+    ema_bn_batches: int = _field(
+        'averaging', 20, 'batches that re-estimate batch norm for the average; 0: none', '>= 0'
+    )
 
     pssilu_reg: float = _field('PSSiLU', 10.0, 'lambda of the penalty lambda * |beta| of the activation', '>= 0')
     pssilu_beta_clip: float | None = _field('PSSiLU', 0.01, 'bound on the norm of the gradient of its beta', '> 0')
@@ -122,6 +153,7 @@ class Recipe:
     amp_dtype: str = _field('speed', 'bfloat16', 'low precision of --amp', ('bfloat16', 'float16'))
     channels_last: bool = _field('speed', True, 'channels-last memory layout')
     torchcompile: bool = _field('speed', False, 'torch.compile the model')
+    sync_bn: bool = _field('speed', False, 'batch norm over all processes (GPU only)')
     device: str | None = _field('speed', None, "as torch names it; none: 'cuda' where there is one, else 'cpu'")
 
     seed: int = _field('run', 42, 'seed of weights, data order, augmentation and attacks', '>= 0')
@@ -129,6 +161,14 @@ class Recipe:
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
     resume: str | None = _field('run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder")
     log_interval: int = _field('run', 20, 'steps between log lines', '>= 1')
+    save_interval: int | None = _field('run', None, 'steps between checkpoints within an epoch; none: none', '>= 1')
+    on_divergence: str = _field(
+        'run', 'rollback', 'at NaN, loss spikes, or collapse of PGD accuracy', ('rollback', 'stop')
+    )
+    max_rollbacks: int = _field('run', 3, 'rollbacks before the run stops', '>= 0')
+    tensorboard: bool = _field('run', False, 'write TensorBoard events')
+    log_wandb: bool = _field('run', False, 'log to wandb')
+    wandb_project: str | None = _field('run', None, 'wandb project')
     checkpoint_hist: int = _field('run', 2, 'checkpoints to keep beside the best and the last', '>= 1')
 
     def __post_init__(self) -> None:
@@ -146,6 +186,14 @@ class Recipe:
         _ = self.threat_model
         for name in ('step_size', 'eval_step_size'):
             _check_step_size(name, getattr(self, name))
+        if self.budget is not None:
+            parse_duration(self.budget)
+            if self.max_steps is not None:
+                raise ValueError(f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one')
+        if self.loss == 'mart' and (self.mixup or self.cutmix):
+            raise ValueError('MART needs one class an image; use it with mixup 0 and cutmix 0')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr {self.min_lr} is larger than lr {self.lr}; allowed: 0 to lr')
         milestones = self.decay_milestones
@@ -163,12 +211,16 @@ class Recipe:
         """What the attacker may do, in training and in validation."""
         return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # it reads '8/255' too
 
+    def step_size_at(self, steps: int) -> float:
+        """Step size of the training attack when it takes so many steps at full eps, in pixels on [0, 1]."""
+        if self.step_size is not None:
+            return parse_eps(self.step_size)
+        return parse_eps(self.eps) * {'fgsm': 1.25, 'n_fgsm': 1.0}.get(self.attack, 2.5 / steps)
+
     @property
     def resolved_step_size(self) -> float:
         """Step size of the training attack, in pixels on [0, 1]."""
-        if self.step_size is not None:
-            return parse_eps(self.step_size)
-        return parse_eps(self.eps) * (1.25 if self.attack == 'fgsm' else 2.5 / self.steps)
+        return self.step_size_at(self.steps)
 
     @property
     def resolved_eval_step_size(self) -> float:

@@ -1,22 +1,26 @@
 """One training step: attack, loss, backward, clip, update, average. Precision, memory layout and compilation live here.
 
-Everything random in a step follows from (seed, step), so that a resumed run repeats the undisturbed one.
+Everything random in a step follows from (seed, step, process), so that a resumed run repeats the undisturbed one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
+from timm.data import Mixup
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from .activations import PSSiLU
-from .attacks import Attack, LossFn, attacked, pgd
-from .losses import make_loss
+from .attacks import Attack, LossFn, apgd, attacked, n_fgsm, pgd
+from .awp import perturbed_weights
+from .losses import AdvLoss, make_loss
 from .recipe import Recipe
 
 
@@ -33,17 +37,17 @@ class StepOutput(NamedTuple):
 
 
 class Forward:
-    """Pixels [B, C, H, W] in [0, 1] to logits, in the recipe's precision and layout, compiled if it says so.
+    """Pixels [B, C, H, W] in [0, 1] to logits, in the recipe's precision, layout and image size.
 
     Args:
-        model: the network; its weights may be changed in place, and are followed.
-        recipe: amp, amp_dtype, channels_last, torchcompile.
+        net: the network as it is called, compiled and wrapped or not; it normalises pixels itself.
+        recipe: amp, amp_dtype, channels_last, img_size.
         device: where the network lives.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, net: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        self.net = net
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.net = torch.compile(model, dynamic=False) if recipe.torchcompile else model
         dtype = getattr(torch, recipe.amp_dtype)
         self.autocast = partial(torch.autocast, device.type, dtype=dtype) if recipe.amp else nullcontext
 
@@ -54,14 +58,17 @@ class Forward:
 
 
 class TrainStep:
-    """`step(x, y, number)` trains the model on one batch.
+    """`step(x, y, number, progress)` trains the model on one batch.
 
     Args:
         model: the network, already on the device.
-        forward: how it is called.
+        forward: how it is called in the attack.
         optimizer: any torch optimizer over the model's parameters.
         recipe: attack, loss and regularisation settings.
         ema: average of the weights to update, or None.
+        update_forward: how it is called in the update, where that differs (DistributedDataParallel).
+        rank: of this process; each draws its own noise.
+        num_classes: outputs, for mixup.
     """
 
     def __init__(
@@ -71,39 +78,74 @@ class TrainStep:
         optimizer: torch.optim.Optimizer,
         recipe: Recipe,
         ema: ModelEmaV3 | None = None,
+        update_forward: Forward | None = None,
+        rank: int = 0,
+        num_classes: int = 10,
     ) -> None:
         self.model, self.forward, self.optimizer, self.recipe, self.ema = model, forward, optimizer, recipe, ema
-        self.loss = make_loss(recipe.loss, beta=recipe.beta, smoothing=recipe.smoothing)
-        self.attack = make_attack(model, recipe)
+        self.update_forward, self.rank = update_forward or forward, rank
+        self.seed = recipe.seed
+        mixing = bool(recipe.mixup or recipe.cutmix)
+        self.loss = make_loss(recipe.loss, beta=recipe.beta, smoothing=0.0 if mixing else recipe.smoothing)
+        self.mixup = None
+        if mixing:
+            settings = {'mixup_alpha': recipe.mixup, 'cutmix_alpha': recipe.cutmix, 'num_classes': num_classes}
+            self.mixup = Mixup(label_smoothing=recipe.smoothing, **settings)
         act = getattr(model, 'act', None)
-        self.shared_act = act if isinstance(act, PSSiLU) else None
+        self.beta = act.params()[1] if isinstance(act, PSSiLU) else None
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == 'float16')
 
-    def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int) -> StepOutput:
+    def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int, progress: float = 0.0) -> StepOutput:
         """Attack the batch, take one optimizer step, and update the average.
 
         Args:
             x: images [B, C, H, W] in [0, 1].
             y: labels [B].
             number: steps taken before this one in the whole run.
+            progress: share of the run that is done, for the schedules of eps, attack steps and weight perturbation.
         """
         recipe = self.recipe
-        torch.manual_seed(recipe.seed * 1_000_003 + number)
+        self.draw_from(number)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, output, output_adv = self.loss(self.forward, self.attack, x, y)
-        if self.shared_act is not None and recipe.pssilu_reg:
-            loss = loss + recipe.pssilu_reg * self.shared_act.beta.abs().sum()
-        self.scaler.scale(loss).backward()
+        target = y
+        if self.mixup is not None:
+            x, target = self.mixup(x, y)
+        x_adv = self.loss.perturb(self.forward, make_attack(self.model, recipe, progress), x, target)
+        perturbation: Any = nullcontext()
+        if recipe.awp_gamma and progress >= recipe.awp_start:
+            perturbation = perturbed_weights(
+                self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
+            )
+        with perturbation:
+            loss, out = self.objective(self.update_forward, x, x_adv, target)
+            self.scaler.scale(loss).backward()
         self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
-        shown = output if output_adv is None else output_adv
+        shown = out.output if out.output_adv is None else out.output_adv
         assert shown is not None
         return StepOutput(loss.detach(), (shown.detach().argmax(1) == y).sum())
+
+    def objective(
+        self, forward: Forward, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, AdvLoss]:
+        """The loss with PSSiLU's penalty lambda |beta|, and what it came from."""
+        out = self.loss.descend(forward, x, x_adv, y)
+        loss = out.loss
+        if self.beta is not None and self.recipe.pssilu_reg:
+            loss = loss + self.recipe.pssilu_reg * self.beta.abs().sum()
+        return loss, out
+
+    def draw_from(self, number: int) -> None:
+        """Seed everything random with (seed, step, process)."""
+        seed = (self.seed * 1_000_003 + number) * 1_009 + self.rank
+        torch.manual_seed(seed)
+        if self.mixup is not None:
+            np.random.seed(seed % 2**32)  # timm's Mixup draws from numpy
 
     def _clip(self) -> None:
         """Bound the gradients as the recipe says: all, then PSSiLU's beta on its own (Dai et al. 2021: 0.01)."""
@@ -113,32 +155,40 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         if recipe.clip_grad is not None:
             dispatch_clip_grad(self.model.parameters(), value=recipe.clip_grad, mode=recipe.clip_mode)
-        if recipe.pssilu_beta_clip is not None and self.shared_act is not None:
-            nn.utils.clip_grad_norm_([self.shared_act.beta], recipe.pssilu_beta_clip)
+        if recipe.pssilu_beta_clip is not None and self.beta is not None:
+            nn.utils.clip_grad_norm_([self.beta], recipe.pssilu_beta_clip)
 
 
-def make_attack(model: nn.Module, recipe: Recipe) -> Attack:
-    """The recipe's training attack on this model; it freezes the parameters and sets batch norm's mode."""
-    steps = 1 if recipe.attack == 'fgsm' else recipe.steps
-    threat_model, step_size = recipe.threat_model, recipe.resolved_step_size
+def make_attack(model: nn.Module, recipe: Recipe, progress: float = 0.0) -> Attack:
+    """The recipe's training attack on this model, at this point of the run; it sets batch norm's mode while it runs.
+
+    eps grows linearly from 0 over the first `eps_warmup` of the run, the step size with it; from `late_start` on the
+    attack takes `late_steps` steps.
+    """
+    late = recipe.late_steps is not None and progress >= recipe.late_start
+    steps = recipe.late_steps if late and recipe.late_steps is not None else recipe.steps
+    share = min(progress / recipe.eps_warmup, 1.0) if recipe.eps_warmup else 1.0
+    threat_model = replace(recipe.threat_model, eps=share * recipe.threat_model.eps)
+    step_size, start = share * recipe.step_size_at(steps), recipe.random_start
 
     def attack(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
         with attacked(model, recipe.attack_bn):
-            return pgd(
-                loss_fn,
-                x,
-                threat_model,
-                steps=steps,
-                step_size=step_size,
-                random_start=recipe.random_start,
-            )
+            if recipe.attack == 'apgd':
+                return apgd(loss_fn, x, threat_model, steps=steps, random_start=start)
+            if recipe.attack == 'n_fgsm':
+                return n_fgsm(loss_fn, x, threat_model, step_size=step_size)
+            count = 1 if recipe.attack == 'fgsm' else steps
+            return pgd(loss_fn, x, threat_model, steps=count, step_size=step_size, random_start=start)
 
     return attack
 
 
 @contextmanager
 def averaged_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
-    """Lend the averaged weights, if any, to the model, so that what was compiled for it serves both."""
+    """Lend the averaged weights, if any, to the model, so that what was compiled for it serves both.
+
+    What the body does to the statistics of batch norm stays with the average.
+    """
     if ema is None:
         yield
         return
@@ -146,5 +196,6 @@ def averaged_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]
     model.load_state_dict(ema.module.state_dict())
     try:
         yield
+        ema.module.load_state_dict(model.state_dict())
     finally:
         model.load_state_dict(own)

@@ -82,14 +82,14 @@ class ThreatModel:
             noise = noise * _per_image(self.eps * radius / _l2(noise), x)
         return (x + noise).clamp(*self.bounds)
 
-    def step(self, x_adv: torch.Tensor, grad: torch.Tensor, step_size: float) -> torch.Tensor:
-        """The steepest ascent step of length step_size in this norm; not yet projected.
+    def step(self, x_adv: torch.Tensor, grad: torch.Tensor, step_size: float | torch.Tensor) -> torch.Tensor:
+        """The steepest ascent step of length step_size (a number, or one an image) in this norm; not yet projected.
 
         Linf: x_adv + step_size * sign(grad). L2: x_adv + step_size * grad / ||grad||_2 (a zero gradient stays put).
         """
         if self.norm == 'Linf':
             return x_adv + step_size * grad.sign()
-        return x_adv + _per_image(step_size / _l2(grad), x_adv) * grad
+        return x_adv + step_size * grad * _per_image(1 / _l2(grad), x_adv)
 
     def project(self, x_adv: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The allowed point nearest to x_adv around x: onto the ball, then into the bounds.

@@ -8,27 +8,68 @@ held-out images) and the newest checkpoints. The last line of the output is the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import timm_robust
-from timm_robust.engine import build, fit
+from timm_robust.engine import Run, Stopped, build, fit, plan
 from timm_robust.recipe import parse_recipe
+from timm_robust.watchdog import Diverged
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the recipe of the command line; 0 if it ended well, 2 after bad input."""
+    """Run the recipe of the command line; 0 if it ended well, 1 if it diverged, 2 bad input, 128 + n signal n."""
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
-    recipe = parse_recipe(sys.argv[1:] if argv is None else argv)
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument(
+        '--plan', action='store_true', help='measure a few steps, print time and memory of the run, and end'
+    )
+    args, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
+    recipe = parse_recipe(rest)
     try:
         run = build(recipe)
+        if args.plan:
+            return print_plan(plan(run))
+        signals: list[int] = []
+        listen(run, signals)
+        logging.info('timm_robust %s, output in %s', timm_robust.__version__, run.folder)
+        line = fit(run)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return 128 + signals[0]
+    except Diverged as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    logging.info('timm_robust %s, output in %s', timm_robust.__version__, run.folder)
-    print(json.dumps(fit(run)))
+    if not run.world.rank:
+        print(json.dumps(line))
+    return 0
+
+
+def listen(run: Run, signals: list[int]) -> None:
+    """On SIGTERM and SIGINT finish the step, save and end; a second one ends at once."""
+
+    def note(number: int, _: Any) -> None:
+        signals.append(number)
+        run.stop = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def print_plan(line: dict[str, Any]) -> int:
+    """The plan as a table, and as JSON on the last line."""
+    for key, value in line.items():
+        print(f'{key:18s}{value:,.4g}' if isinstance(value, float) else f'{key:18s}{value}')
+    print(json.dumps(line))
     return 0
 
 

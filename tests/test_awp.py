@@ -1,0 +1,33 @@
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_robust.awp import perturbed_weights
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Flatten(), nn.Linear(144, 10))
+
+
+def test_weights_move_up_the_loss_by_gamma_and_come_back_bit_for_bit(net):
+    x, y = torch.rand(8, 3, 8, 8), torch.arange(8)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+
+    def loss():
+        return nn.functional.cross_entropy(net(x), y)
+
+    grads = torch.autograd.grad(loss(), [net[0].weight, net[4].weight])
+    net.load_state_dict(before)
+    with perturbed_weights(net, loss, 0.01):
+        inside = {key: value.clone() for key, value in net.state_dict().items()}
+        worse = loss().item()
+    net.load_state_dict({**net.state_dict(), **{k: v for k, v in before.items() if 'running' in k or 'num' in k}})
+    assert worse > loss().item()
+    for name, grad in zip(('0.weight', '4.weight'), grads, strict=True):
+        move = inside[name] - before[name]
+        torch.testing.assert_close(move, 0.01 * before[name].norm() * grad / grad.norm(), rtol=1e-3, atol=1e-6)
+        assert torch.equal(net.state_dict()[name], before[name])
+    assert all(torch.equal(inside[key], value) for key, value in before.items() if key.startswith('1.'))
+    assert torch.equal(inside['4.bias'], before['4.bias'])

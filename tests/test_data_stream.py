@@ -1,0 +1,364 @@
+import importlib.util
+import io
+import json
+import random
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_robust.data import StreamBatches, StreamData, is_stream, load_dataset, split_holdout
+
+CLASSES = ('ant', 'bee', 'cat')
+
+
+def encoded(number, size=(24, 20)):
+    """A PNG whose every pixel is its number, so that resizing and cropping leave it readable."""
+    buffer = io.BytesIO()
+    Image.new('RGB', size, (number, 0, 255)).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def noisy(number, size=(24, 20)):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, 'PNG')
+    return buffer.getvalue()
+
+
+def write_folder(root, make=encoded, n=30, split='train'):
+    """n images, number i of class i % 3; timm's order is by class, then by number."""
+    for number in range(n):
+        folder = root / split / CLASSES[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f'{number:03}.png').write_bytes(make(number, (24 + number % 5, 20)))
+    return root
+
+
+def write_tar(root, n=30):
+    write_folder(root / 'unpacked', n=n)
+    with tarfile.open(root / 'train.tar', 'w') as tar:
+        tar.add(root / 'unpacked' / 'train', '.')
+    return root / 'train.tar'
+
+
+def numbers(x):
+    """Which images a batch holds."""
+    return (255 * x[:, 0]).round().long().flatten(1).float().mean(1).round().long().tolist()
+
+
+def in_order(n=30):
+    return [number for label in range(3) for number in range(label, n, 3)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path)
+
+
+# StreamData
+
+
+@pytest.mark.parametrize('name', ['', 'folder'])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_every_image_once_in_order(folder, name, workers):
+    data = StreamData(name, folder, img_size=16, workers=workers)
+    assert len(data) == 30 and data.classes == CLASSES and data.num_classes == 3 and data.name == folder.name
+    batches = list(data.batches(8))
+    assert [len(y) for _, y in batches] == [8, 8, 8, 6]
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    assert x.shape == (30, 3, 16, 16) and x.dtype == torch.float32 and y.dtype == torch.int64
+    assert numbers(x) == in_order() and y.tolist() == [number % 3 for number in in_order()]
+    assert (x[:, 1] == 0).all() and (x[:, 2] == 1).all()  # not normalised
+    assert torch.equal(data.labels, y)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_tar_holds_the_same_images(tmp_path, workers):
+    for root in (write_tar(tmp_path), tmp_path):  # the file, and the folder with a .tar for each split
+        data = StreamData('folder', root, img_size=16, workers=workers)
+        assert len(data) == 30 and data.classes == CLASSES and data.name == tmp_path.name
+        assert sorted(number for x, _ in data.batches(8) for number in numbers(x)) == list(range(30))
+        x, y = next(iter(data.batches(30)))
+        assert [number % 3 for number in numbers(x)] == y.tolist() == data.labels.tolist()
+
+
+def test_the_centre_is_cropped_after_resizing(tmp_path):
+    Image.new('RGB', (80, 40), (0, 0, 0)).save(write_folder(tmp_path, n=3) / 'train/ant/000.png')
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 30:50] = 255  # the middle half of the 40 pixels that a square crop of all can show
+    Image.fromarray(pixels).save(tmp_path / 'train/ant/000.png')
+    for crop_pct, share in ((1.0, 0.5), (0.5, 1.0)):
+        data = StreamData('', tmp_path, img_size=20, crop_pct=crop_pct, interpolation='nearest', workers=0)
+        x, _ = next(data.first(1).batches(1))
+        assert x.mean() == pytest.approx(share, abs=0.01)
+    assert next(StreamData('', tmp_path, img_size=(8, 12), workers=0).batches(2))[0].shape == (2, 3, 8, 12)
+
+
+def test_subset_first_holdout_and_memory(folder):
+    data = StreamData('', folder, img_size=16, workers=0)
+    assert numbers(next(data.subset([29, 3]).batches(5))[0]) == [in_order()[29], in_order()[3]]
+    first = data.first(4)
+    assert len(first) == 4 and numbers(next(first.batches(5))[0]) == in_order()[:4] and len(data) == 30
+    rest, held = split_holdout(data, 6, seed=0)
+    assert (len(rest), len(held)) == (24, 6) and held.labels.bincount().tolist() == [2, 2, 2]
+    seen = [numbers(x) for part in (rest, held) for x, _ in part.batches(30)]
+    assert sorted(seen[0] + seen[1]) == list(range(30))
+    again, _ = split_holdout(rest, 3, seed=0)
+    assert set(numbers(next(again.batches(30))[0])) < set(seen[0])
+    memory = held.in_memory()
+    x, y = next(held.batches(6))
+    assert torch.equal(memory.pixels(), x) and torch.equal(memory.labels, y) and memory.classes == CLASSES
+    for n in (0, 31):
+        with pytest.raises(ValueError, match=rf'first {n} images of .*; allowed: 1\.\.30'):
+            data.first(n)
+
+
+def test_a_split_is_found_by_its_names_and_never_taken_for_another(tmp_path):
+    write_folder(tmp_path, n=6), write_folder(tmp_path, n=3, split='val')
+    assert len(StreamData('', tmp_path)) == 6 and len(StreamData('', tmp_path, 'validation')) == 3
+    assert len(StreamData('', tmp_path / 'val', 'test')) == 3  # a folder of classes is what it is
+    with pytest.raises(FileNotFoundError, match="holds train, val, but no split 'test'; name one of them with --split"):
+        StreamData('', tmp_path, 'test')
+    with pytest.raises(FileNotFoundError, match='absent does not exist; name the right one with --data-dir'):
+        StreamData('', tmp_path / 'absent')
+    with pytest.raises(FileNotFoundError, match=r"'wds/x' needs a folder|webdataset"):
+        StreamData('wds/x', None)
+    with pytest.raises(ValueError, match=r"cannot open split 'train'.*0 images"):
+        (tmp_path / 'empty').mkdir()
+        StreamData('', tmp_path / 'empty')
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        ({'name': 'imagenet'}, "dataset 'imagenet' is unknown; allowed: folder, torch/<name>, hfds/<name>, wds/<name>"),
+        ({'name': 'torch/nothing'}, 'Unknown torchvision dataset nothing'),
+        ({'crop_pct': 1.5}, r'crop_pct 1.5 must lie in \(0, 1\]'),
+        ({'interpolation': 'random'}, "interpolation 'random' is unknown; allowed: nearest, bilinear"),
+        ({'num_classes': 2}, 'has 3 classes, so num_classes 2 is too small'),
+    ],
+)
+def test_stream_data_refuses_what_cannot_be_meant(folder, change, text):
+    with pytest.raises(ValueError, match=text):
+        StreamData(**{'name': '', 'root': folder, **change})
+
+
+def test_more_classes_than_folders(folder):
+    assert StreamData('', folder, num_classes=5).classes == (*CLASSES, '3', '4')
+
+
+def test_missing_library_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    for name, library in (('wds/x', 'webdataset'), ('hfds/x', 'datasets'), ('tfds/x', 'tensorflow_datasets')):
+        with pytest.raises(ImportError, match=f'{library} is not installed; .* pip install {library}'):
+            StreamData(name, folder)
+
+
+def test_which_names_are_streamed():
+    assert all(map(is_stream, ('', 'folder', 'wds/x', 'hfds/a/b', 'torch/imagenet', 'HFDS/x')))
+    assert not any(map(is_stream, ('cifar10', 'torch/cifar10', 'npz', 'digits', 'parquet')))
+    with pytest.raises(ValueError, match="dataset 'folder' is unknown"):
+        load_dataset('folder')
+
+
+def test_torchvision_data_and_a_label_without_a_class(folder):
+    data = StreamData('torch/image_folder', folder, img_size=16, workers=0)
+    assert data.classes == CLASSES and numbers(next(data.batches(30))[0]) == in_order()
+    assert data.labels.tolist() == [number % 3 for number in in_order()] and data.name == 'image_folder'
+    data.dataset.targets[4], data.dataset.samples[4] = 7, (data.dataset.samples[4][0], 7)
+    with pytest.raises(ValueError, match=r'label 7 is not in 0\.\.2; is it unlabelled'):
+        _ = StreamData.labels.fget(data._with(_all_labels=None))
+    with pytest.raises(ValueError, match=r'label 7 is not in 0\.\.2'):
+        list(data.batches(8))
+
+
+# StreamBatches
+
+
+def make_batches(root, workers=0, seed=0, **settings):
+    data = StreamData('', root, img_size=16, workers=workers)
+    return StreamBatches(data, 7, seed, **settings)
+
+
+def test_an_epoch_is_a_permutation_and_drops_the_rest(folder):
+    batches = make_batches(folder)
+    assert batches.steps_per_epoch == 4 and batches.batch_size == 7 and len(batches.data) == 30
+    orders = []
+    for epoch in range(2):
+        orders.append([])
+        for step in range(4 * epoch, 4 * epoch + 4):
+            x, y = batches[step]
+            assert x.shape == (7, 3, 16, 16) and x.dtype == torch.float32 and y.dtype == torch.int64
+            assert y.tolist() == batches.data.labels[batches.indices(step)].tolist()
+            orders[-1] += batches.indices(step).tolist()
+    assert all(len(set(order)) == 28 for order in orders) and orders[0] != orders[1]
+
+
+def test_the_rows_of_a_subset(folder):
+    data = StreamData('', folder, img_size=16, workers=0).subset([28, 0, 15, 7])
+    batches = StreamBatches(data, 4, 0, color_jitter=0)
+    x, y = batches[0]
+    picked = [in_order()[[28, 0, 15, 7][index]] for index in batches.indices(0).tolist()]
+    assert numbers(x) == picked and y.tolist() == [number % 3 for number in picked]
+    assert (x[:, 1] == 0).all() and (x[:, 2] == 1).all()  # not normalised
+
+
+STRONG = {'auto_augment': 'rand-m9-mstd0.5', 'train_crop': 'rrc'}
+MIX = {'auto_augment': 'augmix-m3-w3', 'train_crop': 'pad4'}
+
+
+@pytest.mark.parametrize('settings', [{}, STRONG, MIX], ids=['default', 'randaugment', 'augmix'])
+def test_batches_are_the_same_for_any_number_of_workers_and_after_a_restart(tmp_path, settings):
+    root = write_folder(tmp_path, noisy)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    alone = make_batches(root, **settings)
+    expected = [alone[step] for step in range(6)]  # across the end of an epoch
+    torch.manual_seed(2), random.seed(2), np.random.seed(2)
+    many = make_batches(root, workers=2, **settings)
+    for step in (*range(6), 2, 3, 5):  # 2: a restart in mid-epoch
+        assert all(torch.equal(a, b) for a, b in zip(many[step], expected[step], strict=True)), step
+    assert torch.equal(alone[5][0], expected[5][0])
+    assert not torch.equal(make_batches(root, seed=1, **settings)[0][0], expected[0][0])
+
+
+def test_the_callers_random_numbers_are_left_alone(folder):
+    batches = make_batches(folder)
+    draws = []
+    for use in (False, True):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        if use:
+            _ = batches[0], list(batches.data.batches(8))
+        draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    assert draws[0] == draws[1]
+
+
+def test_an_image_is_augmented_anew_in_each_epoch(tmp_path):
+    batches = StreamBatches(StreamData('', write_folder(tmp_path, noisy, n=3), img_size=16, workers=0), 3, 0)
+    pairs = [dict(zip(batches.indices(step).tolist(), batches[step][0], strict=True)) for step in (0, 1)]
+    assert all(not torch.equal(pairs[0][index], pairs[1][index]) for index in range(3))
+
+
+def test_pad4_crops_at_every_offset_and_flips(tmp_path):
+    pixels = np.full((16, 16, 3), 255, np.uint8)
+    pixels[:, 0] = 100  # which side is left
+    for label in CLASSES:
+        (tmp_path / label).mkdir()
+        Image.fromarray(pixels).save(tmp_path / label / 'x.png')
+    data = StreamData('', tmp_path, img_size=16, workers=0)
+    batches = StreamBatches(data, 3, 0, train_crop='pad4', color_jitter=0)
+    x = torch.cat([batches[step][0] for step in range(100)])[:, 0]
+    borders = {(row.float().argmax().item(), row.flip(0).float().argmax().item()) for row in (x > 0).any(2)}
+    assert borders == {(i, 0) for i in range(5)} | {(0, i) for i in range(5)}
+    left = ((x > 0.3) & (x < 0.5)).float().argmax(2).amax(1)
+    assert ((left < 8).sum() > 100) and ((left >= 8).sum() > 50)
+
+
+@pytest.mark.parametrize('crop', ['rrc', 'rkrc', 'rkrr', 'pad4'])
+def test_every_crop_gives_the_size(folder, crop):
+    data = StreamData('', folder, img_size=(12, 16), workers=0)
+    x, _ = StreamBatches(data, 4, 0, train_crop=crop, auto_augment='v0')[0]
+    assert x.shape == (4, 3, 12, 16) and x.min() >= 0 and x.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ('change', 'text'),
+    [
+        ({'batch_size': 31}, r'batch_size 31 must lie in 1\.\.30'),
+        ({'train_crop': 'centre'}, "train_crop 'centre' is unknown; allowed: rrc, rkrc, rkrr, pad4"),
+        ({'interpolation': 'cubic'}, "interpolation 'cubic' is unknown; allowed: nearest, .*, random"),
+        ({'scale': (0.5, 0.1)}, r'scale \(0.5, 0.1\) must be \(a, b\) with 0 < a <= b <= 1'),
+        ({'ratio': (0.0, 0.1)}, r'ratio \(0.0, 0.1\) must be \(a, b\) with 0 < a <= b$'),
+        ({'hflip': 2}, r'hflip must lie in \[0, 1\] and color_jitter be >= 0, got 2 and 0.4'),
+        ({'auto_augment': 'wild'}, "auto_augment 'wild' is unknown to timm: .*; allowed: 'rand-m9"),
+    ],
+)
+def test_stream_batches_refuse_what_cannot_be_meant(folder, change, text):
+    data = StreamData('', folder, workers=0)
+    with pytest.raises(ValueError, match=text):
+        StreamBatches(data, **{'batch_size': 8, 'seed': 0, **change})
+    with pytest.raises(IndexError, match='step -1 is negative'):
+        StreamBatches(data, 8, 0)[-1]
+
+
+def test_a_failure_is_no_end_of_the_stream(folder):
+    batches = make_batches(folder, color_jitter=0)
+    broken = folder / 'train/ant/000.png'
+    for file in (folder / 'train').rglob('*.png'):
+        file.rename(file.with_suffix('.gone'))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='Failed to load'):
+            _ = batches[0]
+    for file in (folder / 'train').rglob('*.gone'):
+        file.rename(file.with_suffix('.png'))
+    assert broken.exists() and len(batches[0][1]) == 7
+
+
+# Web data sets
+
+
+def write_shards(root, n=24, shards=2):
+    pytest.importorskip('webdataset')
+    names = [f'toy-train-{shard}.tar' for shard in range(shards)]
+    for shard, name in enumerate(names):
+        with tarfile.open(root / name, 'w') as tar:
+            for number in range(shard, n, shards):
+                for suffix, content in (('png', encoded(number)), ('cls', str(number % 3).encode())):
+                    member = tarfile.TarInfo(f'{number:03}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    lengths = [len(range(shard, n, shards)) for shard in range(shards)]
+    train = {'name': 'train', 'num_samples': n, 'filenames': names, 'shard_lengths': lengths}
+    (root / '_info.json').write_text(json.dumps({'splits': {'train': train}}))
+    return root
+
+
+@pytest.mark.parametrize('workers', [0, 1, 3])
+def test_web_data_is_read_whole(tmp_path, workers):
+    data = StreamData('wds/toy', write_shards(tmp_path), img_size=16, workers=workers, num_classes=3)
+    assert len(data) == 24 and data.classes == ('0', '1', '2') and data.iterable and data.name == 'toy'
+    for _ in range(2):
+        seen = [
+            (number, label) for x, y in data.batches(5) for number, label in zip(numbers(x), y.tolist(), strict=True)
+        ]
+        assert sorted(seen) == [(number, number % 3) for number in range(24)]
+    first = data.first(5)
+    assert [numbers(x) for x, _ in first.batches(4)] == [[0, 2, 4, 6], [8]] and len(first.in_memory()) == 5
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_web_batches_resume_in_mid_epoch(tmp_path, workers):
+    data = StreamData('wds/toy', write_shards(tmp_path), img_size=16, workers=workers, num_classes=3)
+    batches = StreamBatches(data, 4, 0, color_jitter=0)
+    assert batches.steps_per_epoch == 6
+    expected = [batches[step] for step in range(9)]
+    epoch = [number for x, _ in expected[:6] for number in numbers(x)]
+    assert sorted(epoch) == list(range(24)) and epoch != list(range(24))
+    resumed = StreamBatches(data, 4, 0, color_jitter=0)
+    for step in (7, 8, 3):
+        assert all(torch.equal(a, b) for a, b in zip(resumed[step], expected[step], strict=True)), step
+    assert numbers(expected[6][0]) + numbers(expected[7][0]) != epoch[:8]
+
+
+def test_web_data_says_what_it_cannot(tmp_path):
+    root = write_shards(tmp_path)
+    with pytest.raises(ValueError, match='does not know the number of classes; add --num-classes N'):
+        StreamData('wds/toy', root)
+    with pytest.raises(ValueError, match=r"cannot open split 'test' .*split test not found"):
+        StreamData('wds/toy', root, 'test', num_classes=3)
+    (root / '_info.json').unlink()
+    with pytest.raises(ValueError, match=r'knows no number of images; type it, as in --split "toy-train-0.tar\|10000"'):
+        StreamData('wds/toy', root, 'toy-train-0.tar', num_classes=3)
+    data = StreamData('wds/toy', root, 'toy-train-{0..1}.tar|30', img_size=16, workers=0, num_classes=3)
+    with pytest.raises(ValueError, match='holds 24 readable images, not the 30 that its split claims'):
+        list(data.batches(8))
+    for call in (lambda: split_holdout(data, 3, 0), lambda: StreamBatches(data, 4, 0).indices(0)):
+        with pytest.raises(ValueError, match=r'labels alone|has an order, not numbers'):
+            call()
+    with pytest.raises(ValueError, match='cannot train on its first 8 images'):
+        StreamBatches(data.first(8), 4, 0)
+    narrow = StreamData('wds/toy', root, 'toy-train-{0..1}.tar|24', img_size=16, workers=0, num_classes=2)
+    with pytest.raises(ValueError, match=r'label 2 is not in 0\.\.1'):
+        list(narrow.batches(8))

@@ -1,0 +1,42 @@
+"""Adversarial weight perturbation: descend the loss at weights that were themselves attacked.
+
+Wu, Xia, Wang 2020, https://arxiv.org/abs/2004.05884: each weight tensor w is moved by gamma ||w|| g / ||g||, g the
+gradient of the training loss, and the update's gradient is taken there. One more forward and backward a step; it
+fights robust overfitting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+
+from .attacks import frozen_statistics
+
+
+@contextmanager
+def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gamma: float) -> Iterator[None]:
+    """Move the weights up the loss for the body, then put them back bit for bit.
+
+    Args:
+        model: the network; only weights with two axes or more are moved, as in the paper's code (no norms, biases,
+            alpha, beta).
+        loss_fn: the training loss, scalar; it is called once, and leaves the running statistics of batch norm alone.
+        gamma: length of the move, relative to each weight's own length.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    with frozen_statistics(model):
+        grads = torch.autograd.grad(loss_fn(), weights)
+    kept = [w.detach().clone() for w in weights]
+    lengths, slopes = torch._foreach_norm(kept), torch._foreach_norm(list(grads))
+    with torch.no_grad():
+        for w, g, length, slope in zip(weights, grads, lengths, slopes, strict=True):
+            w.add_(g * (gamma * length / (slope + 1e-12)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, kept, strict=True):
+                w.copy_(old)

@@ -1,0 +1,31 @@
+"""Image data sets for training and evaluation, all as images in [0, 1]: attacks and eps count in pixels.
+
+`ImageData` holds a data set in memory and `TrainBatches` draws from it; `MixedBatches` adds generated images out of a
+file of any size; `StreamData` and `StreamBatches` read what fits no memory. Batch number `step` of each stream depends
+on the seed and the step alone, so a resumed run needs no state of its data (web data sets: see `StreamBatches`).
+"""
+
+from .extra import ExtraImages
+from .memory import ImageData, TrainBatches, split_holdout
+from .mixed import MixedBatches, ShuffledOrder
+from .readers import DATASETS, SPLITS, load_dataset
+from .sources import is_stream
+from .stream_batches import StreamBatches
+from .stream_data import StreamData
+from .transforms import TRAIN_CROPS
+
+__all__ = [
+    'DATASETS',
+    'SPLITS',
+    'TRAIN_CROPS',
+    'ExtraImages',
+    'ImageData',
+    'MixedBatches',
+    'ShuffledOrder',
+    'StreamBatches',
+    'StreamData',
+    'TrainBatches',
+    'is_stream',
+    'load_dataset',
+    'split_holdout',
+]

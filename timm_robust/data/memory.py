@@ -1,0 +1,200 @@
+"""Image data sets held in memory: uint8 on the training device, handed out as float32 in [0, 1].
+
+CIFAR-10 takes 150 MB, so it is decoded once, then cropped and flipped on the device: no worker processes, no disk
+cache, and nothing to restore on resume, because batch number `step` depends on the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Images and labels of one split, on one device.
+
+    Args:
+        images: [N, C, H, W] of uint8.
+        labels: [N] of int64, each in 0..num_classes - 1.
+        classes: the name of each class.
+        name: the data set, as model tags spell it: 'cifar10'.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        """Refuse tensors of the wrong type or shape, and labels without a class."""
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or images.dtype != torch.uint8:
+            raise ValueError(f'images must be [N, C, H, W] of uint8, got {list(images.shape)} of {images.dtype}')
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
+            raise ValueError(f'labels must be [{len(images)}] of int64, got {list(labels.shape)} of {labels.dtype}')
+        wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero()
+        if len(wrong):
+            row, last = int(wrong[0]), self.num_classes - 1
+            raise ValueError(f'{self.name}, row {row}: label {int(labels[row])} is not in 0..{last}; is it unlabelled?')
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, those without an image included."""
+        return len(self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def to(self, device: torch.device | str) -> ImageData:
+        """The same data on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageData:
+        """The images with these indices, in this order (a copy)."""
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def first(self, n: int) -> ImageData:
+        """The first n images, as RobustBench's n_examples takes them.
+
+        Raises:
+            ValueError: if there are not n, so that a result never claims a size it lacks.
+        """
+        if not 0 < n <= len(self):
+            raise ValueError(f'cannot take the first {n} images of {self.name}; allowed: 1..{len(self)}')
+        return replace(self, images=self.images[:n], labels=self.labels[:n])
+
+    def pixels(self, indices: torch.Tensor | slice | None = None) -> torch.Tensor:
+        """The images (all, or these) as float32 in [0, 1]."""
+        images = self.images if indices is None else self.images[indices]
+        return images.float().div_(255)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every image once, in order: (x float32 in [0, 1], y); the last batch may be smaller."""
+        for start in range(0, len(self), batch_size):
+            part = slice(start, start + batch_size)
+            yield self.pixels(part), self.labels[part]
+
+
+class TrainBatches:
+    """An endless stream of augmented training batches; batch `step` is a pure function of (seed, step).
+
+    Each epoch visits the images in a new random order and drops the incomplete last batch. Augmentation: a random crop
+    out of the zero-padded image, then a random horizontal flip, each drawn per image. All of it runs on the data's
+    device; the random numbers of a CPU and of a GPU differ.
+
+    Args:
+        data: the training images.
+        batch_size: images a batch, at most len(data).
+        seed: any whole number.
+        crop_padding: zero pixels added on each side before the crop; 0 for no crop.
+        hflip: probability of a flip, in [0, 1].
+    """
+
+    def __init__(self, data: ImageData, batch_size: int, seed: int, crop_padding: int = 4, hflip: float = 0.5) -> None:
+        """Check the sizes; nothing is drawn yet."""
+        if not 0 < batch_size <= len(data):
+            raise ValueError(f'batch_size {batch_size} must lie in 1..{len(data)}, the number of training images')
+        if crop_padding < 0 or not 0 <= hflip <= 1:
+            raise ValueError(f'crop_padding must be >= 0 and hflip in [0, 1], got {crop_padding} and {hflip}')
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.crop_padding, self.hflip = crop_padding, hflip
+        self.steps_per_epoch = len(data) // batch_size
+        self._generator = torch.Generator(data.images.device)
+        self._order: tuple[int, torch.Tensor] | None = None
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch number `step` of the run, counted from 0 through all epochs: (x [B, C, H, W] in [0, 1], y [B])."""
+        if step < 0:
+            raise IndexError(f'step {step} is negative; steps count from 0')
+        indices = self.indices(step)
+        return self._augment(self.data.images[indices], step).float().div_(255), self.data.labels[indices]
+
+    def indices(self, step: int) -> torch.Tensor:
+        """Which images batch `step` holds, [B]."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            generator = self._seeded('epoch', epoch)
+            self._order = epoch, torch.randperm(len(self.data), generator=generator, device=generator.device)
+        return self._order[1][position * self.batch_size :][: self.batch_size]
+
+    def _augment(self, images: torch.Tensor, step: int) -> torch.Tensor:
+        """Crop and flip by one gather: pixel (i, j) comes from padded pixel (dy + i, dx + j), j mirrored in a flip."""
+        size, channels, height, width = images.shape
+        generator, device, pad = self._seeded('step', step), images.device, self.crop_padding
+        offsets = torch.randint(2 * pad + 1, (2, size, 1), generator=generator, device=device)
+        flip = torch.rand(size, 1, generator=generator, device=device) < self.hflip
+        columns = torch.arange(width, device=device)
+        columns = offsets[1] + torch.where(flip, width - 1 - columns, columns)
+        rows = offsets[0] + torch.arange(height, device=device)
+        index = (rows[:, :, None] * (width + 2 * pad) + columns[:, None]).view(size, 1, -1).expand(-1, channels, -1)
+        return F.pad(images, (pad,) * 4).flatten(2).gather(2, index).view_as(images)
+
+    def _seeded(self, stream: str, number: int) -> torch.Generator:
+        """The generator, set to the start of one stream of random numbers."""
+        return self._generator.manual_seed(seed_of(self.seed, stream, number))
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed in 0..2^63 - 1 for each stream of random numbers, hashed from its name: neighbours share nothing."""
+    digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, 'big') >> 1
+
+
+class Labelled(Protocol):
+    """What `split_holdout` can split: ImageData in memory and StreamData on disk."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The label of each image, [N] of int64."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def subset(self, indices: torch.Tensor) -> Any:
+        """The images with these indices, of the same type."""
+
+
+Data = TypeVar('Data', bound=Labelled)
+
+
+def split_holdout(data: Data, n: int, seed: int) -> tuple[Data, Data]:
+    """Hold n images out, each class in proportion (largest remainders), drawn by the seed; the device has no influence.
+
+    Returns:
+        The rest and the n held out, both in the order of the data set.
+
+    Raises:
+        ValueError: unless 0 <= n < len(data).
+    """
+    if not 0 <= n < len(data):
+        raise ValueError(f'cannot hold {n} images of {data.name} out; allowed: 0..{len(data) - 1}')
+    labels = data.labels.cpu()
+    quotas = torch.bincount(labels, minlength=data.num_classes) * n
+    counts, remainders = quotas // len(data), quotas % len(data)
+    counts[remainders.argsort(descending=True, stable=True)[: n - int(counts.sum())]] += 1
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(data), dtype=torch.bool)
+    for label, count in enumerate(counts.tolist()):
+        held[order[labels[order] == label][:count]] = True
+    return data.subset((~held).nonzero()[:, 0]), data.subset(held.nonzero()[:, 0])

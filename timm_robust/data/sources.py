@@ -1,0 +1,109 @@
+"""timm's data sets behind one door: what may be named, where it lies, its classes and its labels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm.data import create_dataset
+
+STREAMS = ('', 'folder', 'torch/', 'hfds/', 'wds/', 'hfids/', 'tfds/')
+_LIBRARIES = {'hfds': 'datasets', 'wds': 'webdataset', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets'}
+_SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
+
+
+def is_stream(name: str) -> bool:
+    """Whether `StreamData` reads a data set of this name, rather than `load_dataset`."""
+    if name in ('torch/cifar10', 'torch/cifar100'):
+        return False
+    return name in STREAMS[:2] or f'{name.partition("/")[0].lower()}/' in STREAMS[2:]
+
+
+def open_dataset(name: str, root: str | None, split: str, **options: Any) -> Any:
+    """A data set as timm opens it, without a transform.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `StreamData` says.
+    """
+    prefix = name.partition('/')[0].lower()
+    if name not in STREAMS[:2] and f'{prefix}/' not in STREAMS[2:]:
+        raise ValueError(
+            f'dataset {name!r} is unknown; allowed: folder, {", ".join(f"{p}<name>" for p in STREAMS[2:])}'
+        )
+    library = _LIBRARIES.get(prefix, '')
+    if library and importlib.util.find_spec(library) is None:
+        raise ImportError(f'{library} is not installed; dataset {name!r} needs it; type: pip install {library}')
+    if root is None and prefix not in ('hfds', 'hfids', 'tfds'):
+        raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')
+    if name in STREAMS[:2]:
+        root = str(_locate(Path(str(root)), split))
+        options = {key: value for key, value in options.items() if key != 'download'}
+        if root.endswith('.tar'):
+            options['cache_tarfiles'] = False  # an open file shared by worker processes would share its position
+    try:
+        return create_dataset(name, root, split, search_split=name not in STREAMS[:2], **options)
+    except (AssertionError, RuntimeError, KeyError) as error:
+        raise ValueError(f'cannot open split {split!r} of dataset {name!r} in {root}: {error}') from error
+
+
+def _locate(root: Path, split: str) -> Path:
+    """The folder or `.tar` of a split: the one of its name, or of its other name in timm, else the root itself."""
+    if not root.exists():
+        raise FileNotFoundError(f'folder {root} does not exist; name the right one with --data-dir')
+    if root.is_file():
+        return root
+    others = {'train': ['training'], 'validation': ['val', 'valid', 'eval'], 'val': ['validation', 'valid', 'eval']}
+    for name in [split, *others.get(split, [])]:
+        for path in (root / name, root / f'{name}.tar'):
+            if path.exists():
+                return path
+    held = sorted(path.name for path in root.iterdir() if path.stem in _SPLIT_NAMES)
+    if held:
+        raise FileNotFoundError(
+            f'{root} holds {", ".join(held)}, but no split {split!r}; name one of them with --split'
+        )
+    return root
+
+
+def source_name(name: str, root: str | None) -> str:
+    """The data set as model tags spell it: the last part of its name, or the name of its folder."""
+    if name not in STREAMS[:2]:
+        return name.rstrip('/').rpartition('/')[2]
+    path = Path(str(root)).resolve()
+    path = path.with_suffix('') if path.is_file() else path
+    return path.parent.name if path.name in _SPLIT_NAMES else path.name
+
+
+def class_names(dataset: Any, num_classes: int | None, name: str) -> tuple[str, ...]:
+    """Names of the classes; numbers where the reader has none.
+
+    Raises:
+        ValueError: if the number is not known, or smaller than what the reader knows.
+    """
+    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+    index = index or getattr(getattr(dataset, 'reader', None), 'class_name_to_idx', None)
+    named = {number: str(key) for key, number in reversed((index or {}).items())}
+    known = max(named, default=-1) + 1 or len(getattr(dataset, 'classes', ()))
+    if not known and not num_classes:
+        raise ValueError(f'{name}: the reader does not know the number of classes; add --num-classes N')
+    if num_classes and num_classes < known:
+        raise ValueError(f'{name} has {known} classes, so num_classes {num_classes} is too small')
+    return tuple(named.get(number, str(number)) for number in range(num_classes or known))
+
+
+def read_labels(dataset: Any, name: str) -> Sequence[int]:
+    """The label of each image of a map-style data set, without decoding the images.
+
+    Raises:
+        ValueError: if the reader cannot tell them.
+    """
+    reader = getattr(dataset, 'reader', dataset)
+    if hasattr(reader, 'iter_targets'):
+        return list(reader.iter_targets())
+    if hasattr(reader, 'targets'):
+        return [int(target) for target in reader.targets]
+    if hasattr(reader, 'samples'):
+        return [int(sample[1]) for sample in reader.samples]
+    raise ValueError(f'{name}: its reader cannot tell the labels alone; validate on its own split, with --val-size 0')

@@ -1,0 +1,126 @@
+"""Training batches out of a data set on the disk, augmented by timm's transforms in worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+
+from .memory import seed_of
+from .mixed import ShuffledOrder
+from .stream_data import StreamData
+from .transforms import Samples, SampleStream, train_transform
+
+
+class StreamBatches:
+    """An endless stream of augmented training batches from the disk, to be asked for one after the other.
+
+    An epoch visits the images in a new random order and drops the incomplete last batch. For map-style data batch
+    `step` is a pure function of (seed, step), whatever the number of workers: the order follows from (seed, epoch), the
+    augmentation of a sample from (seed, epoch, number of the image). Any other step than the next one restarts the
+    workers there. Iterable data is shuffled by timm's reader within and across its files: batches depend on the number
+    of workers too, an epoch may repeat some images and miss others where the workers' shares differ, and a restart in
+    mid-epoch reads and drops the batches from the epoch's start on.
+
+    Args:
+        data: the training images; its `img_size`, `workers` and `device` hold here too, its transform does not.
+        batch_size: images a batch, at most len(data).
+        seed: any whole number.
+        scale: range of the area of the random crop, as a share of the image.
+        ratio: range of its aspect ratio.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength of the change of brightness, contrast and saturation; 0: none. Off with auto_augment.
+        auto_augment: timm's description of a policy, such as 'rand-m9-mstd0.5'; None: none.
+        interpolation: 'bilinear', 'bicubic', ... or 'random'.
+        train_crop: 'rrc', 'rkrc', 'rkrr' (timm's) or 'pad4': crop out of the resized image, padded by 4 zeros.
+
+    Raises:
+        ValueError: for a setting that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        data: StreamData,
+        batch_size: int,
+        seed: int,
+        *,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        hflip: float = 0.5,
+        color_jitter: float | None = 0.4,
+        auto_augment: str | None = None,
+        interpolation: str = 'random',
+        train_crop: str = 'rrc',
+    ) -> None:
+        """Check the settings; no worker is started yet."""
+        if not 0 < batch_size <= len(data):
+            raise ValueError(f'batch_size {batch_size} must lie in 1..{len(data)}, the number of training images')
+        if data.iterable and len(data) != len(data.dataset):
+            raise ValueError(
+                f'{data.name} has an order, not numbers, so it cannot train on its first {len(data)} images'
+            )
+        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.steps_per_epoch = len(data) // batch_size
+        self.transform = train_transform(
+            data.img_size, scale, ratio, hflip, color_jitter, auto_augment, interpolation, train_crop
+        )
+        self._order, self._rows = ShuffledOrder(len(data), seed), data.rows
+        self._next, self._batches = -1, iter(())
+
+    _batches: Iterator[list[torch.Tensor]]
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch number `step` of the run, counted from 0 through all epochs: (x [B, 3, H, W] in [0, 1], y [B])."""
+        if step < 0:
+            raise IndexError(f'step {step} is negative; steps count from 0')
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if step != self._next or (self.data.iterable and position == 0):
+            self._batches = iter(())  # ends the workers before new ones start
+            self._batches = self._open_epoch(epoch, position) if self.data.iterable else self._open(step)
+        self._next = -1
+        batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f'{self.data.name} ended before step {step}; its split holds fewer images than it claims')
+        self._next = step + 1
+        return self.data.place(*batch)
+
+    def indices(self, step: int) -> torch.Tensor:
+        """Which images of `data` batch `step` holds, [B] on the CPU (for map-style data)."""
+        if self.data.iterable:
+            raise ValueError(
+                f'{self.data.name} has an order, not numbers: its reader does not say which images it reads'
+            )
+        return _batch(self._order, self.batch_size, step)[1]
+
+    def _open(self, step: int) -> Iterator[list[torch.Tensor]]:
+        """All batches of map-style data from a step on; the workers go on from epoch to epoch."""
+        keys = _keys(self._order, self._rows, self.batch_size, step)
+        return iter(self.data.loader(Samples(self.data.dataset, self.transform, self.seed), 0, batch_sampler=keys))
+
+    def _open_epoch(self, epoch: int, position: int) -> Iterator[list[torch.Tensor]]:
+        """The batches of one epoch of iterable data from a position on."""
+        seed = seed_of(self.seed, 'epoch', epoch)
+        dataset = self.data.open(seed, self.batch_size)
+        dataset.set_epoch(epoch)
+        samples = SampleStream(dataset, self.transform, seed, None)
+        batches = iter(self.data.loader(samples, seed, batch_size=self.batch_size, drop_last=True))
+        for _ in range(position):
+            next(batches)
+        return batches
+
+
+def _batch(order: ShuffledOrder, batch_size: int, step: int) -> tuple[int, torch.Tensor]:
+    """The epoch of a step, and which images its batch holds."""
+    epoch, position = divmod(step, order.n // batch_size)
+    return epoch, order(epoch, torch.arange(position * batch_size, (position + 1) * batch_size))
+
+
+def _keys(order: ShuffledOrder, rows: torch.Tensor, batch_size: int, first: int) -> Iterator[list[tuple[int, int]]]:
+    """What `Samples` is asked for, batch after batch from a step on, without end.
+
+    It does not know the StreamBatches: a loader in a reference cycle takes seconds to end each worker.
+    """
+    for step in count(first):
+        epoch, indices = _batch(order, batch_size, step)
+        yield [(epoch, row) for row in rows[indices].tolist()]

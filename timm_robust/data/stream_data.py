@@ -1,0 +1,181 @@
+"""Data sets too large for memory, read through timm's readers by worker processes, at any image size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from .memory import ImageData
+from .sources import class_names, open_dataset, read_labels, source_name
+from .transforms import Samples, SampleStream, Size, eval_transform
+
+
+class StreamData:
+    """One split of a data set on the disk; images are resized and cropped at the centre, in [0, 1], not normalised.
+
+    Folders, `torch/` and `hfds/` data sets are map-style: an image has a number. `wds/`, `hfids/` and `tfds/` are
+    iterable: they have an order only, so they cannot be split here, and `first` reads in one process.
+
+    Args:
+        name: '' or 'folder' (folders of images by class, or a `.tar` of such), 'torch/<name>', 'hfds/<name>',
+            'wds/<name>', 'hfids/<name>' or 'tfds/<name>', as timm's train script takes them.
+        root: the folder or the `.tar` file; a folder may hold a folder or a `.tar` for each split.
+        split: as the reader names it; for 'wds/' without an `_info.json` 'x-{0000..0009}.tar|10000', the number of
+            images last.
+        img_size: size of the images, or (height, width).
+        crop_pct: the part of the resized image's side that the crop keeps.
+        interpolation: 'bilinear', 'bicubic', ... of the resizing.
+        workers: processes that read and decode; 0: this one.
+        num_classes: needed where the reader does not know the classes ('wds/'); elsewhere at least as many.
+        download: whether torchvision, Hugging Face or TensorFlow may fetch the data.
+        **reader: further arguments of timm's reader, such as class_map, input_key and target_key.
+
+    Raises:
+        FileNotFoundError: if there are no such files.
+        ImportError: if the reader's library is missing.
+        ValueError: for an unknown name, split or setting.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: str | None,
+        split: str = 'train',
+        img_size: Size = 224,
+        *,
+        crop_pct: float = 0.875,
+        interpolation: str = 'bilinear',
+        workers: int = 4,
+        num_classes: int | None = None,
+        download: bool = False,
+        **reader: Any,
+    ) -> None:
+        """Open the data set and learn its size and classes; no image is read."""
+        self._options: dict[str, Any] = {'name': name, 'root': root, 'split': split, 'download': download, **reader}
+        self.img_size, self.workers, self.device = img_size, workers, torch.device('cpu')
+        self.transform = eval_transform(img_size, crop_pct, interpolation)
+        self.dataset = open_dataset(**self._options)
+        self.iterable = isinstance(self.dataset, IterableDataset)
+        self.name = source_name(name, root)
+        self.classes = class_names(self.dataset, num_classes, self.name)
+        self._size, self._rows, self._all_labels = len(self.dataset), None, None
+        if not self._size:
+            raise ValueError(
+                f'{self.name}: the reader knows no number of images; type it, as in --split "{split}|10000"'
+            )
+
+    _rows: torch.Tensor | None
+    _all_labels: torch.Tensor | None
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return self._size
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, those without an image included."""
+        return len(self.classes)
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """The label of each image, [N] of int64, read without decoding any image.
+
+        Raises:
+            ValueError: if the reader cannot tell them, and for a label without a class.
+        """
+        if self._all_labels is None:
+            self._all_labels = torch.as_tensor(read_labels(self.dataset, self.name), dtype=torch.int64)
+            self._check(self._all_labels)
+        return self._all_labels[self.rows]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The number of each image in the data set as timm reads it, [N]."""
+        return torch.arange(len(self)) if self._rows is None else self._rows
+
+    def to(self, device: torch.device | str) -> StreamData:
+        """The same data, handed out on a device."""
+        return self._with(device=torch.device(device))
+
+    def subset(self, indices: torch.Tensor | Sequence[int]) -> StreamData:
+        """The images with these indices, in this order."""
+        if self.iterable:
+            raise ValueError(f'{self.name} has an order, not numbers; validate on its own split, with --val-size 0')
+        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        return self._with(_rows=rows, _size=len(rows))
+
+    def first(self, n: int) -> StreamData:
+        """The first n images.
+
+        Raises:
+            ValueError: if there are not n.
+        """
+        if not 0 < n <= len(self):
+            raise ValueError(f'cannot take the first {n} images of {self.name}; allowed: 1..{len(self)}')
+        return self._with(_size=n, workers=min(self.workers, 1)) if self.iterable else self.subset(range(n))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Every image once, in order: (x float32 in [0, 1], y); the last batch (of each worker) may be smaller.
+
+        Raises:
+            ValueError: for a label without a class, and if an iterable data set has more or fewer images than it said.
+        """
+        if self.iterable:
+            dataset: Any = SampleStream(self.open(0), self.transform, 0, len(self) if self.workers < 2 else None)
+            loader = self.loader(dataset, 0, batch_size=batch_size)
+        else:
+            keys = [(0, row) for row in self.rows.tolist()]
+            loader = self.loader(Samples(self.dataset, self.transform), 0, batch_size=batch_size, sampler=keys)
+        seen = 0
+        for x, y in loader:
+            seen += len(y)
+            yield self.place(x, y)
+        if seen != len(self):
+            raise ValueError(f'{self.name} holds {seen} readable images, not the {len(self)} that its split claims')
+
+    def in_memory(self) -> ImageData:
+        """The images, decoded once: what evaluation takes; 5,000 of 224x224 need 750 MB."""
+        parts = [((255 * x).round().to(torch.uint8), y) for x, y in self.to('cpu').batches(256)]
+        images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        return ImageData(images, labels, self.classes, self.name).to(self.device)
+
+    def open(self, seed: int, batch_size: int | None = None) -> Any:
+        """An iterable data set anew, for one pass by all workers; with a batch size for training: shuffled, endless."""
+        options = {**self._options, 'seed': seed % 2**31}
+        if batch_size is not None:
+            options |= {'is_training': True, 'batch_size': batch_size}
+        return open_dataset(**options)
+
+    def loader(self, dataset: Any, seed: int, **options: Any) -> DataLoader:
+        """Worker processes over samples; their seeds come from `seed`, not from the global random numbers."""
+        generator, workers = torch.Generator().manual_seed(seed), self.workers
+        if self.iterable:  # a worker needs a file of its own
+            info = getattr(dataset.dataset.reader, 'split_info', None)
+            workers = min(workers, len(getattr(info, 'filenames', ())) or workers)
+            dataset.dataset.set_loader_cfg(num_workers=workers)
+        pinned = self.device.type == 'cuda'
+        return DataLoader(dataset, num_workers=workers, pin_memory=pinned, generator=generator, **options)
+
+    def place(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch on the device: float32 in [0, 1] and labels."""
+        self._check(y)
+        x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        return x.float().div_(255), y
+
+    def _check(self, labels: torch.Tensor) -> None:
+        """Refuse labels without a class."""
+        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f'{self.name}: label {int(wrong[0])} is not in 0..{self.num_classes - 1}; is it unlabelled?'
+            )
+
+    def _with(self, **changes: Any) -> StreamData:
+        """A copy with changes; the opened data set is shared."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other

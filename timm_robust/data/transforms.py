@@ -1,0 +1,148 @@
+"""What turns an image file into pixels: timm's transforms, random numbers of each sample's own, and the two readers.
+
+All transforms end in uint8: the division by 255 is left to the device, and nothing is normalised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import create_transform
+from timm.data.transforms import str_to_interp_mode
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
+
+from .memory import seed_of
+
+TRAIN_CROPS = ('rrc', 'rkrc', 'rkrr', 'pad4')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+Size = int | tuple[int, int]
+
+
+def train_transform(
+    img_size: Size,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    hflip: float,
+    color_jitter: float | None,
+    auto_augment: str | None,
+    interpolation: str,
+    train_crop: str,
+) -> Callable[[Any], torch.Tensor]:
+    """Random crop, flip and colours: PIL image -> [3, H, W] of uint8; `StreamBatches` says what the settings mean.
+
+    Raises:
+        ValueError: for a setting that cannot be meant.
+    """
+    if train_crop not in TRAIN_CROPS:
+        raise ValueError(f'train_crop {train_crop!r} is unknown; allowed: {", ".join(TRAIN_CROPS)}')
+    _check_interpolation(interpolation, (*INTERPOLATIONS, 'random'))
+    for name, (low, high), allowed in (('scale', scale, '0 < a <= b <= 1'), ('ratio', ratio, '0 < a <= b')):
+        if not 0 < low <= high or (name == 'scale' and high > 1):
+            raise ValueError(f'{name} ({low}, {high}) must be (a, b) with {allowed}')
+    if not 0 <= hflip <= 1 or (color_jitter or 0) < 0:
+        raise ValueError(f'hflip must lie in [0, 1] and color_jitter be >= 0, got {hflip} and {color_jitter}')
+    try:
+        crop, colours, last = create_transform(
+            img_size,
+            is_training=True,
+            train_crop_mode='rrc' if train_crop == 'pad4' else train_crop,
+            scale=scale,
+            ratio=ratio,
+            hflip=hflip,
+            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm takes None for none
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+            use_prefetcher=True,  # timm's word for: stop at uint8
+            separate=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        given = "'rand-m9-mstd0.5', 'augmix-m3-w3', 'original', 'v0' or '3a'"
+        raise ValueError(f'auto_augment {auto_augment!r} is unknown to timm: {error}; allowed: {given}') from error
+    if train_crop == 'pad4':
+        mode = str_to_interp_mode('bilinear' if interpolation == 'random' else interpolation)
+        crop = Compose([Resize(img_size, mode), RandomCrop(img_size, padding=4), RandomHorizontalFlip(hflip)])
+    return Compose([crop, colours, last])
+
+
+def eval_transform(img_size: Size, crop_pct: float, interpolation: str) -> Callable[[Any], torch.Tensor]:
+    """Resize to img_size / crop_pct, then crop the centre: PIL image -> [3, H, W] of uint8."""
+    _check_interpolation(interpolation, INTERPOLATIONS)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f'crop_pct {crop_pct} must lie in (0, 1], such as 0.875')
+    return create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
+
+
+def _check_interpolation(interpolation: str, allowed: tuple[str, ...]) -> None:
+    """Refuse an interpolation that timm does not know."""
+    if interpolation not in allowed:
+        raise ValueError(f'interpolation {interpolation!r} is unknown; allowed: {", ".join(allowed)}')
+
+
+@contextlib.contextmanager
+def seeded(*parts: Any) -> Iterator[None]:
+    """The three global generators that transforms draw from, set from a hash; the caller's state comes back after.
+
+    The CPU's generator alone is set: `torch.manual_seed` would reach for the GPU, in every worker process.
+    """
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    seed = seed_of(*parts)
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+
+
+class Samples(Dataset):
+    """Images by number out of a map-style data set; a training sample is asked for as (epoch, number).
+
+    Args:
+        dataset: what timm made: number -> (PIL image, label).
+        transform: PIL image -> uint8.
+        seed: of the augmentation.
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], torch.Tensor], seed: int = 0) -> None:
+        """Keep them."""
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        """The sample, the same in whichever process and order it is made."""
+        epoch, number = key
+        with seeded(self.seed, 'sample', epoch, number):
+            image, label = self.dataset[number]
+            return self.transform(image.convert('RGB')), int(label)
+
+
+class SampleStream(IterableDataset):
+    """The images of an iterable data set, in its order.
+
+    Args:
+        dataset: what timm made: iterates over (PIL image, label).
+        transform: PIL image -> uint8.
+        seed: of the augmentation; with several worker processes each numbers its own images.
+        limit: at most so many images (for one process).
+    """
+
+    def __init__(self, dataset: Any, transform: Callable[[Any], torch.Tensor], seed: int, limit: int | None) -> None:
+        """Keep them."""
+        self.dataset, self.transform, self.seed, self.limit = dataset, transform, seed, limit
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """One pass."""
+        worker = get_worker_info()
+        for number, (image, label) in enumerate(islice(self.dataset, self.limit)):
+            with seeded(self.seed, worker.id if worker else 0, number):
+                pixels = self.transform(image.convert('RGB'))
+            yield pixels, int(label)

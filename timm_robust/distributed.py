@@ -1,0 +1,64 @@
+"""Several processes, one run: what every process must agree on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.utils.distributed import init_distributed_device_so
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    Args:
+        device: where it computes.
+        rank: its number.
+        size: how many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: str | None) -> World:
+        """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one."""
+        if dist.is_initialized():
+            return cls(torch.device(device or 'cpu'), dist.get_rank(), dist.get_world_size())
+        info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        return cls(torch.device(info['device']), info['global_rank'], info['world_size'])
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        if self.size > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return value
+
+    def first(self, value: float) -> float:
+        """The first process's number."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(tensor, 0)
+        return tensor.item()
+
+    def largest(self, value: float) -> float:
+        """The largest of the processes' numbers."""
+        if self.size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.item()
+
+    def share(self, rows: torch.Tensor) -> torch.Tensor:
+        """This process's part of rows that are dealt out in turn."""
+        return rows[self.rank :: self.size]
+
+    def wait(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            dist.barrier()

@@ -1,0 +1,75 @@
+"""Any timm model as one that takes pixels in [0, 1], so that eps is in pixels whatever its mean and std."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class PixelInput(nn.Module):
+    """A model that takes pixels: model((x - mean) / std), so that eps is in pixels.
+
+    Args:
+        model: a network that takes normalised images.
+        mean: mean of each channel, on the [0, 1] scale.
+        std: standard deviation of each channel.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Hold the statistics beside the model, on its device."""
+        super().__init__()
+        device = next((p.device for p in model.parameters()), None)
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean, device=device).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std, device=device).view(-1, 1, 1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W] in [0, 1]."""
+        if len(self.mean) not in (1, x.shape[1]):
+            raise ValueError(
+                f'it normalises {len(self.mean)} channels; create it with the statistics of these images, for example '
+                "pretrained_cfg_overlay={'mean': (0.5,), 'std': (0.5,)}"
+            )
+        return self.model(((x.float() - self.mean) / self.std).to(x.dtype))
+
+
+class Resized(nn.Module):
+    """A model that takes images of any size: they are resized, bilinearly, inside the gradient.
+
+    Args:
+        model: a network that takes square images of one size.
+        img_size: that size.
+    """
+
+    def __init__(self, model: nn.Module, img_size: int) -> None:
+        super().__init__()
+        self.model, self.img_size = model, img_size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W]."""
+        if x.shape[-2:] != (self.img_size, self.img_size):
+            x = F.interpolate(x, (self.img_size, self.img_size), mode='bilinear', antialias=False)
+        return self.model(x)
+
+
+def pixel_input(model: nn.Module, img_size: int | None = None) -> nn.Module:
+    """The model as one that takes pixels, of any size if img_size is given; itself where there is nothing to do.
+
+    A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation.
+    """
+    model = _normalised(model)
+    return Resized(model, img_size) if img_size else model
+
+
+def _normalised(model: nn.Module) -> nn.Module:
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    mean, std = config.get('mean') or (0.0,), config.get('std') or (1.0,)
+    if set(mean) == {0.0} and set(std) == {1.0}:
+        return model
+    return PixelInput(model, mean, std)

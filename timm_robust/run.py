@@ -1,0 +1,371 @@
+"""A run: everything that a recipe stands for, built and ready to train; saved as a checkpoint and restored from one.
+
+The clock is the step: data order, augmentation, noise, attack and learning rate all follow from (recipe, step), so a
+checkpoint holds weights, optimizer, average, the step and the sums of an unfinished epoch, and a resumed run continues
+as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter, strftime
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+
+from .checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
+from .clock import Clock, parse_duration
+from .data import (
+    ExtraImages,
+    MixedBatches,
+    StreamBatches,
+    StreamData,
+    TrainBatches,
+    is_stream,
+    load_dataset,
+    split_holdout,
+)
+from .distributed import World
+from .pixels import pixel_input
+from .recipe import Recipe
+from .step import Forward, TrainStep
+
+logger = logging.getLogger('timm_robust')
+
+TICKS = 100_000
+"""Resolution of a schedule that follows the clock on the wall."""
+
+
+@dataclass
+class Sums:
+    """What the present epoch has added up, on the device."""
+
+    first_step: int
+    loss: torch.Tensor
+    correct: torch.Tensor
+
+
+@dataclass
+class Run:
+    """Everything of a run.
+
+    Args:
+        recipe: the settings.
+        folder: where logs and checkpoints go.
+        world: this process among the others.
+        model: the network.
+        ema: its averaged copy, or None.
+        forward: how the network is called.
+        train_step: one training step.
+        scheduler: sets the learning rate, by step or by tick; None for a constant rate.
+        batches: the training stream.
+        held_out: validation images, or None.
+        total_steps: steps of the whole schedule; with a budget those of the epochs, which the clock overrides.
+        clock: how far the run is.
+        step: steps taken.
+        sums: of the unfinished epoch, or None.
+        best: highest validation metric so far.
+        history: one row an epoch, as in summary.csv.
+        rollbacks: how often the run went back to an earlier state.
+        stop: set by a signal handler; the run saves and ends after the step.
+    """
+
+    recipe: Recipe
+    folder: Path
+    world: World
+    model: nn.Module
+    ema: ModelEmaV3 | None
+    forward: Forward
+    train_step: TrainStep
+    scheduler: Scheduler | None
+    batches: Any
+    held_out: Any
+    total_steps: int
+    clock: Clock
+    step: int = 0
+    sums: Sums | None = None
+    best: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    rollbacks: int = 0
+    stop: bool = False
+
+
+def build(recipe: Recipe) -> Run:
+    """Read the data, make the model and what trains it, and restore the checkpoint that the recipe resumes from.
+
+    Raises:
+        ValueError, FileNotFoundError: for data, model names, weights or checkpoints that are not there or do not fit.
+    """
+    started = perf_counter()
+    world = World.join(recipe.device)
+    torch.manual_seed(recipe.seed)
+    train, held_out = read_data(recipe, world)
+    model = create_model(recipe, train.num_classes).to(world.device)
+    check_fit(model, recipe, train)
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ema = None
+    if recipe.model_ema:
+        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+    optimizer = create_optimizer(model, recipe)
+    net = pixel_input(model, recipe.img_size)
+    if recipe.torchcompile:
+        net = torch.compile(net, dynamic=False)  # type: ignore[assignment]
+    forward = Forward(net, recipe, world.device)
+    update_forward = None
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == 'cuda' else None
+        wrapped = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+        update_forward = Forward(wrapped, recipe, world.device)
+    batches = make_batches(recipe, train, recipe.seed, world)
+    total = recipe.epochs * batches.steps_per_epoch
+    total = min(recipe.max_steps or total, total)
+    budget = parse_duration(recipe.budget) if recipe.budget else None
+    run = Run(
+        recipe=recipe,
+        folder=output_folder(recipe),
+        world=world,
+        model=model,
+        ema=ema,
+        forward=forward,
+        train_step=TrainStep(
+            model, forward, optimizer, recipe, ema, update_forward, world.rank, recipe.num_classes or train.num_classes
+        ),
+        scheduler=make_scheduler(optimizer, recipe, TICKS if budget else total),
+        batches=batches,
+        held_out=held_out,
+        total_steps=total,
+        clock=Clock(total, budget),
+    )
+    run.clock.started = started  # a budget pays for the reading of the data too
+    if recipe.resume:
+        path = latest_checkpoint(run.folder) if recipe.resume == 'auto' else Path(recipe.resume)
+        if path is None:
+            logger.info('nothing to resume in %s: starting afresh', run.folder)
+        else:
+            restore(run, path)
+    return run
+
+
+def read_data(recipe: Recipe, world: World) -> tuple[Any, Any]:
+    """Training images, and those held out of them or of a validation split (None for none)."""
+    if is_stream(recipe.dataset):
+        size = recipe.img_size or default_size(recipe.model)
+        settings: dict[str, Any] = {'img_size': size, 'workers': recipe.workers, 'download': recipe.dataset_download}
+        settings['num_classes'] = recipe.num_classes
+        train: Any = StreamData(recipe.dataset, recipe.data_dir, recipe.train_split, **settings)
+        held_out: Any = None
+        if recipe.val_split:
+            held_out = StreamData(recipe.dataset, recipe.data_dir, recipe.val_split, **settings)
+        elif recipe.val_size:
+            train, held_out = split_holdout(train, recipe.val_size, recipe.seed)
+        train = train.to(world.device)
+        return train, held_out.to(world.device) if held_out is not None else None
+    data = load_dataset(recipe.dataset, recipe.data_dir, recipe.train_split, recipe.dataset_download)
+    rest, held = data, None
+    if recipe.val_split:
+        held = load_dataset(recipe.dataset, recipe.data_dir, recipe.val_split, recipe.dataset_download)
+    elif recipe.val_size:
+        rest, held = split_holdout(data, recipe.val_size, recipe.seed)
+    if held is not None:
+        held = held.subset(world.share(torch.arange(len(held)))).to(world.device)
+    return rest.to(world.device), held
+
+
+def default_size(model: str) -> int:
+    """Pixels a side of the images that a registered model was made for."""
+    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    return cfg.input_size[-1] if cfg else 224
+
+
+def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:
+    """The stream of training batches; with several processes batch_size is each one's, and a batch is all of theirs."""
+    size = recipe.batch_size * world.size
+    if isinstance(data, StreamData):
+        if recipe.extra_data:
+            raise ValueError(f'extra_data goes with data in memory, not with dataset {recipe.dataset!r}')
+        return StreamBatches(data, size, seed, hflip=recipe.hflip)
+    settings: dict[str, Any] = {'crop_padding': recipe.crop_padding, 'hflip': recipe.hflip}
+    if recipe.extra_data:
+        extra = ExtraImages(recipe.extra_data, data.num_classes)
+        return MixedBatches(data, extra, recipe.extra_fraction, size, seed, **settings)
+    return TrainBatches(data, size, seed, **settings)
+
+
+def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
+    """The recipe's network from timm's registry, with its initial weights.
+
+    Raises:
+        ValueError: for a name that is not registered, with the nearest ones, and for weights that do not fit.
+    """
+    if not timm.is_model(recipe.model):
+        near = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
+        raise ValueError(f'model {recipe.model!r} is not registered with timm; nearest: {", ".join(near) or "none"}')
+    classes = recipe.num_classes or num_classes
+    model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
+    if recipe.initial_checkpoint:
+        try:
+            model.load_state_dict(read_weights(recipe.initial_checkpoint))
+        except RuntimeError as error:
+            reason = ' '.join(str(error).split())[:300]
+            raise ValueError(
+                f'the weights in {recipe.initial_checkpoint} do not fit {recipe.model}: {reason}'
+            ) from None
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    return model
+
+
+def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> None:
+    """Refuse images that the model cannot take, before the first step.
+
+    Raises:
+        ValueError: saying which size was given, and what to type.
+    """
+    side: Any = recipe.img_size or (data.img_size if isinstance(data, StreamData) else data.images.shape[-1])
+    channels = 3 if isinstance(data, StreamData) else data.images.shape[1]
+    device = next(model.parameters()).device
+    training = model.training
+    try:
+        with torch.no_grad():
+            pixel_input(model.eval())(torch.zeros(2, channels, side, side, device=device))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, '?', '?'))[-1]
+        raise ValueError(
+            f'{recipe.model} does not take {channels} x {side} x {side} images ({" ".join(str(error).split())[:200]}); '
+            f'add --img-size {size}, or build it for these with --model-kwargs img_size={side}'
+        ) from None
+    finally:
+        model.train(training)
+
+
+def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """A timm optimizer over timm's parameter groups."""
+    settings: dict[str, Any] = dict(recipe.opt_kwargs)
+    if recipe.layer_decay is not None:
+        settings['layer_decay'] = recipe.layer_decay
+    return create_optimizer_v2(
+        model,
+        opt=recipe.opt,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        filter_bias_and_bn=recipe.filter_bias_and_bn,
+        **settings,
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:
+    """A timm scheduler over the whole run, set by step; 'onecycle' rises over the warm-up, then falls, both linearly.
+
+    A run that max_steps or a budget makes shorter than its epochs goes through the same course faster.
+    """
+    steps_per_epoch = total_steps / recipe.epochs
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total_steps - 1)
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched={'onecycle': 'poly'}.get(recipe.sched, recipe.sched),
+        num_epochs=total_steps - warmup,
+        warmup_epochs=warmup,
+        warmup_prefix=True,
+        warmup_lr=recipe.min_lr,
+        min_lr=recipe.min_lr,
+        # timm looks one step ahead
+        decay_milestones=[round(m * steps_per_epoch) - warmup + 1 for m in recipe.decay_milestones],
+        decay_rate=1.0 if recipe.sched == 'onecycle' else recipe.decay_rate,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+    )
+    return scheduler
+
+
+def output_folder(recipe: Recipe) -> Path:
+    """output/<experiment>; a run that resumes a checkpoint file goes on in that file's folder."""
+    if recipe.resume and recipe.resume != 'auto':
+        return Path(recipe.resume).parent
+    return Path(recipe.output) / (recipe.experiment or f'{strftime("%Y%m%d-%H%M%S")}-{recipe.model}')
+
+
+def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) -> None:
+    """Write last.pth.tar, and at an epoch's end checkpoint-<epoch>.pth.tar and model_best.pth.tar; drop old ones."""
+    if run.world.rank:
+        return
+    sums = run.sums
+    state = {
+        'version': 1,
+        'arch': run.recipe.model,
+        'model_kwargs': dict(run.recipe.model_kwargs),
+        'num_classes': run.model.num_classes,
+        'recipe': asdict(run.recipe),
+        'epoch': epoch,
+        'step': run.step,
+        'sums': None if sums is None else [sums.first_step, sums.loss, sums.correct],
+        'seconds': run.clock.elapsed(),
+        'best': run.best,
+        'history': run.history,
+        'rollbacks': run.rollbacks,
+        'state_dict': run.model.state_dict(),
+        'optimizer': run.train_step.optimizer.state_dict(),
+        'scaler': run.train_step.scaler.state_dict(),
+    }
+    if run.ema is not None:
+        state['state_dict_ema'] = run.ema.module.state_dict()
+    if numbered:
+        save_checkpoint(run.folder / f'checkpoint-{epoch}.pth.tar', state)
+    save_checkpoint(run.folder / 'last.pth.tar', state)
+    if is_best:
+        save_checkpoint(run.folder / 'model_best.pth.tar', state)
+    prune_checkpoints(run.folder, run.recipe.checkpoint_hist)
+
+
+def restore(run: Run, path: Path) -> None:
+    """Take the run to where a checkpoint was written.
+
+    Raises:
+        ValueError: if the checkpoint is of another model, or of batches of another size.
+    """
+    recipe, state = run.recipe, load_checkpoint(path)
+    for key, ours in (('arch', recipe.model), ('num_classes', run.model.num_classes)):
+        if state.get(key) != ours:
+            raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
+    if 'optimizer' not in state:
+        raise ValueError(f'{path} holds weights alone, so nothing to resume; start from it with --initial-checkpoint')
+    theirs = state['recipe']['batch_size']
+    if theirs != recipe.batch_size:
+        raise ValueError(
+            f'{path} was trained with --batch-size {theirs}; resume with the same, not {recipe.batch_size}'
+        )
+    run.model.load_state_dict(state['state_dict'])
+    run.train_step.optimizer.load_state_dict(state['optimizer'])
+    run.train_step.scaler.load_state_dict(state['scaler'])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
+    run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
+    run.sums = None
+    if state['sums'] is not None:
+        first, loss, correct = state['sums']
+        run.sums = Sums(first, loss.to(run.world.device), correct.to(run.world.device))
+    run.clock.restart(state['seconds'])
+    change_seed(run, state['rollbacks'])
+    logger.info('resumed %s at step %d of %d', path, run.step, run.total_steps)
+
+
+def change_seed(run: Run, rollbacks: int) -> None:
+    """Give data order, augmentation and attacks another seed, one for each rollback; 0 is the recipe's own."""
+    if rollbacks != run.rollbacks:
+        run.rollbacks = rollbacks
+        seed = run.recipe.seed + 1_000_000_007 * rollbacks
+        run.train_step.seed = seed
+        run.batches = make_batches(run.recipe, run.batches.data, seed, run.world)

@@ -1,0 +1,69 @@
+"""What can go wrong in adversarial training, seen in the numbers of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+SPIKE = 3.0
+"""A mean loss that exceeds the lowest of the epochs before by this factor, and by 1, is a spike."""
+
+COLLAPSE = 0.5
+"""Training whose PGD accuracy falls below this share of its best, while it gets better at its own attack, overfits
+catastrophically (Wong, Rice, Kolter 2020, https://arxiv.org/abs/2001.03994)."""
+
+
+class Diverged(RuntimeError):
+    """The run went wrong; the message says how."""
+
+
+def check_loss(loss: float, history: Sequence[dict[str, Any]], step: int) -> None:
+    """Refuse a mean loss that is not finite, or that jumped.
+
+    Raises:
+        Diverged: naming the step.
+    """
+    if not math.isfinite(loss):
+        raise Diverged(f'the loss is {loss} at step {step}')
+    lowest = min((row['train_loss'] for row in history if math.isfinite(row['train_loss'])), default=math.inf)
+    if loss > SPIKE * max(lowest, 0.0) and loss > lowest + 1:
+        raise Diverged(f'the loss jumped to {loss:.4g} at step {step}, from {lowest:.4g} in an earlier epoch')
+
+
+def check_epoch(row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
+    """Refuse an epoch after which PGD accuracy collapsed.
+
+    Args:
+        row: the epoch's numbers.
+        history: those of the epochs before.
+
+    Raises:
+        Diverged: with both accuracies.
+    """
+    earlier = [past for past in history if 'val_pgd_acc' in past and 'val_pgd_acc' in row]
+    if not earlier:
+        return
+    best = max(past['val_pgd_acc'] for past in earlier)
+    learns = row['train_acc'] >= earlier[-1]['train_acc']
+    if row['val_pgd_acc'] < COLLAPSE * best and learns:
+        raise Diverged(
+            f'PGD accuracy collapsed from {best:.1%} to {row["val_pgd_acc"]:.1%} in epoch {row["epoch"]}, training '
+            f'accuracy rose to {row["train_acc"]:.1%} (catastrophic overfitting); --attack n_fgsm or more --steps help'
+        )
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights and statistics that are not finite.
+
+    Raises:
+        Diverged: naming the first.
+    """
+    state = {key: value for key, value in model.state_dict().items() if value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in state.values()])
+    if not finite.all():
+        name = list(state)[int((~finite).nonzero()[0, 0])]
+        raise Diverged(f'{name} is not finite')
