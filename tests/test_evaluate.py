@@ -13,7 +13,8 @@ from torch import nn
 
 from timm_robust import evaluate as module
 from timm_robust.data import ImageData, load_dataset
-from timm_robust.evaluate import PixelInput, SeededStart, evaluate, main, pixel_input
+from timm_robust.evaluate import SeededStart, evaluate, main
+from timm_robust.pixels import PixelInput, pixel_input
 from timm_robust.results import RobustnessResult
 from timm_robust.threat_model import ThreatModel
 
