@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 from .attacks import frozen_statistics
@@ -28,9 +29,13 @@ def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gam
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     with frozen_statistics(model):
-        grads = torch.autograd.grad(loss_fn(), weights)
+        grads = [grad.contiguous() for grad in torch.autograd.grad(loss_fn(), weights)]
+    if dist.is_available() and dist.is_initialized():  # every process must move its copy alike
+        for grad in grads:
+            dist.all_reduce(grad)
+            grad /= dist.get_world_size()
     kept = [w.detach().clone() for w in weights]
-    lengths, slopes = torch._foreach_norm(kept), torch._foreach_norm(list(grads))
+    lengths, slopes = torch._foreach_norm(kept), torch._foreach_norm(grads)
     with torch.no_grad():
         for w, g, length, slope in zip(weights, grads, lengths, slopes, strict=True):
             w.add_(g * (gamma * length / (slope + 1e-12)))

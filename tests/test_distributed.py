@@ -1,0 +1,78 @@
+"""Two gloo processes on the CPU: the gradients, the log and the files of one run."""
+
+import csv
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_robust.checkpoint import load_checkpoint
+
+ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
+ROOT = Path(__file__).parents[1]
+# layer norm alone: batch norm on CPU processes sees their own halves of the batch
+ARGS = [
+    '--dataset', 'digits', '--model', 'convnext_atto', '--model-kwargs', 'dims=(8,8,16,16)', 'depths=(1,1,1,1)',
+    '--eps', '0.1', '--steps', '2', '--eval-steps', '2', '--val-size', '51', '--val-batch-size', '17', '--hflip', '0',
+    '--no-random-start', '--experiment', 'run', '--lr', '0.05', '--device', 'cpu',
+]  # fmt: skip
+
+
+def command(processes, *args):
+    script = [str(ROOT / 'train/adv_train.py'), *ARGS, *map(str, args)]
+    if processes == 1:
+        return [sys.executable, *script]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torchrun = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', str(port)]
+    return [sys.executable, *torchrun, *script]
+
+
+def adv_train(processes, *args):
+    return subprocess.run(command(processes, *args), capture_output=True, text=True, env=ONE_THREAD)
+
+
+# not TRADES: without a random start its surrogate begins where its gradient is rounding noise
+@pytest.mark.parametrize('settings', [['--awp-gamma', '0.01'], ['--loss', 'mart']], ids=['awp', 'mart'])
+def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settings):
+    lines = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        run = adv_train(processes, *settings, '--batch-size', 100 // processes, '--max-steps', 3, '--output', folder)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count('"model"') == 1, 'only the first process prints'
+        lines.append(json.loads(run.stdout.strip().splitlines()[-1]))
+    states = [load_checkpoint(tmp_path / p / 'run/last.pth.tar') for p in ('1', '2')]
+    for key, value in states[0]['state_dict'].items():
+        torch.testing.assert_close(states[1]['state_dict'][key], value, atol=1e-5, rtol=1e-4)
+    rows = [list(csv.DictReader(io.StringIO((tmp_path / p / 'run/summary.csv').read_text()))) for p in ('1', '2')]
+    for key in ('train_loss', 'train_acc', 'val_clean_acc', 'val_pgd_acc', 'images', 'lr'):
+        assert float(rows[0][-1][key]) == pytest.approx(float(rows[1][-1][key]), abs=1e-4), key
+    assert lines[0]['images'] == lines[1]['images'] == 300
+
+
+def test_a_stopped_pair_saves_and_resumes(tmp_path):
+    settings = ['--batch-size', 50, '--epochs', 400, '--output', tmp_path, '--log-interval', 1, '--max-steps', 2000]
+    process = subprocess.Popen(command(2, *settings), stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    deadline = time.monotonic() + 120
+    for line in process.stderr:  # wait for the second step
+        if ' step 2/' in line or time.monotonic() > deadline:
+            break
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    process.wait(60)
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] >= 2, rest
+    settings[-1] = state['step'] + 2
+    run = adv_train(2, *settings, '--resume', 'auto')
+    assert run.returncode == 0, run.stderr
+    assert f'at step {state["step"]} of' in run.stderr
