@@ -16,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 ARGS = [
     '--dataset', 'digits', '--model', 'resnet18_pssilu', '--model-kwargs', 'width=4', '--eps', '0.1', '--steps', '1',
     '--eval-steps', '1', '--val-size', '30', '--hflip', '0', '--crop-padding', '1', '--batch-size', '100',
-    '--epochs', '2', '--model-ema', '--model-ema-decay', '0.9', '--cutmix', '1', '--log-interval', '1', '--save-interval', '3',
-    '--experiment', 'run', '--resume', 'auto',
+    '--epochs', '2', '--model-ema', '--model-ema-decay', '0.9', '--cutmix', '1',
+    '--log-interval', '1', '--save-interval', '3', '--experiment', 'run', '--resume', 'auto',
 ]  # fmt: skip
 
 
