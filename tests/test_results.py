@@ -76,7 +76,7 @@ def test_models_are_named_without_the_machine(monkeypatch, tmp_path):
     names = {
         'resnet18_pssilu.at_cifar10_linf': 'resnet18_pssilu.at_cifar10_linf',
         'hf-hub:org/repo': 'hf-hub:org/repo',
-        '/data/work/out/run1/best.pth.tar': 'run1/best.pth.tar',
+        '/data/runs/out/run1/best.pth.tar': 'run1/best.pth.tar',
         './best.pth': 'best.pth',
         '../best.pth': 'best.pth',
         '/home/alice/best.pth': 'best.pth',
