@@ -30,7 +30,7 @@ from timm_robust.threat_model import ThreatModel
 
 ROBUST = Recipe(
     model='resnet18_pssilu',
-    model_kwargs={'width': 16},  # of 64: full AutoAttack on the full width takes half a minute an image on two cores
+    model_kwargs={'width': 16},  # of 64: full AutoAttack on the full width is too slow for a demo on two cores
     dataset='digits',
     val_size=100,
     val_interval=3,
