@@ -95,6 +95,8 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
     recipe, per_epoch = run.recipe, run.batches.steps_per_epoch
     epoch = run.step // per_epoch
     end = (epoch + 1) * per_epoch
+    if run.clock.budget is None:
+        end = min(end, run.total_steps)
     if run.sums is None:
         zero = torch.zeros((), device=run.world.device)
         run.sums = Sums(run.step, zero, zero)
