@@ -12,6 +12,7 @@ from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
 from timm_robust.engine import Stopped, build, fit, plan, validate
 from timm_robust.evaluate import evaluate
+from timm_robust.pixels import pixel_input
 from timm_robust.recipe import Recipe
 from timm_robust.run import make_scheduler
 from timm_robust.watchdog import Diverged
@@ -381,6 +382,20 @@ def test_images_of_another_size_are_refused_or_resized(tmp_path):
         build(tiny(tmp_path, model='vit_tiny_patch16_224', model_kwargs=kwargs))
     recipe = tiny(tmp_path, model='vit_tiny_patch16_224', model_kwargs={**kwargs, 'img_size': 64}, img_size=64)
     assert build(recipe).forward(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_model_trained_on_resized_images_is_evaluated_on_resized_images(tmp_path):
+    kwargs = {'channels': (8, 8, 8, 8), 'layers': (1, 1, 1, 1)}
+    run = build(tiny(tmp_path, model='resnet50', model_kwargs=kwargs, img_size=64, max_steps=1, model_ema=False))
+    fit(run)
+    loaded, x = load_model(tmp_path / 'run'), torch.rand(4, 3, 32, 32)
+    run.model.eval()
+    torch.testing.assert_close(pixel_input(loaded)(x), run.forward(x))
+    settings = {'attack': 'none', 'n': 50}
+    data = load_dataset('digits', split='test')
+    at_64, at_32 = (evaluate(loaded, data, TINY.threat_model, img_size=s, **settings)[1] for s in (None, 32))
+    assert torch.equal(at_64['y_pred'], run.forward(data.first(50).pixels()).argmax(1))
+    assert not torch.equal(pixel_input(loaded)(x), pixel_input(loaded, 32)(x)) and len(at_32['y_pred']) == 50
 
 
 def test_averaged_statistics_are_re_estimated(tmp_path):

@@ -36,7 +36,7 @@ from .threat_model import NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
-_SETTINGS = ('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split')
+_SETTINGS = ('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size')
 Progress = Callable[[str], object]
 
 
@@ -70,6 +70,7 @@ def evaluate(
     progress: Progress | None = None,
     name: str | None = None,
     split: str = 'test',
+    img_size: int | None = None,
 ) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
     """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
 
@@ -87,6 +88,8 @@ def evaluate(
         progress: called with lines of text.
         name: the model's name in the record; by default what its pretrained_cfg says.
         split: the name of the split in the record.
+        img_size: side that images are resized to inside the attacked function, so that eps is in the data's pixels;
+            None: what the model was trained with (load_model), else no resizing.
 
     Returns:
         The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
@@ -104,7 +107,7 @@ def evaluate(
     if attack in _VERSIONS:
         upstream()  # if it is missing, say so now
     data = data if n is None else data.first(n)
-    x, pixels = data.pixels(), pixel_input(model)
+    x, pixels = data.pixels(), pixel_input(model, img_size)
     facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
     facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
     facts |= {
@@ -326,6 +329,7 @@ def _parser() -> _Parser:
     )
     add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
     add('--seed', type=int, default=0, help='seed of all attacks')
+    add('--img-size', type=int, help='resize images to this size; what the model was trained with if not given')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='passed to the model')
     add('--results-file', help='write the record there, as JSON')

@@ -61,8 +61,10 @@ class Resized(nn.Module):
 def pixel_input(model: nn.Module, img_size: int | None = None) -> nn.Module:
     """The model as one that takes pixels, of any size if img_size is given; itself where there is nothing to do.
 
-    A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation.
+    A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation. img_size None is what
+    pretrained_cfg holds under 'img_size', where load_model puts the size that a run resized its images to.
     """
+    img_size = img_size or (getattr(model, 'pretrained_cfg', None) or {}).get('img_size')
     model = _normalised(model)
     return Resized(model, img_size) if img_size else model
 
