@@ -1,0 +1,88 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+import timm_robust  # noqa: F401
+from timm_robust.folding import FoldedNet
+
+
+def unsettle(model: nn.Module) -> nn.Module:
+    """Statistics and scales far from the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model.eval()
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    return logits.detach(), torch.autograd.grad(logits.square().sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'folded'),
+    [
+        ('resnet18_pssilu', {'width': 8}, 20),
+        ('wrn28_10_pssilu', {'widen_factor': 1, 'depth': 10}, 3),
+        ('resnet18', {}, 20),
+        ('efficientnet_b0', {}, 49),  # BatchNormAct2d
+        ('convnext_atto', {'dims': (8, 8, 16, 16), 'depths': (1, 1, 1, 1)}, 0),
+    ],
+)
+def test_logits_and_input_gradients_are_the_networks(name, kwargs, folded):
+    torch.manual_seed(0)
+    model = unsettle(timm.create_model(name, num_classes=10, **kwargs)).double()
+    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    net = FoldedNet(model, x)
+    assert len(net.pairs) == folded
+    for ours, theirs in zip(gradients(net, x), gradients(model, x), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+    assert not any(p.requires_grad for p in net.parameters()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_refresh_takes_the_present_weights():
+    torch.manual_seed(0)
+    model, x = unsettle(timm.create_model('resnet18_pssilu', width=8)), torch.rand(4, 3, 32, 32)
+    net = FoldedNet(model, x)
+    unsettle(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    assert not torch.allclose(net(x), model(x), rtol=1e-3)
+    net.refresh()
+    torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Twice(nn.Module):
+    """A network whose convolution feeds more than its batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return self.fc((self.bn(y) + y).mean((2, 3)))
+
+
+def test_what_cannot_be_folded_is_left_alone():
+    model, x = unsettle(Twice()), torch.rand(2, 3, 8, 8)
+    net = FoldedNet(model, x)
+    assert net.pairs == {}
+    torch.testing.assert_close(net(x), model(x))
+
+
+def test_low_precision_weights():
+    model, x = unsettle(timm.create_model('resnet18_silu', width=8)), torch.rand(2, 3, 32, 32)
+    net = FoldedNet(model, x, torch.bfloat16)
+    assert net.net.conv1.weight.dtype == torch.bfloat16 and net.net.conv1.weight.is_contiguous(
+        memory_format=torch.channels_last
+    )
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        logits = net(x)
+    torch.testing.assert_close(logits.float(), model(x), rtol=0.1, atol=0.1 * model(x).abs().max().item())

@@ -1,0 +1,151 @@
+"""A network as attacks see it: its weights are fixed meanwhile, so batch norm folds into the convolutions before it.
+
+An attack calls one set of weights many times, for the gradient with respect to the images alone. `FoldedNet` is a copy
+of the network for that: in eval mode, without parameter gradients, its convolutions and linear layers already in the
+attack's precision, and every batch norm that directly follows a convolution multiplied into it:
+w' = w s, b' = (b - mean) s + shift with s = scale / sqrt(var + eps). Equal to the network up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, Conv2dSame
+from torch import nn
+
+_CONVS = (nn.Conv2d, Conv2dSame)
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+_TOLERANCE = 1e-4  # of the logits' largest value; rounding in fp32 is 1e-6
+
+
+class FoldedNet(nn.Module):
+    """A copy of a network to be attacked; `refresh()` takes the network's present weights.
+
+    Args:
+        model: the network; it is left as it is.
+        example: images [B, C, H, W] that it takes, to find out which batch norm follows which convolution.
+        dtype: type of the weights of convolutions and linear layers; None keeps them. Call it under autocast then.
+        memory_format: layout of the weights.
+
+    Attributes:
+        net: the copy.
+        pairs: convolution -> the batch norm folded into it; those whose folding would change the logits are left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: torch.Tensor,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        """Copy and fold; the network runs a few times on the example."""
+        super().__init__()
+        self._source = [model]  # in a list, so that its parameters are not ours
+        self.net = _frozen_copy(model)
+        self.pairs = _pairs(self.net, example)
+        if not _folds(model, self.pairs, example):  # some convolution's output goes elsewhere too
+            self.pairs = {conv: norm for conv, norm in self.pairs.items() if _folds(model, {conv: norm}, example)}
+        _fold(self.net, self.pairs)
+        if dtype is not None:
+            for module in self.net.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
+        self.net.to(memory_format=memory_format)
+        self.refresh()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W]."""
+        return self.net(x)
+
+    def refresh(self) -> None:
+        """Take the network's present weights and statistics."""
+        _take_weights(self.net, self._source[0], self.pairs)
+
+
+def _frozen_copy(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _pairs(net: nn.Module, example: torch.Tensor) -> dict[str, str]:
+    """Convolution -> the batch norm that its output goes to, found by running the network; both are called once."""
+    names = {module: name for name, module in net.named_modules()}
+    made: dict[int, tuple[str, torch.Tensor]] = {}  # the tensors are kept, so that no id comes twice
+    pairs: dict[str, str] = {}
+    calls: Counter[str] = Counter()
+
+    def after_conv(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        calls[names[module]] += 1
+        made[id(output)] = names[module], output
+
+    def before_norm(module: nn.Module, args: Any) -> None:
+        calls[names[module]] += 1
+        if id(args[0]) in made:
+            pairs[made[id(args[0])][0]] = names[module]
+
+    hooks = []
+    for module in names:
+        if type(module) in _CONVS:
+            hooks.append(module.register_forward_hook(after_conv))
+        elif type(module) in _NORMS and module.running_var is not None:
+            hooks.append(module.register_forward_pre_hook(before_norm))
+    try:
+        net(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {conv: norm for conv, norm in pairs.items() if calls[conv] == calls[norm] == 1}
+
+
+@torch.no_grad()
+def _folds(model: nn.Module, pairs: dict[str, str], example: torch.Tensor) -> bool:
+    """Whether folding keeps the logits, tried with statistics and scales far from the identity."""
+    probe = _frozen_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    for name in pairs.values():
+        norm: Any = probe.get_submodule(name)
+        for tensor, low, high in (
+            (norm.running_mean, -0.5, 0.5),
+            (norm.running_var, 0.5, 2.0),
+            (norm.weight, 0.5, 1.5),
+            (norm.bias, -0.5, 0.5),
+        ):
+            if tensor is not None:
+                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    folded = copy.deepcopy(probe)
+    _fold(folded, pairs)
+    _take_weights(folded, probe, pairs)
+    expected = probe(example)
+    return bool((folded(example) - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _fold(net: nn.Module, pairs: dict[str, str]) -> None:
+    """Give each convolution a bias, and take its batch norm away; the weights are not touched."""
+    for conv_name, norm_name in pairs.items():
+        conv: Any = net.get_submodule(conv_name)
+        norm: Any = net.get_submodule(norm_name)
+        if conv.bias is None:
+            conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
+        act = isinstance(norm, BatchNormAct2d)
+        net.set_submodule(norm_name, nn.Sequential(norm.drop, norm.act) if act else nn.Identity())
+
+
+@torch.no_grad()
+def _take_weights(folded: nn.Module, model: nn.Module, pairs: dict[str, str]) -> None:
+    """Copy the model's weights into its folded copy."""
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for conv, norm_name in pairs.items():
+        norm: Any = model.get_submodule(norm_name)
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        bias = weights.get(f'{conv}.bias')
+        shift = ((0 if bias is None else bias) - norm.running_mean) * scale
+        weights[f'{conv}.weight'] = weights[f'{conv}.weight'] * scale.view(-1, 1, 1, 1)
+        weights[f'{conv}.bias'] = shift if norm.bias is None else shift + norm.bias
+    for name, tensor in (*folded.named_parameters(), *folded.named_buffers()):
+        tensor.copy_(weights[name])
