@@ -8,13 +8,16 @@ import pytest
 import torch
 import yaml
 
+from timm_robust.attacks import input_gradient
 from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
 from timm_robust.engine import Stopped, build, fit, plan, validate
 from timm_robust.evaluate import evaluate
+from timm_robust.losses import cross_entropy
 from timm_robust.pixels import pixel_input
 from timm_robust.recipe import Recipe
 from timm_robust.run import make_scheduler
+from timm_robust.step import make_attack
 from timm_robust.watchdog import Diverged
 
 TINY = Recipe(
@@ -162,7 +165,7 @@ def test_the_checkpoint_is_a_model_that_evaluates(undisturbed):
 def test_validation_agrees_with_evaluation(undisturbed):
     """The engine's quick numbers against the evaluator's: equal clean accuracy, PGD within the start's noise."""
     run = build(tiny(undisturbed[0], resume=str(undisturbed[0] / 'run' / 'last.pth.tar')))
-    ours = validate(run.model, run.forward, run.held_out, run.recipe)
+    ours = validate(run.attack_forward, run.held_out, run.recipe)
     theirs, _ = evaluate(run.model, run.held_out, TINY.threat_model, attack='pgd', pgd_steps=2)
     assert ours['val_clean_acc'] == theirs.clean_acc
     assert ours['val_pgd_acc'] == pytest.approx(theirs.pgd_acc, abs=0.1)
@@ -396,6 +399,26 @@ def test_a_model_trained_on_resized_images_is_evaluated_on_resized_images(tmp_pa
     at_64, at_32 = (evaluate(loaded, data, TINY.threat_model, img_size=s, **settings)[1] for s in (None, 32))
     assert torch.equal(at_64['y_pred'], run.forward(data.first(50).pixels()).argmax(1))
     assert not torch.equal(pixel_input(loaded)(x), pixel_input(loaded, 32)(x)) and len(at_32['y_pred']) == 50
+
+
+@pytest.mark.parametrize('loss', ['pgd_at', 'trades'])
+def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):
+    # a pixel whose gradient is rounding noise may step the other way
+    runs = [build(tiny(tmp_path / str(fold), loss=loss, fold_bn=fold, steps=3, lr=0.01)) for fold in (True, False)]
+    assert runs[0].attack_forward.folded and not runs[1].attack_forward.folded
+    x, y = runs[0].batches[0]
+    found, gradients = [], []
+    for number in range(3):  # statistics and weights move
+        runs[0].train_step(*runs[0].batches[number], number)
+    runs[1].model.load_state_dict(runs[0].model.state_dict())
+    for run in runs:
+        run.train_step.draw_from(9)
+        with run.attack_forward.ready('eval'):
+            gradients.append(input_gradient(lambda z, run=run: cross_entropy(run.attack_forward(z), y), x))
+        attack = make_attack(run.attack_forward, run.recipe)
+        found.append(run.train_step.loss.perturb(run.attack_forward, attack, x, y))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+    assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.99
 
 
 def test_averaged_statistics_are_re_estimated(tmp_path):

@@ -294,7 +294,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
         saved = {**(state.get('model_kwargs') or {}), 'num_classes': state.get('num_classes')}
         model = timm.create_model(state['arch'], **{**saved, **model_kwargs})
         if img_size := (state.get('recipe') or {}).get('img_size'):
-            model.pretrained_cfg = {**(model.pretrained_cfg or {}), 'img_size': img_size}  # for pixel_input
+            model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'img_size': img_size}  # type: ignore
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -17,13 +17,13 @@ import torch.nn as nn
 from timm.utils import distribute_bn
 
 from .activations import Activation
-from .attacks import attacked, pgd
+from .attacks import pgd
 from .checkpoint import latest_checkpoint
 from .logs import RunLog
 from .losses import cross_entropy
 from .recipe import Recipe
 from .run import TICKS, Run, Sums, build, change_seed, restore, save
-from .step import Forward, averaged_weights, make_attack
+from .step import AttackForward, averaged_weights, make_attack
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit', 'plan', 'validate']
@@ -167,7 +167,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         with averaged_weights(run.model, run.ema):
             if run.ema is not None:
                 reestimate_batch_norm(run)
-            row.update(validate(run.model, run.forward, run.held_out, recipe, run))
+            row.update(validate(run.attack_forward, run.held_out, recipe, run))
     row.update(activation_state(run.model))
     check_epoch(row, run.history)
     check_weights(run.model)
@@ -179,9 +179,9 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     run.clock.keep(run.world.largest(time.perf_counter() - started))
 
 
-def validate(model: nn.Module, forward: Forward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
+def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}."""
-    device = next(model.parameters()).device
+    device = next(forward.model.parameters()).device
     generator = torch.Generator(device).manual_seed(recipe.seed)
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     settings: dict[str, Any] = {
@@ -189,7 +189,7 @@ def validate(model: nn.Module, forward: Forward, data: Any, recipe: Recipe, run:
         'step_size': recipe.resolved_eval_step_size,
         'generator': generator,
     }
-    with attacked(model):
+    with forward.ready('eval'):
         for x, y in data.batches(recipe.val_batch_size):
             x_adv = pgd(lambda x, y=y: cross_entropy(forward(x), y), x, recipe.threat_model, **settings)  # type: ignore[misc]
             with torch.no_grad():
@@ -212,12 +212,12 @@ def reestimate_batch_norm(run: Run) -> None:
         return
     inputs = []
     size = recipe.batch_size
-    attack = make_attack(model, recipe, run.clock.progress(run.step))
+    attack = make_attack(run.attack_forward, recipe, run.clock.progress(run.step))
     for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
         step.draw_from(run.step + number)
         x, y = run.batches[run.step + number]
         x, y = (part[run.world.rank * size : (run.world.rank + 1) * size] for part in (x, y))
-        inputs.append((x, step.loss.perturb(run.forward, attack, x, y), y))
+        inputs.append((x, step.loss.perturb(run.attack_forward, attack, x, y), y))
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -290,9 +290,9 @@ def closing_seconds(run: Run) -> float:
     recipe, held_out = run.recipe, run.held_out
     n = min(recipe.val_batch_size, len(held_out))
     part = held_out.first(n)
-    validate(run.model, run.forward, part, recipe)  # compiles
+    validate(run.attack_forward, part, recipe)  # compiles
     started = time.perf_counter()
-    validate(run.model, run.forward, part, recipe)
+    validate(run.attack_forward, part, recipe)
     seconds = (time.perf_counter() - started) * len(held_out) / n
     if run.ema is not None and recipe.ema_bn_batches:
         pairs = recipe.ema_bn_batches * recipe.batch_size * (run.recipe.steps + 1)

@@ -17,7 +17,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 _CONVS = (nn.Conv2d, Conv2dSame)
-_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 _TOLERANCE = 1e-4  # of the logits' largest value; rounding in fp32 is 1e-6
 
 
@@ -47,7 +47,7 @@ class FoldedNet(nn.Module):
         self._source = [model]  # in a list, so that its parameters are not ours
         self.net = _frozen_copy(model)
         self.pairs = _pairs(self.net, example)
-        if not _folds(model, self.pairs, example):  # some convolution's output goes elsewhere too
+        if self.pairs and not _folds(model, self.pairs, example):  # some convolution's output goes elsewhere too
             self.pairs = {conv: norm for conv, norm in self.pairs.items() if _folds(model, {conv: norm}, example)}
         _fold(self.net, self.pairs)
         if dtype is not None:

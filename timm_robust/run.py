@@ -38,7 +38,7 @@ from .data import (
 from .distributed import World
 from .pixels import pixel_input
 from .recipe import Recipe
-from .step import Forward, TrainStep
+from .step import AttackForward, Forward, TrainStep
 
 logger = logging.getLogger('timm_robust')
 
@@ -66,6 +66,7 @@ class Run:
         model: the network.
         ema: its averaged copy, or None.
         forward: how the network is called.
+        attack_forward: how attacks call it.
         train_step: one training step.
         scheduler: sets the learning rate, by step or by tick; None for a constant rate.
         batches: the training stream.
@@ -86,6 +87,7 @@ class Run:
     model: nn.Module
     ema: ModelEmaV3 | None
     forward: Forward
+    attack_forward: AttackForward
     train_step: TrainStep
     scheduler: Scheduler | None
     batches: Any
@@ -111,7 +113,7 @@ def build(recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     train, held_out = read_data(recipe, world)
     model = create_model(recipe, train.num_classes).to(world.device)
-    check_fit(model, recipe, train)
+    example = check_fit(model, recipe, train)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.sync_bn and world.size > 1:
@@ -124,6 +126,7 @@ def build(recipe: Recipe) -> Run:
     if recipe.torchcompile:
         net = torch.compile(net, dynamic=False)  # type: ignore[assignment]
     forward = Forward(net, recipe, world.device)
+    attack_forward = AttackForward(model, forward, recipe, example)
     update_forward = None
     if world.size > 1:
         ids = [world.device.index] if world.device.type == 'cuda' else None
@@ -140,8 +143,17 @@ def build(recipe: Recipe) -> Run:
         model=model,
         ema=ema,
         forward=forward,
+        attack_forward=attack_forward,
         train_step=TrainStep(
-            model, forward, optimizer, recipe, ema, update_forward, world.rank, recipe.num_classes or train.num_classes
+            model,
+            forward,
+            attack_forward,
+            optimizer,
+            recipe,
+            ema,
+            update_forward,
+            world.rank,
+            recipe.num_classes or train.num_classes,
         ),
         scheduler=make_scheduler(optimizer, recipe, TICKS if budget else total),
         batches=batches,
@@ -228,8 +240,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     return model
 
 
-def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> None:
-    """Refuse images that the model cannot take, before the first step.
+def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
+    """Refuse images that the model cannot take, before the first step; returns two images of the right size.
 
     Raises:
         ValueError: saying which size was given, and what to type.
@@ -238,9 +250,10 @@ def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> None:
     channels = 3 if isinstance(data, StreamData) else data.images.shape[1]
     device = next(model.parameters()).device
     training = model.training
+    example = torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     try:
         with torch.no_grad():
-            pixel_input(model.eval())(torch.zeros(2, channels, side, side, device=device))
+            pixel_input(model.eval())(example)
     except (RuntimeError, AssertionError, ValueError) as error:
         size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, '?', '?'))[-1]
         raise ValueError(
@@ -249,6 +262,7 @@ def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> None:
         ) from None
     finally:
         model.train(training)
+    return example
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -20,7 +20,9 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from .activations import PSSiLU
 from .attacks import Attack, LossFn, apgd, attacked, n_fgsm, pgd
 from .awp import perturbed_weights
+from .folding import FoldedNet
 from .losses import AdvLoss, make_loss
+from .pixels import pixel_input
 from .recipe import Recipe
 
 
@@ -57,12 +59,49 @@ class Forward:
             return self.net(x.contiguous(memory_format=self.memory_format))
 
 
+class AttackForward(Forward):
+    """The network as attacks call it: `with forward.ready('eval'): forward(x)`.
+
+    With batch norm in eval mode that is a FoldedNet, which takes the present weights whenever an attack begins; where
+    nothing can be folded, and for batch norm in train mode, it is the network itself.
+
+    Args:
+        model: the network.
+        forward: how it is called outside of attacks.
+        recipe: fold_bn, attack_bn, img_size, torchcompile, and what Forward needs.
+        example: images [B, C, H, W] that the network takes.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, recipe: Recipe, example: torch.Tensor) -> None:
+        super().__init__(forward.net, recipe, example.device)
+        self.model = model
+        self.folded: FoldedNet | None = None
+        if recipe.fold_bn and recipe.attack_bn == 'eval':
+            dtype = getattr(torch, recipe.amp_dtype) if recipe.amp else None
+            folded = FoldedNet(model, example, dtype, self.memory_format)
+            if folded.pairs:
+                self.folded = folded
+                net = pixel_input(folded.net, recipe.img_size)
+                self.net = torch.compile(net, dynamic=False) if recipe.torchcompile else net  # type: ignore[assignment]
+
+    @contextmanager
+    def ready(self, bn: str) -> Iterator[None]:
+        """Attacks run in this; bn is the mode of batch norm, 'eval' or 'train'."""
+        if self.folded is None:
+            with attacked(self.model, bn):
+                yield
+        else:
+            self.folded.refresh()
+            yield
+
+
 class TrainStep:
     """`step(x, y, number, progress)` trains the model on one batch.
 
     Args:
         model: the network, already on the device.
-        forward: how it is called in the attack.
+        forward: how it is called.
+        attack_forward: how it is called in the attack.
         optimizer: any torch optimizer over the model's parameters.
         recipe: attack, loss and regularisation settings.
         ema: average of the weights to update, or None.
@@ -75,6 +114,7 @@ class TrainStep:
         self,
         model: nn.Module,
         forward: Forward,
+        attack_forward: AttackForward,
         optimizer: torch.optim.Optimizer,
         recipe: Recipe,
         ema: ModelEmaV3 | None = None,
@@ -83,7 +123,7 @@ class TrainStep:
         num_classes: int = 10,
     ) -> None:
         self.model, self.forward, self.optimizer, self.recipe, self.ema = model, forward, optimizer, recipe, ema
-        self.update_forward, self.rank = update_forward or forward, rank
+        self.attack_forward, self.update_forward, self.rank = attack_forward, update_forward or forward, rank
         self.seed = recipe.seed
         mixing = bool(recipe.mixup or recipe.cutmix)
         self.loss = make_loss(recipe.loss, beta=recipe.beta, smoothing=0.0 if mixing else recipe.smoothing)
@@ -112,7 +152,7 @@ class TrainStep:
         target = y
         if self.mixup is not None:
             x, target = self.mixup(x, y)
-        x_adv = self.loss.perturb(self.forward, make_attack(self.model, recipe, progress), x, target)
+        x_adv = self.loss.perturb(self.attack_forward, make_attack(self.attack_forward, recipe, progress), x, target)
         perturbation: Any = nullcontext()
         if recipe.awp_gamma and progress >= recipe.awp_start:
             perturbation = perturbed_weights(
@@ -159,8 +199,8 @@ class TrainStep:
             nn.utils.clip_grad_norm_([self.beta], recipe.pssilu_beta_clip)
 
 
-def make_attack(model: nn.Module, recipe: Recipe, progress: float = 0.0) -> Attack:
-    """The recipe's training attack on this model, at this point of the run; it sets batch norm's mode while it runs.
+def make_attack(forward: AttackForward, recipe: Recipe, progress: float = 0.0) -> Attack:
+    """The recipe's training attack at this point of the run, for loss functions that call this forward.
 
     eps grows linearly from 0 over the first `eps_warmup` of the run, the step size with it; from `late_start` on the
     attack takes `late_steps` steps.
@@ -172,7 +212,7 @@ def make_attack(model: nn.Module, recipe: Recipe, progress: float = 0.0) -> Atta
     step_size, start = share * recipe.step_size_at(steps), recipe.random_start
 
     def attack(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
-        with attacked(model, recipe.attack_bn):
+        with forward.ready(recipe.attack_bn):
             if recipe.attack == 'apgd':
                 return apgd(loss_fn, x, threat_model, steps=steps, random_start=start)
             if recipe.attack == 'n_fgsm':
