@@ -1,6 +1,8 @@
 import copy
 import math
 import pickle
+import shutil
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 
 from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation
 from timm_robust.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
+
+module = sys.modules['timm_robust.pssilu']
 
 # parameters away from their initial values, where every term of every formula counts
 POINTS = {
@@ -109,7 +113,11 @@ def test_beta_learns_from_its_initial_value():
 @pytest.mark.parametrize('layout', ['channels_last', 'contiguous', 'sliced'])
 @pytest.mark.parametrize('beta', [1e-8, -0.3])
 def test_fused_passes_equal_the_formula_beyond_one_piece(layout, dtype, beta):
-    x = torch.randn(8, 3 * _PIECE // 8 // 64, 8, 8, dtype=dtype)
+    check_against_formula(torch.randn(8, 3 * _PIECE // 8 // 64, 8, 8, dtype=dtype), layout, beta)
+
+
+def check_against_formula(x, layout, beta):
+    dtype = x.dtype
     if layout == 'channels_last':
         x = x.to(memory_format=torch.channels_last)
     elif layout == 'sliced':
@@ -125,6 +133,35 @@ def test_fused_passes_equal_the_formula_beyond_one_piece(layout, dtype, beta):
     tolerance = {'atol': 1e-5, 'rtol': 1e-5} if dtype == torch.float32 else {'atol': 5e-2, 'rtol': 2e-2}
     for ours, formula in zip(*results, strict=True):
         torch.testing.assert_close(ours, formula, **tolerance)
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_compiled_cpu_kernels_equal_the_formula(monkeypatch):
+    monkeypatch.setattr(module, '_kernels', None)
+    module.compile_cpu_kernels()
+    assert module._kernels
+    calls = []
+    counted = [lambda *a, f=f, **k: calls.append(1) or f(*a, **k) for f in module._kernels]
+    monkeypatch.setattr(module, '_kernels', tuple(counted))
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ('channels_last', 'contiguous'):
+            check_against_formula(torch.randn(4, 6, 8, 8, dtype=dtype), layout, -0.3)
+    assert len(calls) == 8
+    x = torch.randn(1000, dtype=torch.float64, requires_grad=True)
+    alpha, beta = torch.tensor([1.3, 0.2], dtype=torch.float64).split(1)
+    torch.testing.assert_close(pssilu(x, alpha, beta), _pssilu_formula(x, alpha, beta), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(psilu(x, alpha), x * torch.sigmoid(alpha * x), rtol=1e-14, atol=1e-14)
+
+
+def test_a_missing_compiler_is_said(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(module, '_kernels', None)
+    monkeypatch.setattr(torch, 'compile', lambda f, dynamic: refuse)
+    with pytest.raises(RuntimeError, match=r'no compiler.*apt-get install g'):
+        module.compile_cpu_kernels()
+    assert module._kernels is None
 
 
 def test_only_the_input_is_kept_for_backward():

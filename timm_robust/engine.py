@@ -23,7 +23,7 @@ from .logs import RunLog
 from .losses import cross_entropy
 from .recipe import Recipe
 from .run import TICKS, Run, Sums, build, change_seed, restore, save
-from .step import AttackForward, averaged_weights, make_attack
+from .step import AttackForward, averaged_weights
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit', 'plan', 'validate']
@@ -212,12 +212,12 @@ def reestimate_batch_norm(run: Run) -> None:
         return
     inputs = []
     size = recipe.batch_size
-    attack = make_attack(run.attack_forward, recipe, run.clock.progress(run.step))
+    done = run.clock.progress(run.step)
     for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
         step.draw_from(run.step + number)
         x, y = run.batches[run.step + number]
         x, y = (part[run.world.rank * size : (run.world.rank + 1) * size] for part in (x, y))
-        inputs.append((x, step.loss.perturb(run.attack_forward, attack, x, y), y))
+        inputs.append((x, step.perturb(x, y, done), y))
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -64,6 +64,62 @@ def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) ->
     return (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
 
 
+_kernels: tuple[Any, Any] | None = None
+"""What compile_cpu_kernels made: forward and backward over flat tensors."""
+
+
+def compile_cpu_kernels() -> None:
+    """From now on PSSiLU and PSiLU of CPU tensors, outside of torch.compile, run in one compiled pass each way.
+
+    For training on a CPU: the network around stays eager, for its convolutions gain nothing from compilation.
+
+    Raises:
+        RuntimeError: if there is no working C++ compiler, with what to type.
+    """
+    global _kernels
+    if _kernels is not None:
+        return
+    kernels = torch.compile(_forward_kernel, dynamic=True), torch.compile(_backward_kernel, dynamic=True)
+    x, one = torch.ones(8), torch.ones(1)
+    try:
+        with torch.no_grad():
+            kernels[0](x, one, None)
+    except Exception as error:
+        reason = str(error).strip().partition('\n')[0][:200]
+        raise RuntimeError(
+            f'cannot compile for the CPU ({reason}); install a C++ compiler (apt-get install g++), or train without '
+            '--torchcompile'
+        ) from error
+    _kernels = kernels
+
+
+def _forward_kernel(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """The formula, of flat tensors, in fp32 at least."""
+    v, a = x.to(torch.promote_types(x.dtype, torch.float32)), alpha.abs()
+    if beta is None:
+        return (v * torch.sigmoid(a * v)).to(x.dtype)
+    b = _bounded(beta)
+    return (v * (torch.sigmoid(a * v) - b) / (1 - b)).to(x.dtype)
+
+
+def _backward_kernel(
+    x: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None, sums: bool
+) -> tuple[torch.Tensor, ...]:
+    """Gradient of x, and if asked for the sums of grad x (1 - s) and grad x^2 s (1 - s), of flat tensors."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    v, g, a = x.to(wide), grad.to(wide), alpha.abs()
+    s = torch.sigmoid(a * v)
+    slope = s * (1 + a * v * (1 - s))
+    if beta is not None:
+        b = _bounded(beta)
+        slope = (slope - b) / (1 - b)
+    grad_x = (g * slope).to(x.dtype)
+    if not sums:
+        return (grad_x,)
+    h = g * v * (1 - s)
+    return grad_x, h.sum(), (h * v * s).sum()
+
+
 class _FusedPSSiLU(torch.autograd.Function):
     """PSSiLU for eager mode: in-place passes, on the CPU over pieces that stay in cache, and x alone kept for backward.
 
@@ -72,6 +128,9 @@ class _FusedPSSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        if _kernels is not None and (flat := _flat(x)) is not None:
+            out = _kernels[0](*_detached(*flat, alpha, beta))
+            return out.as_strided(x.shape, x.stride())
         a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
         out = torch.empty_like(x)
         for o, v in _pieces(out, x):
@@ -96,6 +155,10 @@ class _FusedPSSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             return _pssilu_backward_formula(grad, x, alpha, beta, needs)
+        if _kernels is not None and (flat := _flat(x, grad)) is not None:
+            found = _kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
+            grad_x = found[0].as_strided(x.shape, x.stride())
+            return grad_x, *_parameter_gradients(found[1:], alpha, beta, needs)
         a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
         grad_x = torch.empty_like(x) if needs[0] else None
         grad_a = grad_b = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -105,18 +168,26 @@ class _FusedPSSiLU(torch.autograd.Function):
                 s = torch.sigmoid(z)
                 h = g * v
                 h.addcmul_(h, s, value=-1)  # g x (1 - s)
-                grad_b = grad_b - h.sum(dtype=grad_b.dtype)
+                grad_b = grad_b + h.sum(dtype=grad_b.dtype)
                 grad_a = grad_a + h.mul_(s).mul_(v).sum(dtype=grad_a.dtype)
             if needs[0]:
                 torch.ops.aten.silu_backward(g, z, grad_input=o) if weight is None else torch.lerp(
                     torch.ops.aten.silu_backward(g, z), g, weight, out=o
                 )
-        c = 1.0 if beta is None else 1 / (1 - _bounded(beta))
-        grad_alpha = (grad_a * c * alpha.sign()).to(alpha.dtype).view_as(alpha) if needs[1] else None
-        grad_beta = None
-        if needs[2] and beta is not None:
-            grad_beta = (grad_b * c * c * beta.sign() * (beta.abs() <= BETA_MAX)).to(beta.dtype).view_as(beta)
-        return grad_x, grad_alpha, grad_beta
+        return grad_x, *_parameter_gradients((grad_b, grad_a), alpha, beta, needs)
+
+
+def _parameter_gradients(
+    sums: tuple[torch.Tensor, ...], alpha: torch.Tensor, beta: torch.Tensor | None, needs: tuple
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of alpha and beta from the sums of grad x (1 - s) and grad x^2 s (1 - s)."""
+    c = 1.0 if beta is None else 1 / (1 - _bounded(beta))
+    grad_alpha = grad_beta = None
+    if needs[1]:
+        grad_alpha = (sums[1] * c * alpha.sign()).to(alpha.dtype).view_as(alpha)
+    if needs[2] and beta is not None:
+        grad_beta = (-sums[0] * c * c * beta.sign() * (beta.abs() <= BETA_MAX)).to(beta.dtype).view_as(beta)
+    return grad_alpha, grad_beta
 
 
 def _pssilu_backward_formula(
@@ -145,6 +216,11 @@ def _bounded(beta: torch.Tensor) -> torch.Tensor:
     return beta.abs().clamp(max=BETA_MAX)
 
 
+def _detached(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:
+    """The tensors without requires_grad, on which compiled code would be specialised."""
+    return (None if tensor is None else tensor.detach() for tensor in tensors)
+
+
 def _lerp_weight(beta: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
     """-b / (1 - b) in x's dtype; zero-dimensional, because shape [1] would promote x's dtype."""
     if beta is None:
@@ -155,11 +231,18 @@ def _lerp_weight(beta: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | N
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The tensors, cut into flat pieces of _PIECE elements where they are large, dense, alike in layout, on the CPU."""
+    flat = _flat(*tensors) if tensors[0].numel() > 2 * _PIECE else None
+    if flat is None:
+        yield tensors
+    else:
+        yield from zip(*(t.split(_PIECE) for t in flat), strict=True)
+
+
+def _flat(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """The tensors as vectors in the order of memory, if they are dense, alike in layout, and on the CPU."""
     first = tensors[0]
-    if first.device.type == 'cpu' and first.numel() > 2 * _PIECE and all(t.stride() == first.stride() for t in tensors):
-        if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
-            tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
-        if tensors[0].is_contiguous():
-            yield from zip(*(t.view(-1).split(_PIECE) for t in tensors), strict=True)
-            return
-    yield tensors
+    if first.device.type != 'cpu' or any(t.stride() != first.stride() for t in tensors):
+        return None
+    if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
+        tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
+    return tuple(t.view(-1) for t in tensors) if tensors[0].is_contiguous() else None

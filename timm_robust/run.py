@@ -38,7 +38,7 @@ from .data import (
 from .distributed import World
 from .pixels import pixel_input
 from .recipe import Recipe
-from .step import AttackForward, Forward, TrainStep
+from .step import AttackForward, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
 
@@ -122,9 +122,7 @@ def build(recipe: Recipe) -> Run:
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
     optimizer = create_optimizer(model, recipe)
-    net = pixel_input(model, recipe.img_size)
-    if recipe.torchcompile:
-        net = torch.compile(net, dynamic=False)  # type: ignore[assignment]
+    net = compiled(pixel_input(model, recipe.img_size), recipe, world.device)
     forward = Forward(net, recipe, world.device)
     attack_forward = AttackForward(model, forward, recipe, example)
     update_forward = None

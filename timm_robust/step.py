@@ -17,12 +17,13 @@ import torch.nn as nn
 from timm.data import Mixup
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
-from .activations import PSSiLU
-from .attacks import Attack, LossFn, apgd, attacked, n_fgsm, pgd
+from .activations import PSiLU, PSSiLU
+from .attacks import Attack, apgd, attacked, n_fgsm, pgd
 from .awp import perturbed_weights
 from .folding import FoldedNet
 from .losses import AdvLoss, make_loss
 from .pixels import pixel_input
+from .pssilu import compile_cpu_kernels
 from .recipe import Recipe
 
 
@@ -59,6 +60,20 @@ class Forward:
             return self.net(x.contiguous(memory_format=self.memory_format))
 
 
+def compiled(net: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    """The network as the recipe wants it compiled; on a CPU PSSiLU and PSiLU alone, which is faster there.
+
+    Raises:
+        RuntimeError: on a CPU without a C++ compiler.
+    """
+    if not recipe.torchcompile:
+        return net
+    if device.type == 'cpu' and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
+        compile_cpu_kernels()
+        return net
+    return torch.compile(net, dynamic=False)  # type: ignore[return-value]
+
+
 class AttackForward(Forward):
     """The network as attacks call it: `with forward.ready('eval'): forward(x)`.
 
@@ -82,7 +97,7 @@ class AttackForward(Forward):
             if folded.pairs:
                 self.folded = folded
                 net = pixel_input(folded.net, recipe.img_size)
-                self.net = torch.compile(net, dynamic=False) if recipe.torchcompile else net  # type: ignore[assignment]
+                self.net = compiled(net, recipe, example.device)
 
     @contextmanager
     def ready(self, bn: str) -> Iterator[None]:
@@ -152,7 +167,7 @@ class TrainStep:
         target = y
         if self.mixup is not None:
             x, target = self.mixup(x, y)
-        x_adv = self.loss.perturb(self.attack_forward, make_attack(self.attack_forward, recipe, progress), x, target)
+        x_adv = self.perturb(x, target, progress)
         perturbation: Any = nullcontext()
         if recipe.awp_gamma and progress >= recipe.awp_start:
             perturbation = perturbed_weights(
@@ -169,6 +184,11 @@ class TrainStep:
         shown = out.output if out.output_adv is None else out.output_adv
         assert shown is not None
         return StepOutput(loss.detach(), (shown.detach().argmax(1) == y).sum())
+
+    def perturb(self, x: torch.Tensor, y: torch.Tensor, progress: float) -> torch.Tensor:
+        """Adversarial images [B, C, H, W] for the update."""
+        with self.attack_forward.ready(self.recipe.attack_bn):
+            return self.loss.perturb(self.attack_forward, make_attack(self.recipe, progress), x, y)
 
     def objective(
         self, forward: Forward, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor
@@ -199,8 +219,8 @@ class TrainStep:
             nn.utils.clip_grad_norm_([self.beta], recipe.pssilu_beta_clip)
 
 
-def make_attack(forward: AttackForward, recipe: Recipe, progress: float = 0.0) -> Attack:
-    """The recipe's training attack at this point of the run, for loss functions that call this forward.
+def make_attack(recipe: Recipe, progress: float = 0.0) -> Attack:
+    """The recipe's training attack at this point of the run.
 
     eps grows linearly from 0 over the first `eps_warmup` of the run, the step size with it; from `late_start` on the
     attack takes `late_steps` steps.
@@ -210,17 +230,12 @@ def make_attack(forward: AttackForward, recipe: Recipe, progress: float = 0.0) -
     share = min(progress / recipe.eps_warmup, 1.0) if recipe.eps_warmup else 1.0
     threat_model = replace(recipe.threat_model, eps=share * recipe.threat_model.eps)
     step_size, start = share * recipe.step_size_at(steps), recipe.random_start
-
-    def attack(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
-        with forward.ready(recipe.attack_bn):
-            if recipe.attack == 'apgd':
-                return apgd(loss_fn, x, threat_model, steps=steps, random_start=start)
-            if recipe.attack == 'n_fgsm':
-                return n_fgsm(loss_fn, x, threat_model, step_size=step_size)
-            count = 1 if recipe.attack == 'fgsm' else steps
-            return pgd(loss_fn, x, threat_model, steps=count, step_size=step_size, random_start=start)
-
-    return attack
+    if recipe.attack == 'apgd':
+        return partial(apgd, threat_model=threat_model, steps=steps, random_start=start)
+    if recipe.attack == 'n_fgsm':
+        return partial(n_fgsm, threat_model=threat_model, step_size=step_size)
+    count = 1 if recipe.attack == 'fgsm' else steps
+    return partial(pgd, threat_model=threat_model, steps=count, step_size=step_size, random_start=start)
 
 
 @contextmanager

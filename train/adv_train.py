@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm_robust
+from timm_robust.allocator import keep_freed_memory
 from timm_robust.engine import Run, Stopped, build, fit, plan
 from timm_robust.recipe import parse_recipe
 from timm_robust.watchdog import Diverged
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     recipe = parse_recipe(rest)
+    keep_freed_memory()
     try:
         run = build(recipe)
         if args.plan:
