@@ -1,0 +1,102 @@
+"""Cases that take turns, each in a process of its own: a busy machine slows all alike, and none inherits another's
+allocator, caches or compiled code."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from timm_robust.results import atomic_file, environment, git_commit
+
+RESULTS = Path(__file__).parent / 'results'
+Case = dict[str, Any]
+Measure = Callable[[], dict[str, Any]]
+
+
+class Worker:
+    """A process that measures one case whenever it is asked."""
+
+    def __init__(self, script: str, case: Case) -> None:
+        """Start it, and wait until it has warmed up."""
+        command = [sys.executable, script, '--worker', json.dumps(case)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.ask()
+
+    def ask(self) -> dict[str, Any]:
+        """One line of JSON out of the process.
+
+        Raises:
+            RuntimeError: if the process ended; its own message is on stderr.
+        """
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith('{'):
+                return json.loads(line)
+        raise RuntimeError(f'a case ended early, with status {self.process.wait()}; its message is above')
+
+    def measure(self) -> dict[str, Any]:
+        """One repeat."""
+        assert self.process.stdin is not None
+        print('go', file=self.process.stdin, flush=True)
+        return self.ask()
+
+    def stop(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(case: Case, build: Callable[[Case], Measure]) -> None:
+    """The process's side: build, warm up, then measure at each line read."""
+    measure = build(case)
+    print(json.dumps({'ready': True, **measure()}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def take_turns(script: str, cases: dict[str, Case], repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """Measure the cases one after the other, `repeats` times over; name -> what each repeat said."""
+    workers: dict[str, Worker] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
+    try:
+        for name, case in cases.items():
+            print(f'preparing {name}', file=sys.stderr, flush=True)
+            workers[name] = Worker(script, case)
+        for _ in range(repeats):
+            for name, worker in workers.items():
+                found[name].append(worker.measure())
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return found
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def write(name: str, record: dict[str, Any], output: str, device: torch.device) -> None:
+    """benchmarks/results/<name>-<hardware>.json with hardware, versions and commit; nothing for output ''."""
+    if not output:
+        return
+    where = environment(device)
+    slug = 'cpu' if device.type == 'cpu' else where['hardware'].split(',')[0].lower().replace(' ', '-')
+    path = Path(output) / f'{name}-{slug}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        'benchmark': name,
+        'threads': torch.get_num_threads(),
+        **where,
+        'commit': git_commit(Path(__file__).parent),
+    }
+    with atomic_file(path) as file:
+        file.write((json.dumps(about | record, indent=2) + '\n').encode())
+    print(f'written: {path}')

@@ -1,0 +1,84 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import timm_robust  # noqa: F401
+
+FOLDER = Path(__file__).parent.parent / 'benchmarks'
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'resnet18_silu', 'resnet18_relu', 'wrn28_10_pssilu'])
+def test_the_peers_network_is_ours(name):
+    from peers import Peer
+
+    torch.manual_seed(0)
+    kwargs = {'width': 8} if name.startswith('resnet18') else {}
+    peer = Peer(name, **kwargs).eval()
+    model = timm.create_model(name, **kwargs).eval()
+    if name.endswith('pssilu'):
+        with torch.no_grad():
+            peer.act.alpha.fill_(1.3), peer.act.beta.fill_(0.2)
+    model.load_state_dict(peer.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_missing_peer_is_said(monkeypatch):
+    from peers import pgd_at_step
+
+    monkeypatch.setitem(sys.modules, 'torchattacks', None)
+    with pytest.raises(ImportError, match='pip install --no-deps torchattacks'):
+        pgd_at_step(torch.nn.Linear(1, 1), None, torch.zeros(1), torch.zeros(1), 1)
+
+
+def test_cases_take_turns_in_processes_of_their_own(tmp_path):
+    from turns import spread, take_turns
+
+    script = tmp_path / 'script.py'
+    script.write_text(
+        f'import sys, os, json\nsys.path.insert(0, {str(FOLDER)!r})\nfrom turns import serve\n'
+        'def build(case):\n'
+        '    if case["value"] < 0: sys.exit("negative")\n'
+        '    count = []\n'
+        '    def measure():\n'
+        '        count.append(1)\n'
+        '        return {"value": case["value"] * len(count), "pid": os.getpid()}\n'
+        '    return measure\n'
+        'serve(json.loads(sys.argv[2]), build)\n'
+    )
+    found = take_turns(str(script), {'a': {'value': 1}, 'b': {'value': 10}}, repeats=3)
+    assert [one['value'] for one in found['a']] == [2, 3, 4]  # the first is the warm-up
+    assert spread([one['value'] for one in found['b']]) == {'median': 30, 'min': 20, 'max': 40}
+    assert len({one['pid'] for turns in found.values() for one in turns}) == 2
+    with pytest.raises(RuntimeError, match='ended early'):
+        take_turns(str(script), {'a': {'value': -1}}, repeats=1)
+
+
+def test_results_name_hardware_versions_and_commit(tmp_path):
+    from turns import write
+
+    write('x', {'rows': {}}, str(tmp_path / 'results'), torch.device('cpu'))
+    record = json.loads((tmp_path / 'results' / 'x-cpu.json').read_text())
+    assert record['benchmark'] == 'x' and record['versions']['torch'] and record['hardware'] and record['rows'] == {}
+    write('y', {}, '', torch.device('cpu'))
+    assert [file.name for file in (tmp_path / 'results').iterdir()] == ['x-cpu.json']
+
+
+def test_arithmetic_of_a_step():
+    from train_step import flops_an_image, ratio
+
+    forward = flops_an_image('resnet18_relu', None, 'pgd_at', 10) / 23
+    assert forward == pytest.approx(1.11e9, rel=0.01)  # 0.56 G multiply-adds
+    assert flops_an_image('resnet18_relu', None, 'trades', 10) == 27 * forward
+    found = {'a': [{'images_per_s': 2.0}, {'images_per_s': 9.0}], 'b': [{'images_per_s': 1.0}, {'images_per_s': 3.0}]}
+    assert ratio(found, 'a', 'b') == 2.5 and ratio(found, 'a', 'c') is None
