@@ -164,9 +164,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 def report(title: str, cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Print a table; returns its rows."""
     rows: dict[str, Any] = {}
-    print(
-        f'\n{title}\n{"":38s}{"images/s":>9s}{"min to max":>18s}{"x peer":>8s}{"x silu":>8s}{"of peak":>9s}{"MiB/image":>11s}'
-    )
+    heads = f'{"images/s":>9s}{"min to max":>18s}{"x peer":>8s}{"x silu":>8s}{"of peak":>9s}{"MiB/image":>11s}'
+    print(f'\n{title}\n{"":38s}{heads}')
     for name, case in cases.items():
         if case['side'] == 'matmul':
             continue
