@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench bench-toy clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,21 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.installed
+# torchattacks pins a requests of 2020, which would replace the one that the Hub's client needs
+$(VENV)/.bench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps torchattacks
+	@touch $@
+
+bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/activation.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/train_step.py --sizes
+
+bench-toy: $(VENV)/.bench
+	$(BIN)/python benchmarks/activation.py --elements 100000 --repeats 2 --output ''
+	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --steps 1 --models resnet18_pssilu --output ''
+	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --sizes --output ''
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info output
