@@ -64,6 +64,9 @@ def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) ->
     return (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
 
 
+_COMPILED_FROM = 1 << 16
+"""Elements from which compiled kernels run: the compiler makes one thread of what it first sees small."""
+
 _kernels: tuple[Any, Any] | None = None
 """What compile_cpu_kernels made: forward and backward over flat tensors."""
 
@@ -80,7 +83,7 @@ def compile_cpu_kernels() -> None:
     if _kernels is not None:
         return
     kernels = torch.compile(_forward_kernel, dynamic=True), torch.compile(_backward_kernel, dynamic=True)
-    x, one = torch.ones(8), torch.ones(1)
+    x, one = torch.ones(_COMPILED_FROM), torch.ones(1)
     try:
         with torch.no_grad():
             kernels[0](x, one, None)
@@ -128,7 +131,7 @@ class _FusedPSSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-        if _kernels is not None and (flat := _flat(x)) is not None:
+        if _kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x)) is not None:
             out = _kernels[0](*_detached(*flat, alpha, beta))
             return out.as_strided(x.shape, x.stride())
         a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
@@ -155,7 +158,7 @@ class _FusedPSSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             return _pssilu_backward_formula(grad, x, alpha, beta, needs)
-        if _kernels is not None and (flat := _flat(x, grad)) is not None:
+        if _kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x, grad)) is not None:
             found = _kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
             grad_x = found[0].as_strided(x.shape, x.stride())
             return grad_x, *_parameter_gradients(found[1:], alpha, beta, needs)
