@@ -2,6 +2,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -82,3 +83,55 @@ def test_arithmetic_of_a_step():
     assert flops_an_image('resnet18_relu', None, 'trades', 10) == 27 * forward
     found = {'a': [{'images_per_s': 2.0}, {'images_per_s': 9.0}], 'b': [{'images_per_s': 1.0}, {'images_per_s': 3.0}]}
     assert ratio(found, 'a', 'b') == 2.5 and ratio(found, 'a', 'c') is None
+
+
+def test_attack_times_are_read_from_what_either_side_says():
+    from attack import Clock
+
+    clock = Clock(('robust accuracy after ', ':'))
+    clock('apgd-ce - 1/1 - 3 out of 8 successfully perturbed')
+    assert not clock.seconds
+    clock('robust accuracy after APGD-CE: 62.50% (total time 0.1 s)')
+    clock('robust accuracy after APGD-T: 50.00% (total time 0.2 s)')
+    assert list(clock.seconds) == ['apgd-ce', 'apgd-t'] and min(clock.seconds.values()) >= 0
+
+
+def test_attack_report_counts_the_differing_images(capsys):
+    from attack import differing, report
+
+    found = {
+        'peer': [{'seconds': {'apgd-ce': 3.0, 'total': 4.0}, 'robust': [1, 0, 1]}] * 2,
+        'ours folded': [
+            {'seconds': {'apgd-ce': 1.0, 'total': 2.0}, 'robust': [1, 0, 1]},
+            {'seconds': {'apgd-ce': 2.0, 'total': 4.0}, 'robust': [0, 1, 1]},
+        ],
+    }
+    rows = report(found, ('apgd-ce', 'square'), 6)
+    ours = rows['ours folded']
+    assert ours['differing'] == [0, 2] and ours['robust'] == [2, 2] and ours['x_peer'] == 1.5
+    assert ours['seconds']['total'] == {'median': 3, 'min': 2, 'max': 4} and ours['images_per_s'] == 2
+    assert ours['seconds']['square']['median'] == 0  # no image was left
+    assert '2.00 to 4.00' in capsys.readouterr().out
+    assert differing([1, 1], [1, 1]) == 0
+
+
+def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
+    import attack
+
+    monkeypatch.setattr(attack, 'keep_freed_memory', lambda: False)  # it would hold for the tests that follow
+    monkeypatch.setitem(attack.module.VERSIONS, 'benchmark', ())
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.random((4, 3, 32, 32), dtype=np.float32))
+    case = {'model': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'eps': '0.1/255', 'attacks': ['apgd-ce']}
+    case |= {'batch_size': 4, 'images': str(tmp_path / 'images.npz')}
+    torch.manual_seed(0)
+    labels = timm.create_model('resnet18_pssilu', width=4).eval()(x).argmax(1)
+    np.savez(case['images'], x=x.numpy(), y=labels.numpy())
+    verdicts = {}
+    for side in ('peer', 'ours folded', 'ours model'):
+        once = attack.measure(case | {'side': side})
+        assert once() == {}  # the warm-up
+        found = once()
+        assert set(found['seconds']) == {'apgd-ce', 'total'} and any(found['robust'])
+        verdicts[side] = found['robust']
+    assert verdicts['peer'] == verdicts['ours folded'] == verdicts['ours model']
