@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from .attacks import attacked
+from .autoattack_state import BatchStore, Found, identity
 from .threat_model import ThreatModel, check_images
 
 VERSIONS = {'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'), 'apgd': ('apgd-ce', 'apgd-t')}
@@ -68,6 +70,8 @@ def autoattack(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: Callable[[str], object] | None = None,
+    search: nn.Module | None = None,
+    state_dir: str | Path | None = None,
 ) -> AutoAttackResult:
     """Attack a model with AutoAttack and leave the model, the random numbers and the tracer as they were.
 
@@ -81,39 +85,81 @@ def autoattack(
         seed: seed of every batch of every attack.
         device: where to attack; the model's own device if None. The images may be elsewhere.
         progress: called with a line of text after every batch, and with the time left every 10 s.
+        search: an equal but faster network to attack, such as `search_model` makes; the verdicts are the model's: an
+            adversarial image that the model does not confirm is looked for again on the model itself.
+        state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was.
 
     Raises:
         ImportError: if pyautoattack is missing.
-        ValueError: for an unknown version, wrong images or labels, or bounds other than (0, 1).
+        ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), and a state_dir of
+            another measurement or with a damaged file.
     """
     started = time.perf_counter()
     _check(x, y, threat_model, version, batch_size)
     x = x.detach().float().contiguous()
     y = y.detach().long().to(x.device)
     report = _Report(progress)
+    store = None
+    if state_dir is not None:
+        facts = {'version': version, 'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
+        store = BatchStore(state_dir, facts | identity(model, x, y) | {'search': search is not None})
     with undisturbed(model):
-        runner = _Runner(model, x, threat_model, batch_size, seed, device, report)
-        check_images(x, y, runner.num_classes)
-        y_pred_adv = predict(runner.logits, x, batch_size)
+        plain = _Runner(model, x, threat_model, batch_size, seed, device, report)
+        check_images(x, y, plain.num_classes)
+        y_pred_adv = predict(plain.logits, x, batch_size)
+        runner = plain
+        if search is not None and torch.equal(predict(Fp32Logits(search), x, batch_size), y_pred_adv):
+            runner = _Runner(search, x, threat_model, batch_size, seed, device, report)
         robust = clean_correct = y_pred_adv == y
         x_adv, rejected, per_attack = x.clone(), 0, {'clean': share(robust)}
-        plan = runner.plan(version)
+        plan = plain.plan(version)
         for attack in list(plan):
             left = robust.nonzero()[:, 0]
             if len(left) and threat_model.eps:  # at eps 0 the ball holds nothing but the image
-                report.start(attack, len(left) * plan.pop(attack), len(left) * sum(plan.values()))
-                claims, claimed = runner.run(attack, x[left], y[left])
-                claims, labels, broken = recheck(runner.logits, claims, x[left], y[left], threat_model, batch_size)
-                broken &= claimed
-                rejected += int((claimed & ~broken).sum())
-                robust = robust.index_fill(0, left[broken], False)
-                x_adv[left[broken]], y_pred_adv[left[broken]] = claims[broken], labels[broken]
+                work = plan.pop(attack)
+                report.start(attack, len(left) * work, len(left) * sum(plan.values()))
+                for number, part in enumerate(left.split(batch_size)):
+                    found = store.load(attack, number, part) if store else None
+                    if found is None:
+                        found = _find(runner, plain, attack, x[part], y[part], threat_model, report)
+                        if store:
+                            store.save(attack, number, part, found)
+                    else:
+                        report.resume(len(part) * work, found.messages)
+                    broken = part[found.broken]
+                    rejected += found.rejected
+                    robust = robust.index_fill(0, broken, False)
+                    x_adv[broken], y_pred_adv[broken] = found.x_adv.to(x.device), found.labels.to(x.device)
             per_attack[attack] = share(robust)
             report.say(f'{attack}: {per_attack[attack]:.2%} of {len(x)} images still robust')
-        runner.checks.check_square_sr(per_attack, logger=report.logger)
+        plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
     seconds, warnings = time.perf_counter() - started, report.warnings()
     return AutoAttackResult(robust, x_adv, y_pred_adv, clean_correct, per_attack, warnings, rejected, seconds, version)
+
+
+def _find(
+    runner: _Runner,
+    plain: _Runner,
+    attack: str,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    threat_model: ThreatModel,
+    report: _Report,
+) -> Found:
+    """One attack on one batch: on the runner's network, and again on the model for what the model did not confirm."""
+    said = len(report.messages)
+    claims, claimed = runner.run(attack, x, y)
+    claims, labels, broken = recheck(plain.logits, claims, x, y, threat_model, len(x))
+    broken &= claimed
+    again = claimed & ~broken
+    if runner is not plain and again.any():
+        more, sure = plain.run(attack, x[again], y[again])
+        more, names, fell = recheck(plain.logits, more, x[again], y[again], threat_model, len(x))
+        claims[again], labels[again] = more, names
+        broken[again], claimed[again] = fell & sure, sure
+    index = broken.nonzero()[:, 0].cpu()
+    return Found(index, claims[broken], labels[broken], int((claimed & ~broken).sum()), report.messages[said:])
 
 
 class Fp32Logits(nn.Module):
@@ -279,6 +325,11 @@ class _Report:
         """An attack begins; plan is its work in image forwards, later that of those after it, if all images survive."""
         self.attack, self.plan, self.later, self.done = attack, plan, later, 0
 
+    def resume(self, work: int, messages: list[str]) -> None:
+        """A batch was done before; what it said is said again."""
+        self.plan -= work
+        self.messages += messages
+
     def count(self, x: torch.Tensor) -> None:
         """Note one forward of a batch."""
         work = len(x) * (3 if x.requires_grad else 1)
@@ -286,7 +337,9 @@ class _Report:
         if self.attack and now - self.said > _REPORT_EVERY_S:
             self.said = now
             left = (max(self.plan - self.done, 0) + self.later) * (now - self.started) / self.all_done
-            self.say(f'{self.attack}: {min(self.done / self.plan, 1):.0%}, at most {left / 60:.1f} min left in all')
+            self.say(
+                f'{self.attack}: {min(self.done / max(self.plan, 1), 1):.0%}, at most {left / 60:.1f} min left in all'
+            )
 
     def say(self, message: str) -> None:
         """Pass a line on."""

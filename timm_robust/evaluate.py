@@ -25,6 +25,7 @@ import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
+from .allocator import keep_freed_memory
 from .attacks import pgd
 from .autoattack import Fp32Logits, autoattack, device_of, dtype_of, predict, recheck, share, undisturbed, upstream
 from .checkpoint import load_model
@@ -32,11 +33,15 @@ from .data import DATASETS, SPLITS, ImageData, load_dataset
 from .losses import cross_entropy
 from .pixels import pixel_input
 from .results import ATTACKS, RobustnessResult, atomic_file, environment, git_commit
+from .search import search_model
 from .threat_model import NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
-_SETTINGS = ('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size')
+_SETTINGS = (
+    *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
+    *('search', 'state_dir'),
+)
 Progress = Callable[[str], object]
 
 
@@ -71,6 +76,8 @@ def evaluate(
     name: str | None = None,
     split: str = 'test',
     img_size: int | None = None,
+    search: bool = True,
+    state_dir: str | Path | None = None,
 ) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
     """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
 
@@ -90,6 +97,8 @@ def evaluate(
         split: the name of the split in the record.
         img_size: side that images are resized to inside the attacked function, so that eps is in the data's pixels;
             None: what the model was trained with (load_model), else no resizing.
+        search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
+        state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
 
     Returns:
         The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
@@ -126,7 +135,9 @@ def evaluate(
             facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
         if attack in _VERSIONS:
-            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress)
+            found = search_model(pixels, x[:16]) if search else None
+            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, found, state_dir)
+            facts['search'] = 'model' if found is None else 'folded'
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started
@@ -139,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import timm_robust  # noqa: F401  (registers the models)
 
     parser = _parser()
+    keep_freed_memory()
     try:
         args = parser.parse_args(argv)
         for file in filter(None, (args.results_file, args.flags_file)):
@@ -243,10 +255,13 @@ def _autoattack(
     threat_model: ThreatModel,
     facts: dict[str, Any],
     progress: Progress | None,
+    search: nn.Module | None,
+    state_dir: str | Path | None,
 ) -> dict[str, Any]:
     """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
     attack, shared = facts['attack'], {key: facts[key] for key in ('batch_size', 'seed')}
-    result = autoattack(pixels, x, tensors['y'], threat_model, version=_VERSIONS[attack], progress=progress, **shared)
+    shared |= {'search': search, 'state_dir': state_dir, 'progress': progress}
+    result = autoattack(pixels, x, tensors['y'], threat_model, version=_VERSIONS[attack], **shared)
     warnings = list(result.warnings)
     if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
@@ -330,6 +345,8 @@ def _parser() -> _Parser:
     add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
     add('--seed', type=int, default=0, help='seed of all attacks')
     add('--img-size', type=int, help='resize images to this size; what the model was trained with if not given')
+    add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
+    add('--state-dir', help="keep AutoAttack's finds there batch by batch; type the same again to go on after a kill")
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='passed to the model')
     add('--results-file', help='write the record there, as JSON')

@@ -51,6 +51,8 @@ class RobustnessResult:
         commit: git commit of the code, with '+dirty' where it was changed; None outside a checkout.
         date: start, UTC, ISO 8601.
         attack_version: version of AutoAttack, 'standard' or 'apgd'; None without it.
+        search: what AutoAttack searched on: 'model', or 'folded', an equal copy with batch norm folded into the
+            convolutions, every find confirmed by the model; None without it.
         steps: steps of PGD; None without it.
         step_size: its step in pixels; None without it.
         restarts: its number of random starts; None without it.
@@ -83,6 +85,7 @@ class RobustnessResult:
     commit: str | None
     date: str
     attack_version: str | None = None
+    search: str | None = None
     steps: int | None = None
     step_size: float | None = None
     restarts: int | None = None
