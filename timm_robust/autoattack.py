@@ -118,7 +118,8 @@ def autoattack(
             if len(left) and threat_model.eps:  # at eps 0 the ball holds nothing but the image
                 work = plan.pop(attack)
                 report.start(attack, len(left) * work, len(left) * sum(plan.values()))
-                for number, part in enumerate(left.split(batch_size)):
+                parts = left.split(batch_size)
+                for number, part in enumerate(parts):
                     found = store.load(attack, number, part) if store else None
                     if found is None:
                         found = _find(runner, plain, attack, x[part], y[part], threat_model, report)
@@ -126,7 +127,8 @@ def autoattack(
                             store.save(attack, number, part, found)
                     else:
                         report.resume(len(part) * work, found.messages)
-                    broken = part[found.broken]
+                    broken = part[found.broken.to(part.device)]
+                    report.say(f'{attack} - {number + 1}/{len(parts)} - {len(broken)} of {len(part)} images broken')
                     rejected += found.rejected
                     robust = robust.index_fill(0, broken, False)
                     x_adv[broken], y_pred_adv[broken] = found.x_adv.to(x.device), found.labels.to(x.device)
@@ -357,8 +359,6 @@ class _Report:
         if record.levelno >= logging.WARNING:
             self.messages.append(text)
             self.say(f'warning: {text}')
-        elif 'successfully perturbed' in text:  # its other lines count the images of one attack, not all
-            self.say(text)
         return False
 
 

@@ -1,0 +1,145 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from timm_robust.autoattack import autoattack
+from timm_robust.autoattack_state import BatchStore, Found
+from timm_robust.search import search_model
+from timm_robust.threat_model import ThreatModel
+
+pyautoattack = pytest.importorskip('pyautoattack')
+LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
+SCRIPT = """
+import sys, torch
+from test_autoattack_state import conv_net, images
+from timm_robust.autoattack import autoattack
+from timm_robust.threat_model import ThreatModel
+model = conv_net()
+x, y = images(model)
+autoattack(model, x, y, ThreatModel('Linf', 0.02), batch_size=3, state_dir=sys.argv[1], progress=print)
+"""
+
+
+def conv_net() -> nn.Sequential:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Flatten(), nn.Linear(128, 10))
+    net[1].running_mean.uniform_(-0.2, 0.2)
+    net[1].running_var.uniform_(0.5, 2.0)
+    return net.eval()
+
+
+def images(model: nn.Module, n: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, model(x).argmax(1).detach()
+
+
+def same(a, b) -> bool:
+    tensors = all(torch.equal(getattr(a, k), getattr(b, k)) for k in ('robust', 'x_adv', 'y_pred_adv', 'clean_correct'))
+    return tensors and (a.per_attack, a.warnings, a.rejected) == (b.per_attack, b.warnings, b.rejected)
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_the_folded_search_gives_the_librarys_verdicts(threat_model):
+    model = conv_net()
+    x, y = images(model, 16)
+    runner = pyautoattack.AutoAttack(model, norm=threat_model.norm, eps=threat_model.eps, seed=5, version='standard')
+    runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = 9
+    _, labels = runner.run_standard_evaluation(x, y, batch_size=7)
+    search = search_model(model, x)
+    assert search is not None and not any(isinstance(module, nn.BatchNorm2d) for module in search.modules())
+    result = autoattack(model, x, y, threat_model, batch_size=7, seed=5, search=search)
+    assert 0 < result.robust.sum() < 16 and torch.equal(result.robust, labels == y)
+    assert (model(result.x_adv).argmax(1) != y).equal(~result.robust)
+
+
+def test_what_cannot_be_folded_or_is_not_fp32_is_searched_itself():
+    x = torch.rand(4, 3, 8, 8)
+    assert search_model(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)), x) is None
+    assert search_model(conv_net().bfloat16(), x) is None
+
+
+class Fooled(nn.Module):
+    """The model while images are unchanged, other labels elsewhere: every attack on it succeeds at once."""
+
+    def __init__(self, model: nn.Module, x: torch.Tensor) -> None:
+        super().__init__()
+        self.model, self.x = model, x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        near = (x[:, None] - self.x[None]).abs().amax((2, 3, 4)).amin(1, keepdim=True) == 0
+        logits = self.model(x)
+        return torch.where(near, logits, -logits)
+
+
+def test_finds_that_the_model_does_not_confirm_are_looked_for_on_the_model():
+    model = conv_net()
+    x, y = images(model)
+    plain = autoattack(model, x, y, LINF, version='apgd', batch_size=12)
+    misled = autoattack(model, x, y, LINF, version='apgd', batch_size=12, search=Fooled(model, x))
+    assert 0 < plain.robust.sum() < 12
+    assert (misled.robust <= plain.robust).all() and misled.rejected == 0
+
+
+def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
+    model = conv_net()
+    x, y = images(model)
+    expected = autoattack(model, x, y, LINF, batch_size=3)
+    state, kills = tmp_path / 'state', 0
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'OMP_NUM_THREADS': '1'}
+    for delay in (0.2, 0.6):  # after the first finds are there
+        before = len(list(state.glob('*.npz')))
+        command = [sys.executable, '-c', SCRIPT, str(state)]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        while process.poll() is None and len(list(state.glob('*.npz'))) == before:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills and list(state.glob('*.npz'))
+    assert same(autoattack(model, x, y, LINF, batch_size=3, state_dir=state), expected)
+    files = {file: file.stat().st_mtime_ns for file in state.iterdir()}
+    assert same(autoattack(model, x, y, LINF, batch_size=3, state_dir=state), expected)  # read back whole
+    assert files == {file: file.stat().st_mtime_ns for file in state.iterdir()}
+
+
+def test_another_measurements_folder_is_refused(tmp_path):
+    model = conv_net()
+    x, y = images(model)
+    autoattack(model, x, y, LINF, version='apgd', batch_size=12, state_dir=tmp_path)
+    for change, what in (({'seed': 1}, 'seed 0, now 1'), ({'batch_size': 6}, 'batch_size 12, now 6')):
+        settings = {'version': 'apgd', 'batch_size': 12} | change
+        with pytest.raises(ValueError, match=f'another measurement.*{what}.*name another folder'):
+            autoattack(model, x, y, LINF, state_dir=tmp_path, **settings)
+    with torch.no_grad():
+        model[4].bias += 1e-3
+    with pytest.raises(ValueError, match='another measurement: weights'):
+        autoattack(model, x, y, LINF, version='apgd', batch_size=12, state_dir=tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    store, part = BatchStore(tmp_path, {'seed': 0}), torch.arange(4)
+    found = Found(torch.tensor([1]), torch.rand(1, 3, 2, 2), torch.tensor([7]), 2, ['a warning'])
+    store.save('fab-t', 3, part, found)
+    back = store.load('fab-t', 3, part)
+    assert torch.equal(back.x_adv, found.x_adv) and (back.rejected, back.messages) == (2, ['a warning'])
+    assert store.load('fab-t', 4, part) is None
+    with pytest.raises(ValueError, match='other images'):
+        store.load('fab-t', 3, part + 1)
+    file = tmp_path / 'fab-t-00003.npz'
+    for content in (file.read_bytes()[:-200], b'', b'<html>'):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r'fab-t-00003\.npz is damaged.*delete it'):
+            store.load('fab-t', 3, part)
+    (tmp_path / 'identity.json').write_text('{')
+    with pytest.raises(ValueError, match=r'identity\.json is damaged'):
+        BatchStore(tmp_path, {'seed': 0})
+    (tmp_path / 'identity.json').write_text(json.dumps({'seed': 0}))
+    BatchStore(tmp_path, {'seed': 0})
