@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
+def version(package: str) -> str | None:
+    """Of an installed package, else None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def write(name: str, record: dict[str, Any], output: str, device: torch.device) -> None:
     """benchmarks/results/<name>-<hardware>.json with hardware, versions and commit; nothing for output ''."""
     if not output:
@@ -95,6 +104,7 @@ def write(name: str, record: dict[str, Any], output: str, device: torch.device) 
         'benchmark': name,
         'threads': torch.get_num_threads(),
         **where,
+        'peers': {name: version(name) for name in ('torchattacks', 'pyautoattack')},
         'commit': git_commit(Path(__file__).parent),
     }
     with atomic_file(path) as file:
