@@ -5,9 +5,9 @@
 - `mart`: Wang et al. 2020, https://openreview.net/forum?id=rklOg6EFwS
 - `clean`: ordinary training, the control.
 
-`model` maps pixels in [0, 1] to logits [B, K]; `attack(surrogate, x)` gives adversarial images and sets the model up
-to be attacked while it runs. Labels are class numbers [B], or class probabilities [B, K] (mixup). Losses are computed
-in fp32 whatever the precision of the logits.
+`model` maps pixels in [0, 1] to logits [B, K]; `attack(surrogate, x)` gives adversarial images; the mode
+that the model is attacked in is set by the attack or by who calls it. Labels are class numbers [B], or class
+probabilities [B, K] (mixup). Losses are computed in fp32 whatever the precision of the logits.
 """
 
 from __future__ import annotations
