@@ -6,6 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / 'timm_robust'
 FLOORS = {
     'pssilu': 0,
+    'allocator': 0,
     'threat_model': 0,
     'results': 0,
     'plots': 1,
@@ -14,6 +15,7 @@ FLOORS = {
     'clock': 0,
     'distributed': 0,
     'watchdog': 0,
+    'folding': 0,
     'pixels': 0,
     'logs': 1,
     'attacks': 1,
@@ -23,7 +25,9 @@ FLOORS = {
     'losses': 2,
     'awp': 2,
     'step': 3,
+    'autoattack_state': 1,
     'autoattack': 3,
+    'search': 3.5,
     'run': 4,
     'engine': 4.5,
     'evaluate': 4,
