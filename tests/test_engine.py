@@ -323,7 +323,8 @@ def test_nan_rolls_back_with_another_seed_and_the_run_ends_well(tmp_path):
     assert line['rollbacks'] == 1 and line['steps'] == 7
     assert all(value.isfinite().all() for value in weights(tmp_path).values() if value.is_floating_point())
     assert [row['epoch'] for row in run.history] == [0, 1, 2]
-    assert load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['rollbacks'] == 1
+    state = load_checkpoint(tmp_path / 'run' / 'last.pth.tar')
+    assert state['rollbacks'] == 1 and len(state['origins']) == 1 and state['origins'][0]['versions']['torch']
 
 
 def test_too_many_rollbacks_stop_the_run(tmp_path):

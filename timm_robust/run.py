@@ -38,6 +38,7 @@ from .data import (
 from .distributed import World
 from .pixels import pixel_input
 from .recipe import Recipe
+from .results import environment, git_commit
 from .step import AttackForward, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
@@ -79,6 +80,7 @@ class Run:
         history: one row an epoch, as in summary.csv.
         rollbacks: how often the run went back to an earlier state.
         stop: set by a signal handler; the run saves and ends after the step.
+        origins: for each start or resumption its step, processes, hardware, versions and commit.
     """
 
     recipe: Recipe
@@ -100,6 +102,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: int = 0
     stop: bool = False
+    origins: list[dict[str, Any]] = field(default_factory=list)
 
 
 def build(recipe: Recipe) -> Run:
@@ -166,6 +169,8 @@ def build(recipe: Recipe) -> Run:
             logger.info('nothing to resume in %s: starting afresh', run.folder)
         else:
             restore(run, path)
+    where = {'step': run.step, 'processes': world.size, 'commit': git_commit(Path(__file__).parent)}
+    run.origins.append(where | environment(world.device))
     return run
 
 
@@ -328,6 +333,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'best': run.best,
         'history': run.history,
         'rollbacks': run.rollbacks,
+        'origins': run.origins,
         'state_dict': run.model.state_dict(),
         'optimizer': run.train_step.optimizer.state_dict(),
         'scaler': run.train_step.scaler.state_dict(),
@@ -365,6 +371,8 @@ def restore(run: Run, path: Path) -> None:
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
+    before = list(state.get('origins', ()))
+    run.origins = before + [origin for origin in run.origins if origin not in before]
     run.sums = None
     if state['sums'] is not None:
         first, loss, correct = state['sums']
