@@ -9,6 +9,7 @@ FLOORS = {
     'allocator': 0,
     'threat_model': 0,
     'results': 0,
+    'releases': 0.5,
     'plots': 1,
     'activations': 0.5,  # stands on pssilu alone
     'models': 1,
@@ -23,6 +24,8 @@ FLOORS = {
     'recipe': 1,
     'checkpoint': 1,
     'losses': 2,
+    'cards': 2,
+    'staging': 5,
     'awp': 2,
     'step': 3,
     'autoattack_state': 1,

@@ -13,6 +13,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from ..activations import ACTIVATIONS, Activation
 from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint
+from ._weights import tagged, with_weights
 
 __all__ = ['CifarResNet']
 
@@ -96,7 +97,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return out
 
 
-default_cfgs = generate_default_cfgs({f'resnet18_{act}': family_cfg(pool_size=(4, 4)) for act in ACTIVATIONS})
+default_cfgs = generate_default_cfgs(
+    {name: cfg for act in ACTIVATIONS for name, cfg in tagged(f'resnet18_{act}', family_cfg((4, 4))).items()}
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -106,7 +109,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': (0, 1, 2, 3, 4), 'feature_cls': 'getter'},
-        **kwargs,
+        **with_weights(variant, pretrained, kwargs),
     )
 
 

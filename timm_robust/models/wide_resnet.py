@@ -14,6 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from ..activations import ACTIVATIONS, Activation
 from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint
+from ._weights import tagged, with_weights
 
 __all__ = ['WideResNet']
 
@@ -112,7 +113,12 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
 
 
 default_cfgs = generate_default_cfgs(
-    {f'{size}_{act}': family_cfg(pool_size=(8, 8)) for size in SIZES for act in ACTIVATIONS}
+    {
+        name: cfg
+        for size in SIZES
+        for act in ACTIVATIONS
+        for name, cfg in tagged(f'{size}_{act}', family_cfg((8, 8))).items()
+    }
 )
 
 
@@ -123,7 +129,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **kwargs,
+        **with_weights(variant, pretrained, kwargs),
     )
 
 

@@ -1,0 +1,90 @@
+import json
+
+import numpy as np
+import pytest
+
+from timm_robust.cards import model_card, paired_difference, results_page
+from timm_robust.releases import RELEASES, STAGED, releases_of, sha256
+
+
+def test_a_paired_difference_and_its_interval():
+    a, b = np.array([True] * 60 + [False] * 40), np.array([True] * 50 + [False] * 50)
+    difference, low, high = paired_difference(a, b)
+    assert difference == pytest.approx(0.10)
+    error = np.sqrt(0.1 * 0.9 / 100)  # only 10 images differ, each by one
+    assert low == pytest.approx(0.1 - 1.96 * error, abs=0.015) and high == pytest.approx(0.1 + 1.96 * error, abs=0.015)
+    assert paired_difference(a, a) == (0, 0, 0)
+    assert paired_difference(b, a)[0] == pytest.approx(-0.10)
+
+
+def test_pairing_is_narrower_than_two_samples():
+    rng = np.random.default_rng(0)
+    a = rng.random(500) < 0.5
+    b = a.copy()
+    b[:10] ^= True
+    _, low, high = paired_difference(a, b)
+    assert high - low < 0.03  # unpaired: 2 * 1.96 * sqrt(2 * 0.25 / 500) = 0.12
+
+
+def test_verdicts_on_other_images_cannot_be_paired():
+    with pytest.raises(ValueError, match='on 3 and 4 images cannot be paired'):
+        paired_difference(np.ones(3, bool), np.ones(4, bool))
+
+
+def record(root, name, robust, **activation):
+    folder = root / name
+    (folder / 'flags').mkdir(parents=True)
+    np.savez(folder / 'flags/autoattack_200.npz', robust=robust)
+    result = {'attack': 'autoattack', 'n': len(robust), 'clean_acc': 0.8, 'autoattack_acc': float(robust.mean())}
+    origins = [{'hardware': 'abacus', 'versions': {'torch': '9'}, 'commit': 'abc'}]
+    training = {'epochs': 3, 'seconds': 7200.0, 'images_per_s': 99.5, 'activation': activation, 'origins': origins}
+    measurements = [{'key': 'autoattack_200', 'note': None, 'result': result}]
+    content = {'model': name, 'training': training | {'notes': ['Handicapped.']}, 'measurements': measurements}
+    (folder / 'results.json').write_text(json.dumps(content))
+
+
+def test_results_answer_the_question_as_far_as_the_flags_go(tmp_path):
+    order = np.arange(200)
+    record(tmp_path, 'net_pssilu.at_data_linf', order < 100, alpha=1.25, beta=1e-4, max_curvature=0.6)
+    record(tmp_path, 'net_relu.at_data_linf', order < 60)
+    record(tmp_path, 'net_silu.at_data_linf', (order + 2) % 200 < 100)
+    record(tmp_path, 'net_silu.trades_data_linf', order < 60)  # another recipe: not compared
+    page = results_page(tmp_path)
+    lines = {line.split(' | ')[1]: line for line in page.splitlines() if line.startswith('| at_data_linf')}
+    assert set(lines) == {'net_relu', 'net_silu'}
+    assert '| 50.00 | 30.00 | +20.00 (' in lines['net_relu'] and lines['net_relu'].endswith(': higher |')
+    assert '+0.00 (' in lines['net_silu'] and 'no difference shown' in lines['net_silu']
+    row = next(line for line in page.splitlines() if line.startswith('| [net_pssilu.at'))
+    assert '50.00 ± 3.54 (n 200)' in row and '2.0 hours, abacus' in row and '| 1.25 | 0.0001 |' in row
+    assert page.count('Handicapped.') == 1
+
+
+RELEASED = [pytest.param(name, id=name) for name in RELEASES]
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_what_is_released_is_staged_described_and_has_its_recipe(name):
+    folder = STAGED / name
+    assert (folder / 'README.md').read_text() == model_card(folder)  # generated, never edited
+    assert sha256(folder / 'model.safetensors') == RELEASES[name].sha256
+    assert (STAGED.parent / 'train/recipes' / f'{name}.yaml').is_file()
+
+
+def test_what_is_staged_is_released():
+    assert {path.parent.name for path in STAGED.glob('*/results.json')} == set(RELEASES)
+
+
+@pytest.mark.skipif(not RELEASES, reason='nothing is released yet')
+def test_the_page_of_results_is_generated():
+    assert (STAGED / 'RESULTS.md').read_text() == results_page(STAGED, STAGED.parent / 'train/recipes')
+
+
+@pytest.mark.parametrize('arch', sorted({release.arch for release in RELEASES.values()}))
+def test_the_default_tag_is_the_most_robust(arch):
+    import timm
+
+    releases = releases_of(arch)
+    linf = [release.autoattack_acc or 0 for release in releases if release.norm == 'Linf']
+    assert linf == sorted(linf, reverse=True)
+    assert timm.get_pretrained_cfg(arch).tag == releases[0].tag
+    assert set(timm.list_pretrained(f'{arch}.*')) == {release.name for release in releases}

@@ -1,0 +1,301 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load, save
+
+import timm_robust.models._weights as resolver
+import timm_robust.releases as releases_module
+from timm_robust.cards import model_card, read_results, results_page, strongest
+from timm_robust.checkpoint import load_model
+from timm_robust.data import load_dataset
+from timm_robust.engine import build, fit
+from timm_robust.plots import read_run
+from timm_robust.recipe import Recipe
+from timm_robust.releases import read_table, sha256
+from timm_robust.staging import canonical, check, main, measure, render, stage, stored
+
+NAME = 'resnet18_pssilu.fgsm_digits_linf'
+SMALL = Recipe(
+    model='resnet18_pssilu',
+    dataset='digits',
+    val_size=20,
+    val_batch_size=20,
+    eps=0.1,
+    attack='fgsm',
+    eval_steps=1,
+    epochs=1,
+    max_steps=1,
+    batch_size=16,
+    experiment='run',
+)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('run')
+    fit(build(dataclasses.replace(SMALL, output=str(folder))))
+    return folder / 'run'
+
+
+@pytest.fixture(scope='module')
+def staged(run, tmp_path_factory):
+    """A staged and measured model: its folder of cards, and the table of releases."""
+    root = tmp_path_factory.mktemp('staged')
+    (root / 'releases.json').write_text('{}')
+    stage(run, NAME, cards=root / 'model_cards', notes=['Trained on scanned digits.'])
+    digits = load_dataset('digits', None, 'test')
+    for attack, n in (('none', 40), ('pgd', 10)):
+        measure(root / 'model_cards' / NAME, digits, 'These are digits.', attack=attack, n=n, split='test')
+    render(root / 'model_cards', root / 'releases.json')
+    return root
+
+
+@pytest.fixture
+def copy(staged, tmp_path):
+    shutil.copytree(staged, tmp_path / 'copy')
+    return tmp_path / 'copy'
+
+
+def test_a_staged_folder_holds_what_the_hub_and_the_reader_need(staged, run):
+    folder = staged / 'model_cards' / NAME
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()}
+    assert names == {
+        *('model.safetensors', 'config.json', 'README.md', 'train_hparams.yaml', 'results.json', 'summary.csv'),
+        *('LICENSE', 'SHA256SUMS', 'training.png', 'adversarial.png', 'flags/none_40.npz', 'flags/pgd_10.npz'),
+    }
+    assert subprocess.run(['sha256sum', '--check', '--strict', 'SHA256SUMS'], cwd=folder).returncode == 0
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == 'resnet18_pssilu' and config['pretrained_cfg']['tag'] == 'fgsm_digits_linf'
+    assert config['pretrained_cfg']['mean'] == [0, 0, 0] and config['pretrained_cfg']['std'] == [1, 1, 1]
+    assert config['robustness']['attack'] == 'pgd' and config['robustness']['n'] == 10
+    everything = ''.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.yaml', '.md', '.csv'))
+    assert str(run.parent) not in everything and str(staged) not in everything
+    assert read_run(folder) == read_run(run)
+
+
+def test_weights_are_those_of_the_best_checkpoint_in_fp16(staged, run):
+    path = staged / 'model_cards' / NAME / 'model.safetensors'
+    best = load_model(run / 'model_best.pth.tar').state_dict()
+    weights = load(path.read_bytes())
+    assert weights.keys() == best.keys()
+    for name, value in weights.items():
+        matrix = best[name].ndim > 1
+        assert value.dtype == (torch.float16 if matrix else best[name].dtype)
+        assert torch.equal(value, best[name].half() if matrix else best[name])
+    with safe_open(path, 'pt') as file:
+        assert file.metadata()['model'] == NAME and file.metadata()['format'] == 'pt'
+    model = load_model(path.parent)
+    assert all(torch.equal(value.float(), model.state_dict()[name].float()) for name, value in weights.items())
+
+
+def test_equal_weights_give_equal_files():
+    tensors = {'b': torch.arange(6.0).view(2, 3), 'a': torch.zeros(1, dtype=torch.int64)}
+    files = {canonical(save(tensors, {str(i): 'x' for i in order})) for order in ((1, 2, 3, 4), (4, 2, 1, 3)) * 4}
+    assert len(files) == 1
+    again = load(files.pop())
+    assert again.keys() == tensors.keys() and all(torch.equal(again[key], tensors[key]) for key in tensors)
+
+
+def test_weights_too_large_for_fp16_are_refused():
+    with pytest.raises(ValueError, match=r'w has values up to 1e\+05, too large for fp16'):
+        stored({'w': torch.tensor([[1e5]])})
+
+
+def test_the_card_is_generated_and_says_what_was_measured(staged):
+    folder = staged / 'model_cards' / NAME
+    card = model_card(folder)
+    assert (folder / 'README.md').read_text() == card
+    result = strongest(read_results(folder))['result']
+    assert f'PGD-10 accuracy {100 * result["pgd_acc"]:.2f} ± ' in card
+    assert 'Trained on scanned digits.' in card and 'These are digits.' in card
+    assert card.index('import timm_robust') < card.index(f"timm.create_model('{NAME}', pretrained=True)")
+    assert read_results(folder)['weights']['sha256'] in card
+    assert read_results(folder)['training']['origins'][0]['hardware'] in card
+
+
+def test_the_metadata_of_the_card_goes_through_the_hubs_reader(staged):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(staged / 'model_cards' / NAME / 'README.md').data
+    assert data.library_name == 'timm' and data.license == 'apache-2.0' and 'arxiv:2110.05626' in data.tags
+    values = {result.metric_name: (result.metric_value, result.metric_args) for result in data.eval_results}
+    record = {item['key']: item['result'] for item in read_results(staged / 'model_cards' / NAME)['measurements']}
+    assert values['clean accuracy, first 40 images'][0] == round(100 * record['none_40']['clean_acc'], 2)
+    robust, args = values['PGD-10 accuracy, first 10 images']
+    assert robust == round(100 * record['pgd_10']['pgd_acc'], 2)
+    assert args == {'n': 10, 'attack': 'pgd', 'norm': 'Linf', 'eps': record['pgd_10']['eps_text']}
+
+
+def test_flags_agree_with_the_record(staged):
+    folder = staged / 'model_cards' / NAME
+    for item in read_results(folder)['measurements']:
+        flags = np.load(folder / 'flags' / f'{item["key"]}.npz')
+        assert len(flags['y']) == item['result']['n']
+        assert flags['clean_correct'].mean() == item['result']['clean_acc']
+        if item['result']['attack'] == 'pgd':
+            assert flags['robust'].mean() == item['result']['pgd_acc']
+
+
+def test_staging_again_keeps_equal_weights_measurements_and_refuses_others(copy, run, tmp_path):
+    cards = copy / 'model_cards'
+    before = read_results(cards / NAME)
+    stage(run, NAME, cards=cards, notes=['Trained on scanned digits.'])
+    assert read_results(cards / NAME) == before and (cards / NAME / 'flags/pgd_10.npz').is_file()
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path), seed=1)))
+    weights = (cards / NAME / 'model.safetensors').read_bytes()
+    with pytest.raises(ValueError, match='holds other weights; type --overwrite'):
+        stage(tmp_path / 'run', NAME, cards=cards)
+    assert (cards / NAME / 'model.safetensors').read_bytes() == weights
+    stage(tmp_path / 'run', NAME, cards=cards, overwrite=True)
+    assert (cards / NAME / 'model.safetensors').read_bytes() != weights
+    assert not read_results(cards / NAME)['measurements']
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('resnet18_relu.fgsm_digits_linf', 'names another model or norm'),
+        ('resnet18_pssilu.fgsm_digits_l2', 'names another model or norm'),
+        ('resnet18_pssilu', 'is no release; it must be <arch>'),
+        ('../resnet18_pssilu.fgsm_digits_linf', 'is no release'),
+    ],
+)
+def test_a_name_that_does_not_fit_writes_nothing(run, tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        stage(run, name, cards=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_network_is_no_release(tmp_path):
+    recipe = dataclasses.replace(SMALL, output=str(tmp_path), model_kwargs={'width': 4})
+    fit(build(recipe))
+    with pytest.raises(ValueError, match=r"changed resnet18_pssilu by \{'width': 4\}"):
+        stage(tmp_path / 'run', NAME, cards=tmp_path / 'cards')
+
+
+def test_check_finds_what_changed(copy):
+    folder = copy / 'model_cards' / NAME
+    check(folder)
+    (folder / 'extra').write_text('')
+    with pytest.raises(ValueError, match='extra is not listed in SHA256SUMS'):
+        check(folder)
+    (folder / 'extra').unlink()
+    text = (folder / 'summary.csv').read_text()
+    (folder / 'summary.csv').write_text(text + '\n')
+    with pytest.raises(ValueError, match=r'summary\.csv is not the file of SHA256SUMS'):
+        check(folder)
+    (folder / 'summary.csv').unlink()
+    with pytest.raises(ValueError, match=r'summary\.csv is missing'):
+        check(folder)
+
+
+def test_the_table_follows_the_weights(copy):
+    cards, table = copy / 'model_cards', copy / 'releases.json'
+    release = read_table(table)[NAME]
+    weights = cards / NAME / 'model.safetensors'
+    assert (release.sha256, release.size) == (sha256(weights), weights.stat().st_size)
+    assert release.commit is None and release.repo == f'timm-robust/{NAME}' and release.norm == 'Linf'
+    entry = json.loads(table.read_text())
+    entry[NAME]['commit'] = 'a' * 40
+    table.write_text(json.dumps(entry))
+    render(cards, table)
+    assert read_table(table)[NAME].commit == 'a' * 40
+    record = read_results(cards / NAME)
+    record['weights']['sha256'] = 'b' * 64
+    (cards / NAME / 'results.json').write_text(json.dumps(record))
+    render(cards, table)
+    assert read_table(table)[NAME].commit is None  # the commit held other weights
+
+
+@pytest.fixture
+def released(copy, monkeypatch):
+    """The staged model, released: in the table that the registry asks."""
+    table = read_table(copy / 'releases.json')
+    monkeypatch.setattr(releases_module, 'STAGED', copy / 'model_cards')
+    monkeypatch.setattr(releases_module, 'RELEASES', table)
+    monkeypatch.setattr(resolver, 'RELEASES', table)
+    cfg = timm.models.PretrainedCfg(**resolver.tagged('resnet18_pssilu', {'url': ''})[NAME])
+    cfg = dataclasses.replace(
+        cfg,
+        input_size=(3, 32, 32),
+        num_classes=10,
+        first_conv='conv1',
+        classifier='fc',
+        tag=NAME.partition('.')[2],
+    )
+    registry = sys.modules['timm.models._registry']
+    monkeypatch.setitem(registry._model_pretrained_cfgs, NAME, cfg)
+    monkeypatch.setitem(registry._model_pretrained_cfgs, 'resnet18_pssilu', cfg)
+    return copy / 'model_cards' / NAME
+
+
+def test_pretrained_takes_the_staged_file(released):
+    expected = load_model(released)
+    x = torch.rand(2, 3, 32, 32)
+    for name in (NAME, 'resnet18_pssilu'):
+        model = timm.create_model(name, pretrained=True).eval()
+        assert torch.equal(model(x), expected(x))
+    adapted = timm.create_model(NAME, pretrained=True, num_classes=7, in_chans=1).eval()
+    assert adapted(x[:, :1]).shape == (2, 7)
+    assert torch.equal(adapted.stages[1][0].conv1.weight, expected.stages[1][0].conv1.weight)
+
+
+def test_a_flipped_bit_is_refused(released):
+    path = released / 'model.safetensors'
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'has SHA-256 .*, the released .*; fetch it again'):
+        timm.create_model(NAME, pretrained=True)
+    path.write_bytes(b'version https://git-lfs.github.com/spec/v1')
+    with pytest.raises(ValueError, match='a Git LFS pointer; type: git lfs pull'):
+        timm.create_model(NAME, pretrained=True)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r'is not on the Hub yet.*pretrained_cfg_overlay'):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_a_users_own_weights_win(released, tmp_path):
+    weights = {k: v + 1 if k == 'fc.bias' else v for k, v in load_model(released).state_dict().items()}
+    (tmp_path / 'own.safetensors').write_bytes(save(weights))
+    for overlay in ({'file': str(tmp_path / 'own.safetensors')}, {'state_dict': weights}):
+        model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay)
+        assert torch.equal(model.fc.bias, weights['fc.bias'])
+    (released / 'model.safetensors').unlink()
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay={'state_dict': weights})
+    assert torch.equal(model.fc.bias, weights['fc.bias'])
+
+
+def test_a_network_without_weights_says_what_there_is():
+    with pytest.raises(RuntimeError, match=r'No pretrained weights exist for wrn28_10_elu; .*train/adv_train\.py'):
+        timm.create_model('wrn28_10_elu', pretrained=True, device='meta')
+
+
+def test_recipes_without_weights_are_listed(staged, tmp_path):
+    (tmp_path / f'{NAME}.yaml').write_text('')
+    (tmp_path / 'resnet18_relu.fgsm_digits_linf.yaml').write_text('')
+    page = results_page(staged / 'model_cards', tmp_path)
+    waiting = page.partition('## What has not run')[2]
+    assert '-c train/recipes/resnet18_relu.fgsm_digits_linf.yaml' in waiting and NAME not in waiting
+    assert f'[{NAME}]({NAME})' in page and '| none yet |' in page  # no pair to compare
+
+
+def test_main_stages_measures_and_renders(run, tmp_path, capsys):
+    (tmp_path / 'releases.json').write_text('{}')
+    where = ['--cards', str(tmp_path / 'cards'), '--table', str(tmp_path / 'releases.json')]
+    where += ['--recipes', str(tmp_path)]
+    assert main(['stage', str(run), NAME, '--note', 'Digits.', *where]) == 0
+    flags = ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '4', '--batch-size', '4']
+    assert main(['measure', NAME, *flags, *where]) == 0
+    assert main(['render', *where]) == 0
+    assert 'APGD-CE + APGD-T' in (tmp_path / 'cards/RESULTS.md').read_text()
+    assert main(['measure', 'resnet18_relu.fgsm_digits_linf', *flags, *where]) == 2
+    assert 'does not exist; type: python -m timm_robust.staging stage' in capsys.readouterr().err

@@ -1,0 +1,44 @@
+"""Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked file."""
+
+from typing import Any, Dict
+
+from timm.models import resolve_pretrained_cfg
+
+from ..releases import RELEASES, WEIGHTS, releases_of
+
+_SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
+"""Keys with which a user names weights of their own."""
+
+
+def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """What generate_default_cfgs takes for a network: one entry a release, the default first; or one without a tag."""
+    entries = {}
+    for release in releases_of(arch):
+        hub = f'{release.repo}@{release.commit}' if release.commit else release.repo
+        entries[release.name] = {**cfg, 'hf_hub_id': hub, 'hf_hub_filename': WEIGHTS}
+    return entries or {arch: cfg}
+
+
+def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments of build_model_with_cfg, with the file of the released weights where those are asked for.
+
+    Weights of the user's own (a `pretrained_cfg` of theirs, or a file, url, hf_hub_id or state_dict in
+    `pretrained_cfg_overlay`) are left to timm.
+
+    Raises:
+        RuntimeError: if the network has no released weights, or none of that tag.
+        FileNotFoundError, ValueError: as `Release.file`.
+    """
+    cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.get('pretrained_cfg_overlay') or {})
+    if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in _SOURCES):
+        return kwargs
+    tag = resolve_pretrained_cfg(arch, cfg).tag
+    release = RELEASES.get(f'{arch}.{tag}')
+    if release is None:
+        names = [release.name for release in releases_of(arch)] or sorted(RELEASES)
+        raise RuntimeError(
+            f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}. Train it with '
+            'train/adv_train.py and one of train/recipes/, or pass weights of your own: '
+            'pretrained_cfg_overlay=dict(file=PATH)'
+        )
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(release.file())}}

@@ -1,0 +1,366 @@
+"""Releases in the making: a finished run becomes model_cards/<arch>.<tag>/, is measured as stored, and described.
+
+    python -m timm_robust.staging stage RUN NAME [--note TEXT]
+    python -m timm_robust.staging measure NAME --data-dir DIR --attack autoattack -n 200 [--note TEXT]
+    python -m timm_robust.staging render
+
+`stage` writes weights, configuration, hyper-parameters and the course of training; `measure` adds one measurement with
+the verdict on every image; both and `render` write the card, the check sums, the table of releases and RESULTS.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from safetensors.torch import save
+from timm.models import save_for_hf
+from torch import nn
+
+from .activations import Activation
+from .allocator import keep_freed_memory
+from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
+from .checkpoint import BEST, LAST, load_checkpoint, load_model, read_weights
+from .data import DATASETS, SPLITS, load_dataset
+from .evaluate import evaluate
+from .plots import adversarial_figure, read_run, run_figure
+from .recipe import Recipe
+from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
+from .results import ATTACKS, atomic_file, environment
+from .threat_model import ThreatModel
+
+ORGANISATION = 'timm-robust'
+"""Where the releases live on the Hub."""
+_PRIVATE = (
+    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'log_interval'),
+    *('save_interval', 'tensorboard', 'log_wandb', 'wandb_project', 'checkpoint_hist', 'initial_checkpoint'),
+)
+"""Settings that tell of the machine, not of the training."""
+_PICTURED = 6
+
+
+def stage(
+    run: str | Path, name: str, *, cards: Path = STAGED, notes: Sequence[str] = (), overwrite: bool = False
+) -> Path:
+    """Write model_cards/<name>/ from a finished run: all of it or nothing.
+
+    The weights are those of model_best.pth.tar, averaged ones if the run kept an average. Tensors of two and more
+    dimensions are stored in fp16, vectors (biases, batch norm, alpha and beta) in fp32.
+
+    Args:
+        run: the folder that training wrote.
+        name: '<arch>.<tag>'.
+        cards: the folder that gets the folder.
+        notes: what limits the weights, for the card.
+        overwrite: replace a folder with other weights; its measurements are dropped.
+
+    Raises:
+        FileNotFoundError: if the run lacks a file.
+        ValueError: if the name does not fit the run, if weights overflow fp16, or if the folder exists with others.
+    """
+    run, folder = Path(run), cards / name
+    arch, tag = split_name(name)
+    state, last = load_checkpoint(run / BEST), load_checkpoint(run / LAST)
+    recipe = Recipe(**state['recipe'])
+    if recipe.model != arch or not tag.endswith(f'_{recipe.norm.lower()}'):
+        raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
+    if recipe.model_kwargs:
+        raise ValueError(
+            f'{run} changed {arch} by {recipe.model_kwargs}; a release is the network of that name, unchanged'
+        )
+    model = load_model(run / BEST)
+    weights = stored(read_weights(run / BEST))
+    closing = state['history'][-1] if state['history'] else {}
+    best = {key: closing[key] for key in ('val_clean_acc', 'val_pgd_acc') if key in closing}
+    training: dict[str, Any] = {
+        'recipe': name,
+        'epoch': state['epoch'],
+        'weights': 'ema' if state.get('state_dict_ema') is not None else 'last step of the epoch',
+        **best,
+        'epochs': last['epoch'] + 1,
+        'steps': last['step'],
+        'images': last['history'][-1]['images'],
+        'seconds': round(last['seconds'], 1),
+        'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
+        'rollbacks': last['rollbacks'],
+        'activation': _activation(model),
+        'origins': last['origins'],
+        'notes': list(notes),
+    }
+    header = {
+        'format': 'pt',
+        'model': name,
+        'license': 'apache-2.0',
+        'trained_with': f'timm_robust {environment()["versions"]["timm_robust"]}',
+    }
+    content = canonical(save(weights, header))
+    kept: list[dict[str, Any]] = []
+    if (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).read_bytes() == content:
+            kept = read_results(folder)['measurements']
+        elif not overwrite:
+            raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
+    with _new_folder(folder) as new:
+        (new / WEIGHTS).write_bytes(content)
+        (new / 'config.json').write_text(_config(model, tag))
+        (new / 'train_hparams.yaml').write_text(_hyper_parameters(recipe))
+        shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
+        (new / 'LICENSE').write_text(_license())
+        run_figure(new / 'training.png', {name: read_run(run)})
+        facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
+        facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
+        _write_json(new / RESULTS, {'model': name, 'weights': facts, 'training': training, 'measurements': kept})
+        for item in ('adversarial.png', FLAGS):
+            if kept and (folder / item).exists():
+                shutil.move(folder / item, new / item)
+    return folder
+
+
+def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights as a release stores them: matrices and convolutions in fp16, vectors and counters as they are.
+
+    Raises:
+        ValueError: if a weight is too large for fp16.
+    """
+    out = {}
+    for name, value in weights.items():
+        half = value.is_floating_point() and value.ndim > 1
+        out[name] = (value.half() if half else value).contiguous()
+        if half and not out[name].isfinite().all():
+            raise ValueError(f'{name} has values up to {value.abs().max():.3g}, too large for fp16 (65504)')
+    return out
+
+
+def canonical(content: bytes) -> bytes:
+    """A .safetensors file whose header lists its keys in order, so that equal weights give equal files."""
+    size = int.from_bytes(content[:8], 'little')
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(',', ':')).encode()
+    header += b' ' * (-len(header) % 8)
+    return len(header).to_bytes(8, 'little') + header + content[8 + size :]
+
+
+def measure(
+    folder: Path,
+    data: Any,
+    note: str | None = None,
+    progress: Any = None,
+    device: torch.device | str = 'cpu',
+    **settings: Any,
+) -> None:
+    """Measure staged weights exactly as stored, and keep the record and the verdict on every image.
+
+    Args:
+        folder: model_cards/<name>.
+        data: the split, as load_dataset gives it.
+        note: what the reader must know of these images.
+        progress: called with lines of text.
+        device: where the model runs.
+        settings: of `evaluate`; norm and eps are those of training.
+    """
+    name = read_results(folder)['model']
+    hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    threat_model = ThreatModel(hyper['norm'], hyper['eps'])
+    model = load_model(folder, device=device)
+    result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, **settings)
+    record = read_results(folder)  # another measurement may have ended meanwhile
+    key = f'{result.attack}_{result.n}'
+    (folder / FLAGS).mkdir(exist_ok=True)
+    with atomic_file(folder / FLAGS / f'{key}.npz') as file:
+        arrays: dict[str, Any] = {item: value.cpu().numpy() for item, value in tensors.items() if value.ndim == 1}
+        np.savez_compressed(file, **arrays)
+    measurements = [item for item in record['measurements'] if item['key'] != key]
+    measurements.append({'key': key, 'note': note, 'result': asdict(result)})
+    record['measurements'] = sorted(measurements, key=lambda item: (item['result']['attack'], item['result']['n']))
+    _write_json(folder / RESULTS, record)
+    best = strongest(record)
+    if best is not None and best['key'] == key:
+        x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
+        x = data.pixels(slice(0, len(y))).cpu()
+        adversarial_figure(folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, data.classes, threat_model)
+
+
+def render(cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = None) -> list[Path]:
+    """Write every card, every SHA256SUMS, the table of releases and RESULTS.md from what was measured.
+
+    Args:
+        cards: the folder of staged models.
+        table: releases.json of the package; repository and commit of known releases stay as long as the weights do.
+        recipes: the folder of recipes, of which RESULTS.md lists those that have not run.
+
+    Returns:
+        The folders.
+    """
+    folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
+    known, releases = read_table(table), {}
+    for folder in folders:
+        record = read_results(folder)
+        name, weights, best = record['model'], record['weights'], strongest(record)
+        accuracy = best['result']['autoattack_acc'] if best else None
+        old = known.get(name)
+        kept = old if old is not None and old.sha256 == weights['sha256'] else None
+        releases[name] = Release(
+            name,
+            weights['sha256'],
+            weights['size'],
+            accuracy,
+            old.repo if old else f'{ORGANISATION}/{name}',
+            kept.commit if kept else None,
+        )
+        _add_robustness(folder, record)
+        _write(folder / 'README.md', model_card(folder))
+        names = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != 'SHA256SUMS')
+        _write(folder / 'SHA256SUMS', ''.join(f'{sha256(p)}  {p.relative_to(folder).as_posix()}\n' for p in names))
+    write_table(releases, table)
+    _write(cards / 'RESULTS.md', results_page(cards, recipes))
+    return folders
+
+
+def check(folder: Path) -> None:
+    """Refuse a staged folder whose files are not those of its SHA256SUMS, or whose weights do not load.
+
+    Raises:
+        ValueError: naming the first file that is missing, extra or different.
+    """
+    listed = {}
+    for line in (folder / 'SHA256SUMS').read_text().splitlines():
+        digest, _, name = line.partition('  ')
+        listed[name] = digest
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()} - {'SHA256SUMS'}
+    for name in sorted(there ^ set(listed)):
+        what = 'is missing' if name in listed else 'is not listed in SHA256SUMS'
+        raise ValueError(f'{folder / name} {what}; type: python -m timm_robust.staging render')
+    for name, digest in listed.items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f'{folder / name} is not the file of SHA256SUMS; fetch it again, or render')
+    load_model(folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 if it ended well, 2 for bad input."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    try:
+        if args.command == 'stage':
+            stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
+        elif args.command == 'measure':
+            data = load_dataset(args.dataset, args.data_dir, args.split).to(args.device)
+            settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
+            measure(args.cards / args.name, data, ' '.join(args.note) or None, _print, device=args.device, **settings)
+        for folder in render(args.cards, args.table, args.recipes):
+            check(folder)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The three commands."""
+    parser = argparse.ArgumentParser('python -m timm_robust.staging', description=(__doc__ or '').partition('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    run = commands.add_parser('stage', help='write model_cards/NAME/ from a finished run')
+    run.add_argument('run', metavar='RUN', help='folder that training wrote')
+    run.add_argument('name', metavar='NAME', help='<arch>.<tag>')
+    run.add_argument('--overwrite', action='store_true', help='replace other weights of this name')
+    add = commands.add_parser('measure', help='measure staged weights and keep the verdict on every image').add_argument
+    add('name', metavar='NAME', help='<arch>.<tag>')
+    add('--data-dir', required=True, help='folder that holds the data')
+    add('--dataset', default='cifar10', help=', '.join(DATASETS))
+    add('--split', default='test', help=', '.join(SPLITS))
+    add('-n', type=int, help='number of images, the first of the split; all if not given')
+    add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
+    add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add('--seed', type=int, default=0, help='seed of all attacks')
+    add('--state-dir', help="keep AutoAttack's finds there; type the same again to go on after a kill")
+    add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
+    commands.add_parser('render', help='write cards, check sums, the table of releases and RESULTS.md')
+    for command in commands.choices.values():
+        command.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+        command.add_argument('--table', type=Path, default=TABLE, help='table of releases')
+        command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
+        command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
+    return parser
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its place when the body ends, and vanishes if it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
+        new = Path(temporary) / 'new'
+        new.mkdir()
+        yield new
+        if folder.exists():
+            folder.rename(Path(temporary) / 'old')
+        new.rename(folder)
+
+
+def _activation(model: nn.Module) -> dict[str, float]:
+    """The learned shape: alpha, beta and the largest second derivative; empty for fixed activations."""
+    act = getattr(model, 'act', None)
+    if not isinstance(act, Activation) or not act.initial:
+        return {}
+    return {**act.values(), 'max_curvature': act.max_curvature()}
+
+
+def _config(model: nn.Module, tag: str) -> str:
+    """The config.json of timm, with the tag of these weights."""
+    model.pretrained_cfg = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore
+    with tempfile.TemporaryDirectory() as folder:
+        save_for_hf(model, folder, safe_serialization=True)
+        return (Path(folder) / 'config.json').read_text()
+
+
+def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
+    """The robustness block of config.json: what the strongest measurement found."""
+    path = folder / 'config.json'
+    config, best = json.loads(path.read_text()), strongest(record)
+    keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
+    config['robustness'] = {key: best['result'][key] for key in keys} if best else None
+    _write(path, json.dumps(config, indent=2))
+
+
+def _hyper_parameters(recipe: Recipe) -> str:
+    """Every setting of the training, without those that tell of the machine."""
+    settings = {key: value for key, value in asdict(recipe).items() if key not in _PRIVATE}
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _license() -> str:
+    """The text of the package's licence."""
+    files = metadata.files('timm-robust') or []
+    for file in (STAGED.parent / 'LICENSE', *(file.locate() for file in files if file.name == 'LICENSE')):
+        if Path(str(file)).is_file():
+            return Path(str(file)).read_text()
+    raise FileNotFoundError('the LICENSE of timm-robust is missing; install the package again')
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    _write(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
