@@ -13,7 +13,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 RESULTS, FLAGS = 'results.json', 'flags'
 _ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')  # the strongest first
-_TITLES = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10', 'none': 'clean'}
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
 _PAPERS = {
     'pssilu': ('Dai, Mahloujifar, Mittal 2021', '2110.05626'),
@@ -53,6 +52,12 @@ def robust_acc(result: dict[str, Any]) -> float | None:
     return result[keys[result['attack']]] if result['attack'] in keys else None
 
 
+def attack_title(result: dict[str, Any]) -> str:
+    """What the strongest attack of a measurement is called; the first two of AutoAttack are never called AutoAttack."""
+    pgd = f'PGD-{result.get("steps")}'
+    return {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': pgd, 'none': 'clean'}[result['attack']]
+
+
 def model_card(folder: Path) -> str:
     """README.md of a staged model, with the metadata that the Hub reads.
 
@@ -75,7 +80,7 @@ def model_card(folder: Path) -> str:
     lines += ['', '## Training', '', *_training(record, hyper)]
     if (folder / 'training.png').is_file():
         lines += ['', '![course of training](training.png)']
-    lines += ['', '## Limits', '', *_limits(record)]
+    lines += ['', '## Limits', '', *limits(record)]
     lines += ['', '## Papers', '', *[f'- {who}: {_link(where)}' for who, where in papers]]
     lines += [
         '',
@@ -102,7 +107,7 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     lines += ['exactly as stored.', '']
     lines += ['| model | clean | robust | training | images/s | alpha | beta |', '|---|---|---|---|---|---|---|']
     lines += [_row(record) for record in records] or ['| none yet | | | | | | |']
-    notes = dict.fromkeys(n for r in records for n in [*r['training']['notes'], *_measurement_notes(r)])
+    notes = dict.fromkeys(n for r in records for n in [*r['training']['notes'], *measurement_notes(r)])
     lines += ['', *[f'- {note}' for note in notes]] if notes else []
     lines += ['', '## Does PSSiLU help?', '', *_question(cards, records)]
     if recipes is not None and recipes.is_dir():
@@ -155,7 +160,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
         }
         args = {'n': result['n']}
         robust = robust_acc(result)
-        shares = {'clean': result['clean_acc']} if robust is None else {_TITLES[result['attack']]: robust}
+        shares = {'clean': result['clean_acc']} if robust is None else {attack_title(result): robust}
         for title, share in shares.items():
             if robust is not None:
                 args |= {'attack': result['attack'], 'norm': result['norm'], 'eps': result['eps_text']}
@@ -185,8 +190,8 @@ def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     if best is not None:
         result = best['result']
         text += (
-            f' {_TITLES[result["attack"]]} accuracy {_share(robust_acc(result), result["n"])} %, '
-            f'clean {_share(result["clean_acc"], result["n"])} % (first {result["n"]} test images).'
+            f' {attack_title(result)} accuracy {percent(robust_acc(result), result["n"])} %, '
+            f'clean {percent(result["clean_acc"], result["n"])} % (first {result["n"]} test images).'
         )
     return text
 
@@ -198,9 +203,9 @@ def _measurements(record: dict[str, Any]) -> list[str]:
     lines = ['| attack | images | clean | robust | hardware, time |', '|---|---|---|---|---|']
     for item in record['measurements']:
         result, robust = item['result'], robust_acc(item['result'])
-        clean, share = _share(result['clean_acc'], result['n']), _share(robust, result['n'])
-        cost = f'{result["hardware"]}, {_hours(result["wall_time_s"])}'
-        lines.append(f'| {_TITLES[result["attack"]]} | first {result["n"]} | {clean} | {share} | {cost} |')
+        clean, share = percent(result['clean_acc'], result['n']), percent(robust, result['n'])
+        cost = f'{result["hardware"]}, {hours(result["wall_time_s"])}'
+        lines.append(f'| {attack_title(result)} | first {result["n"]} | {clean} | {share} | {cost} |')
     lines += [
         '',
         'Percent, with one standard error of n images. The verdict on every image is in `flags/`. To repeat:',
@@ -220,10 +225,11 @@ def _measurements(record: dict[str, Any]) -> list[str]:
             '',
             'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
         ]
-    return lines + [f'\n{note}' for note in _measurement_notes(record)]
+    return lines + [f'\n{note}' for note in measurement_notes(record)]
 
 
-def _measurement_notes(record: dict[str, Any]) -> list[str]:
+def measurement_notes(record: dict[str, Any]) -> list[str]:
+    """What was noted of the images of its measurements."""
     return list(dict.fromkeys(item['note'] for item in record['measurements'] if item['note']))
 
 
@@ -236,7 +242,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     lines = [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
-        f'- {_hours(training["seconds"])} on {origin.get("hardware", "unknown hardware")}, '
+        f'- {hours(training["seconds"])} on {origin.get("hardware", "unknown hardware")}, '
         f'{training["images_per_s"]:g} images/s; versions: {_versions(origin)}; commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
@@ -249,7 +255,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _limits(record: dict[str, Any]) -> list[str]:
+def limits(record: dict[str, Any]) -> list[str]:
     """What the reader must not overlook."""
     lines = [f'- {note}' for note in record['training']['notes']]
     warnings = dict.fromkeys(text for item in record['measurements'] for text in item['result']['warnings'])
@@ -264,9 +270,9 @@ def _row(record: dict[str, Any]) -> str:
     """A model's line of RESULTS.md."""
     training, activation = record['training'], record['training']['activation']
     clean = max((m['result'] for m in record['measurements']), key=lambda result: result['n'], default=None)
-    cell = '' if clean is None else f'{_share(clean["clean_acc"], clean["n"])} (n {clean["n"]})'
+    cell = '' if clean is None else f'{percent(clean["clean_acc"], clean["n"])} (n {clean["n"]})'
     robust = [
-        f'{_TITLES[m["result"]["attack"]]} {_share(robust_acc(m["result"]), m["result"]["n"])} (n {m["result"]["n"]})'
+        f'{attack_title(m["result"])} {percent(robust_acc(m["result"]), m["result"]["n"])} (n {m["result"]["n"]})'
         for m in record['measurements']
         if m['result']['attack'] != 'none'
     ]
@@ -274,7 +280,7 @@ def _row(record: dict[str, Any]) -> str:
     shape = [f'{activation[key]:.4g}' if key in activation else '' for key in ('alpha', 'beta')]
     return (
         f'| [{record["model"]}]({record["model"]}) | {cell} | {"; ".join(robust)} | {training["epochs"]} epochs, '
-        f'{_hours(training["seconds"])}, {hardware} | {training["images_per_s"]:g} | {shape[0]} | {shape[1]} |'
+        f'{hours(training["seconds"])}, {hardware} | {training["images_per_s"]:g} | {shape[0]} | {shape[1]} |'
     )
 
 
@@ -314,19 +320,20 @@ def _pair(cards: Path, name: str, other: str, item: dict[str, Any]) -> str:
     found = 'higher' if low > 0 else 'lower' if high < 0 else 'no difference shown'
     a, b = (100 * verdict.mean() for verdict in verdicts)
     return (
-        f'| {name.partition(".")[2]} | {other.partition(".")[0]} | {_TITLES[item["result"]["attack"]]} | '
+        f'| {name.partition(".")[2]} | {other.partition(".")[0]} | {attack_title(item["result"])} | '
         f'{item["result"]["n"]} | {a:.2f} | {b:.2f} | {difference:+.2f} ({low:+.2f} to {high:+.2f}): {found} |'
     )
 
 
-def _share(share: float | None, n: int) -> str:
+def percent(share: float | None, n: int) -> str:
     """A fraction in percent with its standard error."""
     if share is None:
         return ''
     return f'{100 * share:.2f} ± {100 * math.sqrt(share * (1 - share) / n):.2f}'
 
 
-def _hours(seconds: float) -> str:
+def hours(seconds: float) -> str:
+    """A duration as people say it."""
     for size, unit in ((3600, 'hours'), (60, 'minutes')):
         if seconds >= size:
             return f'{seconds / size:.1f} {unit}'
