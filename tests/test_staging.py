@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 import timm_robust.models._weights as resolver
-import timm_robust.releases as releases_module
 from timm_robust.cards import model_card, read_results, results_page, strongest
 from timm_robust.checkpoint import load_model
 from timm_robust.data import load_dataset
+from timm_robust.download import weights_file
 from timm_robust.engine import build, fit
 from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
@@ -219,8 +220,7 @@ def test_the_table_follows_the_weights(copy):
 def released(copy, monkeypatch):
     """The staged model, released: in the table that the registry asks."""
     table = read_table(copy / 'releases.json')
-    monkeypatch.setattr(releases_module, 'STAGED', copy / 'model_cards')
-    monkeypatch.setattr(releases_module, 'RELEASES', table)
+    monkeypatch.setattr(resolver, 'weights_file', partial(weights_file, staged=copy / 'model_cards'))
     monkeypatch.setattr(resolver, 'RELEASES', table)
     cfg = timm.models.PretrainedCfg(**resolver.tagged('resnet18_pssilu', {'url': ''})[NAME])
     cfg = dataclasses.replace(

@@ -68,21 +68,6 @@ class Release:
         """Norm of the threat model, 'Linf' or 'L2'."""
         return {'linf': 'Linf', 'l2': 'L2'}[self.tag.rpartition('_')[2]]
 
-    def file(self) -> Path:
-        """The weights: from model_cards/ of a checkout, checked against the table.
-
-        Raises:
-            FileNotFoundError: if neither the checkout nor the Hub has them.
-            ValueError: if the file is not the released one.
-        """
-        staged = STAGED / self.name / WEIGHTS
-        if not staged.is_file():
-            raise FileNotFoundError(
-                f'{self.name} is not on the Hub yet, and {staged} does not exist; use a checkout of the repository, '
-                'which holds it, or pass a file of your own: pretrained_cfg_overlay=dict(file=PATH)'
-            )
-        return self.check(staged)
-
     def check(self, path: Path) -> Path:
         """The path, if the file there is the released one.
 

@@ -4,6 +4,7 @@ from typing import Any, Dict
 
 from timm.models import resolve_pretrained_cfg
 
+from ..download import weights_file
 from ..releases import RELEASES, WEIGHTS, releases_of
 
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -27,7 +28,7 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
 
     Raises:
         RuntimeError: if the network has no released weights, or none of that tag.
-        FileNotFoundError, ValueError: as `Release.file`.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `download.weights_file`.
     """
     cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.get('pretrained_cfg_overlay') or {})
     if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in _SOURCES):
@@ -41,4 +42,4 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
             'train/adv_train.py and one of train/recipes/, or pass weights of your own: '
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(release.file())}}
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(weights_file(release))}}

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Publish staged models to the Hugging Face Hub: python hub_upload.py [NAME ...] [--dry-run].
+
+Without a name, everything in model_cards/ is published. The token comes from HF_TOKEN or `hf auth login`, never from
+the command line. Exit status: 0 all went well, 1 something failed (the table says what), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from timm_robust.cards import RESULTS
+from timm_robust.hub import Options, Outcome, publish, repo_of
+from timm_robust.releases import STAGED, TABLE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Publish each model on its own; one that fails does not keep the others back."""
+    args = parse(argv)
+    staged = sorted(path.parent.name for path in args.cards.glob(f'*/{RESULTS}'))
+    unknown = [name for name in args.names if name not in staged]
+    if unknown or not staged:
+        there = ', '.join(staged) or 'nothing'
+        print(f'error: {", ".join(unknown) or "no model"} is not staged; {args.cards} holds {there}', file=sys.stderr)
+        return 2
+    keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
+    options = Options(**{key: getattr(args, key) for key in keys})
+    outcomes = [attempt(args.cards / name, options, args.table) for name in args.names or staged]
+    if args.json:
+        print(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
+    else:
+        print(table(outcomes))
+    return int(any(outcome.status == 'failed' for outcome in outcomes))
+
+
+def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
+    """Publish one model; whatever goes wrong becomes one line, without the token."""
+    try:
+        return publish(folder, options, table=releases, say=say)
+    except KeyboardInterrupt:
+        raise
+    except Exception as error:  # the edge: network errors of three client libraries end here
+        message = ' '.join(f'{type(error).__name__}: {error}'.split())
+        if token := get_token():
+            message = message.replace(token, '***')
+        say(f'error: {folder.name}: {message}')
+        return Outcome(folder.name, repo_of(folder.name, options.org, releases), 'failed', message=message)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The outcomes as aligned text."""
+    rows = [('model', 'status', 'files', 'commit', 'tag')]
+    for outcome in outcomes:
+        commit = (outcome.commit or '')[:12]
+        rows.append((outcome.name, outcome.status, str(len(outcome.changes)), commit, outcome.tag or ''))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f'{outcome.name}: {outcome.message}' for outcome in outcomes if outcome.message]
+    return '\n'.join(lines + [outcome.url for outcome in outcomes if outcome.url])
+
+
+def say(message: str) -> None:
+    """A line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description='Publish staged models to the Hugging Face Hub.')
+    add = parser.add_argument
+    add('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
+    add('--dry-run', action='store_true', help='say what would be done; nothing is written')
+    add('--private', action='store_true', help='make new repositories private')
+    add('--revision', default='main', metavar='BRANCH', help='commit to this branch, made if missing (default: main)')
+    add('--create-pr', action='store_true', help='open a pull request instead of committing')
+    add('--tag', help='tag the commit; a tag never moves')
+    add('--overwrite', action='store_true', help='allow other weights under a published name')
+    add('--org', help='user or organisation on the Hub (default: as the table of releases says)')
+    add('--json', action='store_true', help='print the outcomes as JSON')
+    add('--cards', type=Path, default=STAGED, help='folder of staged models')
+    add('--table', type=Path, default=TABLE, help='table of releases that gets the commits')
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

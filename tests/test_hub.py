@@ -1,0 +1,401 @@
+"""The real client against a small Hub on loopback: publish with hub_upload.py, load by name as a stranger."""
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_robust.checkpoint import save_checkpoint
+from timm_robust.recipe import Recipe
+from timm_robust.releases import read_table, sha256
+from timm_robust.staging import render, stage
+
+ROOT = Path(__file__).parents[1]
+NAME = 'resnet18_relu.at_digits_linf'
+REPO = f'timm-robust/{NAME}'
+OLD_CLIENT = Path(os.environ.get('HUB_CLIENT_1', ROOT / '.venv/hub1'))
+"""Where huggingface_hub 1.33 is installed, for those who still use it."""
+
+
+def fake_run(folder, seed=0):
+    """What a finished training leaves, without the training."""
+    torch.manual_seed(seed)
+    model, recipe = timm.create_model('resnet18_relu'), Recipe(model='resnet18_relu', dataset='digits', eps=0.1)
+    row = {'epoch': 0, 'step': 1, 'images': 16, 'train_loss': 2.0, 'val_pgd_acc': 0.5, 'images_per_s': 9.0}
+    state = {'arch': 'resnet18_relu', 'num_classes': 10, 'recipe': dataclasses.asdict(recipe), 'epoch': 0, 'step': 1}
+    state |= {'history': [row], 'seconds': 2.0, 'rollbacks': 0, 'origins': [], 'state_dict': model.state_dict()}
+    folder.mkdir(parents=True)
+    for name in ('model_best.pth.tar', 'last.pth.tar'):
+        save_checkpoint(folder / name, state)
+    with open(folder / 'summary.csv', 'w', newline='') as file:
+        csv.DictWriter(file, row).writeheader()
+        csv.DictWriter(file, row).writerow(row)
+    return folder
+
+
+def make_staged(root, seed=0):
+    (root / 'releases.json').write_text('{}')
+    stage(fake_run(root / 'run', seed), NAME, cards=root / 'cards')
+    render(root / 'cards', root / 'releases.json')
+    return root
+
+
+@pytest.fixture(scope='module')
+def original(tmp_path_factory):
+    return make_staged(tmp_path_factory.mktemp('staged'))
+
+
+@pytest.fixture
+def staged(original, tmp_path):
+    """Root of a staged model of 22 MB and its table, free to be changed."""
+    shutil.copytree(original, tmp_path / 'staged')
+    return tmp_path / 'staged'
+
+
+def environment(hub, home, token, client='new'):
+    """Of a fresh user: nothing cached, nobody logged in; hub is the server, or an address where nobody answers."""
+    if isinstance(hub, str):
+        env = {key: value for key, value in os.environ.items() if not key.startswith('HF_')}
+        env |= {'HF_ENDPOINT': hub, 'HF_HOME': str(home)}
+    else:
+        env = hub.env(home, token)
+    return env | {'OMP_NUM_THREADS': '1'} | ({'PYTHONPATH': str(OLD_CLIENT)} if client == 'old' else {})
+
+
+def upload(hub, root, *args, token, names=(NAME,), **kwargs):
+    """Run hub_upload.py as its user would."""
+    where = ['--cards', str(root / 'cards'), '--table', str(root / 'releases.json'), '--json']
+    command = [sys.executable, str(ROOT / 'hub_upload.py'), *names, *where, *args]
+    env = environment(hub, root / 'home', token, **kwargs)
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, cwd=root)
+    if token:
+        assert token not in run.stdout + run.stderr
+    assert 'Traceback' not in run.stderr, run.stderr
+    return run, json.loads(run.stdout) if run.stdout.startswith('[') else None
+
+
+def stranger(hub, root, tmp_path, code=None, token=None, **kwargs):
+    """Somebody who installed the package, without a checkout, loads the model by its name."""
+    package = tmp_path / 'site'
+    if not package.exists():
+        shutil.copytree(ROOT / 'timm_robust', package / 'timm_robust', ignore=shutil.ignore_patterns('__pycache__'))
+    shutil.copyfile(root / 'releases.json', package / 'timm_robust/releases.json')
+    env = environment(hub, tmp_path / 'stranger', token, **kwargs)
+    env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(package), env.get('PYTHONPATH')]))
+    code = (
+        code
+        or f"""
+import time, torch, timm, timm_robust
+started = time.perf_counter()
+try:
+    model = timm.create_model('{NAME}', pretrained=True).eval()
+    print(model(torch.full((1, 3, 32, 32), 0.5))[0].tolist())
+except Exception as error:
+    print(type(error).__name__, error, time.perf_counter() - started, sep='|')
+"""
+    )
+    run = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=200, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip().splitlines()[-1]
+
+
+def logits(root):
+    model = timm.create_model(f'local-dir:{root / "cards" / NAME}', pretrained=True).eval()
+    return model(torch.full((1, 3, 32, 32), 0.5))[0].tolist()
+
+
+CLIENTS = [pytest.param('new', False, id='newest-lfs'), pytest.param('new', True, id='newest-xet')]
+MISSING = pytest.mark.skipif(not OLD_CLIENT.is_dir(), reason='huggingface_hub 1.33 is not installed; make test does it')
+CLIENTS += [pytest.param('old', xet, id=f'1.33-{"xet" if xet else "lfs"}', marks=MISSING) for xet in (False, True)]
+
+
+@pytest.mark.parametrize(('client', 'xet'), CLIENTS)
+def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, client, xet):
+    with hub_server.HubServer(xet=xet) as hub:
+        run, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE, client=client)
+        assert run.returncode == 0 and outcome['status'] == 'published', run.stderr
+        repo = hub.repo(REPO)
+        files = {p.relative_to(staged / 'cards' / NAME).as_posix(): p for p in (staged / 'cards' / NAME).rglob('*')}
+        held = repo.files()
+        assert all(held[path] == file.read_bytes() for path, file in files.items() if file.is_file())
+        assert len(held['model.safetensors']) > 20_000_000 and repo.tags == {'v1': outcome['commit']}
+        release = read_table(staged / 'releases.json')[NAME]
+        assert release.repo == REPO and release.commit == outcome['commit'] == repo.head
+        assert json.loads(stranger(hub, staged, tmp_path, client=client)) == logits(staged)
+
+        commits, table = len(repo.commits), (staged / 'releases.json').read_bytes()
+        _, [again] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE, client=client)
+        assert again['status'] == 'unchanged' and again['commit'] == outcome['commit'] and not again['changes']
+        assert len(repo.commits) == commits and (staged / 'releases.json').read_bytes() == table
+
+
+@pytest.fixture
+def hub(hub_server):
+    with hub_server.HubServer() as server:
+        yield server
+
+
+def test_a_dry_run_writes_nothing(hub, hub_server, staged):
+    before = (staged / 'releases.json').read_bytes()
+    for token in (hub_server.WRITE, None):
+        run, [outcome] = upload(hub, staged, '--dry-run', token=token)
+        assert run.returncode == 0 and outcome['status'] == 'planned' and outcome['commit'] is None
+        assert outcome['changes']['model.safetensors'] == 'new'
+    assert not hub.writes() and (staged / 'releases.json').read_bytes() == before
+
+
+def test_tokens_that_may_not_write_are_refused_before_anything_is_sent(hub, hub_server, staged):
+    for token, message in (
+        (None, 'no token; type hf auth login, or set HF_TOKEN'),
+        ('hf_nobody', 'the token is not valid; type hf auth login'),
+        (hub_server.READ, 'may only read; make one that may write'),
+        (hub_server.STRANGER, 'bob does not belong to timm-robust'),
+    ):
+        run, [outcome] = upload(hub, staged, token=token)
+        assert run.returncode == 1 and outcome['status'] == 'failed' and message in outcome['message']
+    assert not hub.writes()
+
+
+def test_released_weights_change_only_when_asked(hub, hub_server, staged, tmp_path):
+    upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
+    other, repo = make_staged_in(tmp_path / 'other'), hub.repo(REPO)
+    head = repo.head
+    _, [refused] = upload(hub, other, token=hub_server.WRITE)
+    assert 'holds other weights under this name; type --overwrite' in refused['message'] and repo.head == head
+    _, [refused] = upload(hub, other, '--overwrite', '--tag', 'v1', token=hub_server.WRITE)
+    assert 'tags never move: choose another' in refused['message'] and repo.head == head
+    _, [done] = upload(hub, other, '--overwrite', '--tag', 'v2', token=hub_server.WRITE)
+    assert done['status'] == 'published' and done['changes']['model.safetensors'] == 'changed'
+    assert repo.tags == {'v1': head, 'v2': done['commit']} and repo.head == done['commit']
+
+
+def make_staged_in(root):
+    root.mkdir()
+    return make_staged(root, seed=1)
+
+
+def test_a_file_that_is_no_longer_staged_goes(hub, hub_server, staged):
+    upload(hub, staged, token=hub_server.WRITE)
+    (staged / 'cards' / NAME / 'training.png').unlink()
+    render(staged / 'cards', staged / 'releases.json')
+    _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert outcome['changes']['training.png'] == 'gone' and 'training.png' not in hub.repo(REPO).files()
+    assert 'model.safetensors' not in outcome['changes']
+
+
+def test_branches_and_pull_requests_leave_the_table_alone(hub, hub_server, staged):
+    upload(hub, staged, token=hub_server.WRITE)
+    table, head = (staged / 'releases.json').read_bytes(), hub.repo(REPO).head
+    (staged / 'cards' / NAME / 'summary.csv').open('a').write('\n')
+    render(staged / 'cards', staged / 'releases.json')
+    _, [proposed] = upload(hub, staged, '--create-pr', token=hub_server.WRITE)
+    assert proposed['status'] == 'proposed' and '/discussions/' in proposed['url']
+    _, [branch] = upload(hub, staged, '--revision', 'next', token=hub_server.WRITE)
+    assert branch['status'] == 'published' and hub.repo(REPO).head == head
+    assert (staged / 'releases.json').read_bytes() == table
+
+
+def test_private_repositories(hub, hub_server, staged):
+    _, [outcome] = upload(hub, staged, '--private', '--org', 'ann', token=hub_server.WRITE)
+    assert outcome['status'] == 'published' and hub.repo(f'ann/{NAME}').private
+    assert read_table(staged / 'releases.json')[NAME].commit is None
+    hub.repo(f'ann/{NAME}').private = False
+    _, [outcome] = upload(hub, staged, '--private', '--org', 'ann', token=hub_server.WRITE)
+    assert 'exists and is public; --private does not change that' in outcome['message']
+
+
+def test_a_changed_folder_is_not_published(hub, hub_server, staged):
+    (staged / 'cards' / NAME / 'README.md').open('a').write('edited by hand\n')
+    run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert run.returncode == 1 and 'README.md is not the file of SHA256SUMS' in outcome['message']
+    assert not hub.requests
+    run, _ = upload(hub, staged, token=hub_server.WRITE, names=['resnet18_relu.none_cifar10_linf'])
+    assert run.returncode == 2 and f'is not staged; {staged / "cards"} holds {NAME}' in run.stderr
+
+
+@pytest.mark.parametrize('action', ['drop', 'drop_after', 503])
+def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, hub_server, staged, action):
+    hub.fault(f'POST /api/models/{REPO}/commit/main', action, times=10 if action == 503 else 1)
+    run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    if action == 'drop_after':  # committed, and the answer lost
+        assert outcome['status'] == 'published' and outcome['commit'] == hub.repo(REPO).head, run.stderr
+    else:
+        assert outcome['status'] == 'failed' and 'model.safetensors' not in hub.repo(REPO).files()
+    hub.faults.clear()
+    _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert outcome['status'] == ('unchanged' if action == 'drop_after' else 'published')
+    assert len(hub.repo(REPO).commits) == 2  # the initial one and ours
+
+
+def test_an_upload_corrupted_on_the_way_is_refused(hub, hub_server, staged):
+    hub.fault('PUT /upload/', 'corrupt_body', times=20)
+    run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert run.returncode == 1 and outcome['status'] == 'failed' and 'model.safetensors' not in hub.repo(REPO).files()
+
+
+def test_a_publication_that_comes_back_changed_is_not_announced(hub, hub_server, staged):
+    hub.fault('GET /cdn/', 'corrupt', times=20)
+    run, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
+    if outcome['status'] != 'failed':
+        pytest.fail(f'{run.stderr} {[(r.method, r.path) for r in hub.requests]}')
+    assert 'came back with other bytes' in outcome['message']
+    assert not hub.repo(REPO).tags and read_table(staged / 'releases.json')[NAME].commit is None
+
+
+RACE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from timm_robust import hub
+hub.check = lambda folder: None  # eight folders of the same weights: loaded once is enough
+def one(root):
+    try:
+        folder, table = root / 'cards' / sys.argv[2], root / 'releases.json'
+        done = hub.publish(folder, hub.Options(), table=table, say=lambda line: None)
+        return done.status
+    except Exception as error:
+        return f'{type(error).__name__}: {error}'
+with ThreadPoolExecutor(8) as pool:
+    print(*pool.map(one, sorted(Path(sys.argv[1]).iterdir())), sep='\\n')
+"""
+
+
+def test_of_eight_racing_publishers_one_wins(hub, hub_server, staged, tmp_path):
+    upload(hub, staged, token=hub_server.WRITE)
+    for number in range(8):
+        root = tmp_path / 'racers' / str(number)
+        shutil.copytree(staged, root)
+        (root / 'cards' / NAME / 'summary.csv').open('a').write('\n' * (number + 1))
+        render(root / 'cards', root / 'releases.json')
+    env = environment(hub, tmp_path / 'home', hub_server.WRITE)
+    env['PYTHONPATH'] = str(ROOT)
+    command = [sys.executable, '-c', RACE, str(tmp_path / 'racers'), NAME]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    ends = run.stdout.strip().splitlines()
+    assert ends.count('published') == 1, run.stdout + run.stderr
+    assert sum('somebody else committed' in end or '412' in end for end in ends) == 7, ends
+    assert len(hub.repo(REPO).commits) == 3
+
+
+def test_killed_half_way_nothing_shows_and_a_rerun_completes(hub, hub_server, staged):
+    hub.fault('PUT /upload/', 'stall', times=9, seconds=30)
+    where = ['--cards', str(staged / 'cards'), '--table', str(staged / 'releases.json')]
+    env = environment(hub, staged / 'home', hub_server.WRITE)
+    process = subprocess.Popen([sys.executable, str(ROOT / 'hub_upload.py'), NAME, *where], env=env, cwd=staged)
+    deadline = time.monotonic() + 100
+    while not any(request.method == 'PUT' for request in list(hub.requests)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 'model.safetensors' not in hub.repo(REPO).files()
+    assert read_table(staged / 'releases.json')[NAME].commit is None
+    hub.faults.clear()
+    _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert outcome['status'] == 'published' and 'model.safetensors' in hub.repo(REPO).files()
+
+
+@pytest.fixture
+def published(hub, hub_server, staged):
+    upload(hub, staged, token=hub_server.WRITE)
+    hub.requests.clear()
+    return staged
+
+
+def test_a_tampered_download_is_refused(hub, published, tmp_path):
+    hub.fault('GET /cdn/', 'corrupt', times=50)
+    kind, message, _ = stranger(hub, published, tmp_path).split('|')
+    assert kind == 'ValueError' and 'does not hold the released file, and it was deleted from the cache' in message
+    assert not [
+        path for path in (tmp_path / 'stranger').rglob('*') if path.is_file() and path.stat().st_size > 20_000_000
+    ]
+    hub.faults.clear()
+    assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
+
+
+def test_a_damaged_cache_is_fetched_again(hub, published, tmp_path):
+    assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
+    [blob] = [
+        p
+        for p in (tmp_path / 'stranger').rglob('*')
+        if p.is_file() and p.stat().st_size > 20_000_000 and not p.is_symlink()
+    ]
+    content = bytearray(blob.read_bytes())
+    content[-1] ^= 1
+    blob.write_bytes(content)
+    assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
+
+
+def test_loaded_once_it_loads_without_a_network(hub, published, tmp_path):
+    expected = logits(published)
+    assert json.loads(stranger(hub, published, tmp_path)) == expected
+    hub.requests.clear()
+    assert json.loads(stranger(hub, published, tmp_path)) == expected and not hub.requests
+    assert json.loads(stranger('http://127.0.0.1:9', published, tmp_path)) == expected
+
+
+def test_what_goes_wrong_is_said_in_one_line_with_the_remedy(hub, hub_server, published, tmp_path):
+    repo = hub.repo(REPO)
+
+    def outcome(**kwargs):
+        kind, message, seconds = stranger(kwargs.pop('hub', hub), published, tmp_path, **kwargs).split('|')
+        assert NAME in message and '\n' not in message
+        return kind, message, float(seconds)
+
+    kind, message, seconds = outcome(hub='http://127.0.0.1:9')  # nobody listens there: the network is off
+    assert kind == 'ConnectionError' and 'cannot be reached' in message and seconds < 5
+    repo.private = True
+    assert 'missing, private, or closed to your token (401)' in outcome()[1]
+    assert outcome(token='hf_wrong')[0] == 'PermissionError'
+    repo.private, repo.gated = False, True
+    assert 'is gated; ask for access at' in outcome(token=hub_server.STRANGER)[1]
+    repo.gated = False
+    release = read_table(published / 'releases.json')[NAME]
+    table = {NAME: {k: v for k, v in dataclasses.asdict(release).items() if k != 'name'} | {'commit': 'f' * 40}}
+    (published / 'releases.json').write_text(json.dumps(table))
+    kind, message, _ = outcome()
+    assert kind == 'FileNotFoundError' and 'that commit is gone; type pip install -U timm-robust' in message
+    (published / 'releases.json').write_text(json.dumps({NAME: table[NAME] | {'commit': None}}))
+    kind, message, _ = outcome()
+    assert kind == 'FileNotFoundError' and 'is not on the Hub yet' in message
+
+
+def test_offline_mode_is_named(hub, published, tmp_path, monkeypatch):
+    code = f"""
+import os
+os.environ['HF_HUB_OFFLINE'] = '1'
+import timm, timm_robust
+try:
+    timm.create_model('{NAME}', pretrained=True)
+except ConnectionError as error:
+    print(error)
+"""
+    assert 'is not in the cache, and HF_HUB_OFFLINE is set' in stranger(hub, published, tmp_path, code=code)
+
+
+def test_other_ways_to_load(hub, published, tmp_path):
+    code = f"""
+import json, timm, timm_robust, torch
+x = torch.full((1, 3, 32, 32), 0.5)
+by_hub = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
+adapted = timm.create_model('{NAME}', pretrained=True, num_classes=3, in_chans=1)
+own = timm.create_model('{NAME}', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='{REPO}', file=None))
+print(json.dumps([by_hub(x)[0].tolist(), list(adapted(x[:, :1]).shape), own.eval()(x)[0].tolist()]))
+"""
+    by_hub, shape, own = json.loads(stranger(hub, published, tmp_path, code=code))
+    assert by_hub == own == logits(published) and shape == [1, 3]
+
+
+def test_the_table_in_the_package_names_files_that_are_released():
+    for name, release in read_table().items():
+        assert sha256(ROOT / 'model_cards' / name / 'model.safetensors') == release.sha256
