@@ -14,15 +14,21 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python train/demo.py
 
+# RobustBench pins a timm of 2024, which would replace the present one
+$(VENV)/.robustbench: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[robustbench]'
+	$(BIN)/python -m pip install --quiet --no-deps robustbench==1.1.1
+	@touch $@
+
 # the client of those who have not changed to huggingface_hub 2 yet
 $(VENV)/hub1: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --target $@ huggingface_hub==1.33.0 hf_xet
 
 # one thread a process: the tests' networks are tiny, and threads of two processes would wait for each other
-test: $(VENV)/.installed $(VENV)/hub1
+test: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
 
-test-all: $(VENV)/.installed $(VENV)/hub1
+test-all: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed

@@ -13,6 +13,9 @@ FLOORS = {
     'download': 0.6,
     'gallery': 2.5,
     'hub': 5.5,
+    'robustbench_zoo': 2,
+    'robustbench_report': 2.5,
+    'robustbench': 5.5,
     'plots': 1,
     'activations': 0.5,  # stands on pssilu alone
     'models': 1,

@@ -119,6 +119,7 @@ def evaluate(
     x, pixels = data.pixels(), pixel_input(model, img_size)
     facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
     facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
+    facts['data_sha256'] = data.sha256()
     facts |= {
         'model': name or _name(model),
         'norm': threat_model.norm,

@@ -39,7 +39,7 @@ from .evaluate import evaluate
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
-from .results import ATTACKS, atomic_file, environment
+from .results import ATTACKS, atomic_file
 from .threat_model import ThreatModel
 
 ORGANISATION = 'timm-robust'
@@ -100,25 +100,23 @@ def stage(
         'origins': last['origins'],
         'notes': list(notes),
     }
-    header = {
-        'format': 'pt',
-        'model': name,
-        'license': 'apache-2.0',
-        'trained_with': f'timm_robust {environment()["versions"]["timm_robust"]}',
+    origin = training['origins'][-1] if training['origins'] else {'versions': {}}
+    provenance = {
+        'trained_with': f'timm_robust {origin["versions"].get("timm_robust")}',
+        'commit': str(origin.get('commit')),
     }
-    content = canonical(save(weights, header))
+    content = weights_content(weights, name, **provenance)
     kept: list[dict[str, Any]] = []
     if (folder / WEIGHTS).is_file():
         if (folder / WEIGHTS).read_bytes() == content:
             kept = read_results(folder)['measurements']
         elif not overwrite:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
-    with _new_folder(folder) as new:
-        (new / WEIGHTS).write_bytes(content)
-        (new / 'config.json').write_text(_config(model, tag))
+    with new_folder(folder) as new:
+        _write_model(new, model, content, tag)
+        (new / 'LICENSE').write_text(_license())
         (new / 'train_hparams.yaml').write_text(_hyper_parameters(recipe))
         shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
-        (new / 'LICENSE').write_text(_license())
         run_figure(new / 'training.png', {name: read_run(run)})
         facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
         facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
@@ -127,6 +125,38 @@ def stage(
             if kept and (folder / item).exists():
                 shutil.move(folder / item, new / item)
     return folder
+
+
+def write_model(model: nn.Module, folder: Path, name: str, half: bool = True, **provenance: str) -> None:
+    """Write a model as a folder that timm loads with 'local-dir:': weights and config.json, or nothing.
+
+    Args:
+        model: one of timm's registry.
+        folder: to be made.
+        name: '<arch>.<tag>'.
+        half: store matrices and convolutions in fp16.
+        provenance: further entries of the file's metadata.
+
+    Raises:
+        ValueError: if the folder exists, or a weight is too large for fp16.
+    """
+    if folder.exists():
+        raise ValueError(f'{folder} exists; name a new folder, or remove it')
+    weights = dict(model.state_dict())
+    content = weights_content(stored(weights) if half else weights, name, **provenance)
+    with new_folder(folder) as new:
+        _write_model(new, model, content, split_name(name)[1])
+
+
+def weights_content(weights: dict[str, torch.Tensor], name: str, **provenance: str) -> bytes:
+    """The content of model.safetensors: the same for the same weights, name and provenance."""
+    return canonical(save(weights, {'format': 'pt', 'model': name, **provenance}))
+
+
+def _write_model(folder: Path, model: nn.Module, content: bytes, tag: str) -> None:
+    """Weights and configuration."""
+    (folder / WEIGHTS).write_bytes(content)
+    (folder / 'config.json').write_text(_config(model, tag))
 
 
 def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -297,7 +327,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its place when the body ends, and vanishes if it fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:

@@ -81,6 +81,12 @@ class ImageData:
         images = self.images if indices is None else self.images[indices]
         return images.float().div_(255)
 
+    def sha256(self) -> str:
+        """SHA-256 of the images' bytes, [N, C, H, W], and of the labels' as little-endian int64."""
+        digest = hashlib.sha256(self.images.contiguous().cpu().numpy().data)
+        digest.update(self.labels.cpu().numpy().astype('<i8').data)
+        return digest.hexdigest()
+
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every image once, in order: (x float32 in [0, 1], y); the last batch may be smaller."""
         for start in range(0, len(self), batch_size):

@@ -7,7 +7,7 @@ activation's plain function to both.
 """
 
 import re
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -69,7 +69,7 @@ class SharedActNet(nn.Module):
         stage_chs: Tuple[int, ...],
         strides: Tuple[int, ...],
         depths: Tuple[int, ...],
-        block: Type[nn.Module],
+        block: Callable[..., nn.Module],
         preact: bool,
         device: Any = None,
         dtype: Any = None,
@@ -238,6 +238,12 @@ class SharedActNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def shared_act_key(key: str) -> Optional[str]:
+    """'act.alpha' or 'act.beta' for a copy of it under any block's name, '...activation.alpha'; None for other keys."""
+    match = re.fullmatch(r'(?:.*\.)?activation\.(alpha|beta)', key)
+    return f'act.{match[1]}' if match else None
+
+
 def collapse_shared_act(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Strip `module.` prefixes, and take all copies of `activation.alpha` and `.beta` to one `act.*`.
 
@@ -247,12 +253,11 @@ def collapse_shared_act(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.
     out: Dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
         key = re.sub(r'^(module\.)+', '', key)
-        shared = re.fullmatch(r'(?:.*\.)?activation\.(alpha|beta)', key)
-        if shared:
-            key, value = f'act.{shared[1]}', value.reshape(1)
+        if name := shared_act_key(key):
+            key, value = name, value.reshape(1)
             if key in out and not torch.equal(out[key], value):
                 raise ValueError(
-                    f'copies of {shared[1]} differ in the checkpoint: the activation is not shared; retrain it'
+                    f'copies of {name[4:]} differ in the checkpoint: the activation is not shared; retrain it'
                 )
         out[key] = value
     return out

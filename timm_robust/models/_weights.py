@@ -1,11 +1,13 @@
 """Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked file."""
 
-from typing import Any, Dict
+from typing import Any, Callable, Dict
 
-from timm.models import resolve_pretrained_cfg
+from timm.models import register_model, resolve_pretrained_cfg
+from torch import nn
 
 from ..download import weights_file
-from ..releases import RELEASES, WEIGHTS, releases_of
+from ..releases import RELEASES, WEIGHTS, Release, releases_of
+from ._shared_act import name_entrypoint
 
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 """Keys with which a user names weights of their own."""
@@ -43,3 +45,31 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(weights_file(release))}}
+
+
+def register_aliases(
+    entrypoints: Dict[str, Callable[..., nn.Module]], module: str
+) -> Dict[str, Callable[..., nn.Module]]:
+    """Register `<arch>_<dataset>_<norm>` for the most robust release of each network, data set and norm.
+
+    RobustBench's load_model('<arch>', dataset, threat_model) asks timm for that name.
+
+    Args:
+        entrypoints: name of a network -> its factory.
+        module: the module that they belong to.
+
+    Returns:
+        Name -> factory, for the module to keep.
+    """
+    best: Dict[str, Release] = {}
+    for arch in entrypoints:
+        for release in releases_of(arch):
+            best.setdefault(f'{arch}_{"_".join(release.tag.split("_")[-2:])}', release)
+
+    def alias(name: str, release: Release) -> Callable[..., nn.Module]:
+        def entrypoint(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+            return entrypoints[release.arch](pretrained, pretrained_cfg=pretrained_cfg or release.tag, **kwargs)
+
+        return register_model(name_entrypoint(entrypoint, name, module, f'{release.name}, as RobustBench asks for it.'))
+
+    return {name: alias(name, release) for name, release in best.items()}

@@ -12,8 +12,8 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..activations import ACTIVATIONS, Activation
-from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint
-from ._weights import tagged, with_weights
+from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key
+from ._weights import register_aliases, tagged, with_weights
 
 __all__ = ['CifarResNet']
 
@@ -87,14 +87,17 @@ class CifarResNet(SharedActNet):
         )
 
 
+def own_key(key: str) -> str:
+    """The name here of a weight of another CIFAR ResNet (layer1.0.shortcut.0, linear, copies of the activation)."""
+    if shared := shared_act_key(key):
+        return shared
+    key = re.sub(r'^layer(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.', key)
+    return re.sub(r'^linear\.', 'fc.', re.sub(r'\.shortcut\.', '.downsample.', key))
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Take the keys of other CIFAR ResNets (layer1.0.shortcut.0, linear, activation copies) to ours."""
-    out = {}
-    for key, value in collapse_shared_act(state_dict).items():
-        key = re.sub(r'^layer(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.', key)
-        key = re.sub(r'\.shortcut\.', '.downsample.', key)
-        out[re.sub(r'^linear\.', 'fc.', key)] = value
-    return out
+    """Take the weights of other CIFAR ResNets to our names."""
+    return {own_key(key): value for key, value in collapse_shared_act(state_dict).items()}
 
 
 default_cfgs = generate_default_cfgs(
@@ -125,3 +128,6 @@ def _register(act: str) -> None:
 
 for _act in ACTIVATIONS:
     _register(_act)
+
+_NAMES = [f'resnet18_{act}' for act in ACTIVATIONS]
+globals().update(register_aliases({name: globals()[name] for name in _NAMES}, __name__))

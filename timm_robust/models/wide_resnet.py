@@ -6,15 +6,17 @@ Models: `wrn28_10_<act>`, `wrn34_10_<act>`, `wrn70_16_<act>` for every activatio
 """
 
 import re
-from typing import Any, Dict, List, Type
+from functools import partial
+from typing import Any, Dict, List, Optional, Type
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..activations import ACTIVATIONS, Activation
-from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint
-from ._weights import tagged, with_weights
+from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key
+from ._weights import register_aliases, tagged, with_weights
 
 __all__ = ['WideResNet']
 
@@ -23,16 +25,29 @@ SIZES = {'wrn28_10': (28, 10), 'wrn34_10': (34, 10), 'wrn70_16': (70, 16)}
 
 
 class PreActBlock(nn.Module):
-    """norm, act, conv, norm, act, conv, add; a shortcut that changes shape convolves the activated input."""
+    """norm, act, conv, norm, act, conv, add; a shortcut that changes shape convolves the activated input.
+
+    same_padding: a strided convolution is padded at the right and the bottom only, as TensorFlow's 'SAME' pads 32
+    pixels.
+    """
 
     def __init__(
-        self, in_chs: int, out_chs: int, stride: int, act: Type[Activation], device: Any = None, dtype: Any = None
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int,
+        act: Type[Activation],
+        same_padding: bool = False,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.act_fn = act.call
         self.bn1 = nn.BatchNorm2d(in_chs, **dd)
-        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=1, bias=False, **dd)
+        self.pads = same_padding and stride == 2
+        padding = 0 if self.pads else 1
+        self.conv1 = nn.Conv2d(in_chs, out_chs, 3, stride=stride, padding=padding, bias=False, **dd)
         self.bn2 = nn.BatchNorm2d(out_chs, **dd)
         self.conv2 = nn.Conv2d(out_chs, out_chs, 3, padding=1, bias=False, **dd)
         self.projects = in_chs != out_chs
@@ -44,6 +59,8 @@ class PreActBlock(nn.Module):
         """[B, in_chs, H, W] to [B, out_chs, H / stride, W / stride]."""
         y = self.act_fn(self.bn1(x), params)
         shortcut = self.shortcut(y) if self.projects else x
+        if self.pads:
+            y = F.pad(y, (0, 1, 0, 1))
         y = self.act_fn(self.bn2(self.conv1(y)), params)
         return shortcut + self.conv2(y)
 
@@ -59,6 +76,8 @@ class WideResNet(SharedActNet):
         in_chans: input channels.
         global_pool: timm's pool type.
         drop_rate: dropout before the classifier.
+        same_padding: pad strided convolutions at the right and the bottom only, as DeepMind's networks do (Gowal et al.
+            2020, https://arxiv.org/abs/2010.03593).
         device: where parameters live.
         dtype: and as what.
 
@@ -75,6 +94,7 @@ class WideResNet(SharedActNet):
         in_chans: int = 3,
         global_pool: str = 'avg',
         drop_rate: float = 0.0,
+        same_padding: bool = False,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
@@ -90,26 +110,38 @@ class WideResNet(SharedActNet):
             stage_chs=(16 * widen_factor, 32 * widen_factor, 64 * widen_factor),
             strides=(1, 2, 2),
             depths=((depth - 4) // 6,) * 3,
-            block=PreActBlock,
+            block=partial(PreActBlock, same_padding=same_padding),
             preact=True,
             device=device,
             dtype=dtype,
         )
 
 
+def own_key(key: str) -> Optional[str]:
+    """The name here of a weight of another wide ResNet: TRADES' (and RobustBench's PSSiLU network), or DeepMind's.
+
+    None for what never runs: TRADES registers block1 a second time, as sub_block1. Our own names stay.
+    """
+    if key.startswith('sub_block1.'):
+        return None
+    if shared := shared_act_key(key):
+        return shared
+    if match := re.match(r'block(\d)\.layer\.(.*)', key):  # TRADES
+        return f'stages.{int(match[1]) - 1}.{match[2].replace("convShortcut.", "shortcut.")}'
+    if match := re.match(r'layer\.(\d)\.block\.(\d+)\.(\w+)\.(.*)', key):  # DeepMind
+        return f'stages.{match[1]}.{match[2]}.{_DEEPMIND_BLOCK.get(match[3], match[3])}.{match[4]}'
+    room, dot, rest = key.partition('.')
+    return {'bn1': 'norm', 'batchnorm': 'norm', 'init_conv': 'conv1', 'logits': 'fc'}.get(room, room) + dot + rest
+
+
+_DEEPMIND_BLOCK = {'batchnorm_0': 'bn1', 'conv_0': 'conv1', 'batchnorm_1': 'bn2', 'conv_1': 'conv2'}
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
-    """Take the keys of TRADES-style wide ResNets, RobustBench's PSSiLU network among them, to ours."""
+    """Take the weights of other wide ResNets, RobustBench's PSSiLU network among them, to our names."""
     state_dict = collapse_shared_act(state_dict)
-    if not any(key.startswith('block1.') for key in state_dict):
-        return state_dict
-    out = {}
-    for key, value in state_dict.items():
-        if key.startswith('sub_block1.'):  # TRADES registers block1 twice and never runs this copy
-            continue
-        key = re.sub(r'^block(\d)\.layer\.', lambda m: f'stages.{int(m[1]) - 1}.', key)
-        key = re.sub(r'^bn1\.', 'norm.', key)
-        out[re.sub(r'\.convShortcut\.', '.shortcut.', key)] = value
-    return out
+    named = {own_key(key): value for key, value in state_dict.items()}
+    return {key: value for key, value in named.items() if key is not None}
 
 
 default_cfgs = generate_default_cfgs(
@@ -147,3 +179,6 @@ def _register(size: str, act: str) -> None:
 for _size in SIZES:
     for _act in ACTIVATIONS:
         _register(_size, _act)
+
+_NAMES = [f'{size}_{act}' for size in SIZES for act in ACTIVATIONS]
+globals().update(register_aliases({name: globals()[name] for name in _NAMES}, __name__))

@@ -1,0 +1,303 @@
+"""Against RobustBench's own code, with random weights: no checkpoint can be downloaded in a test."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from timm_robust import robustbench as door
+from timm_robust import robustbench_report as report
+from timm_robust.checkpoint import load_model
+from timm_robust.data import ImageData
+from timm_robust.evaluate import evaluate
+from timm_robust.pixels import pixel_input
+from timm_robust.releases import RELEASES, releases_of
+from timm_robust.robustbench_zoo import LINF, entry_of, to_ours, to_theirs
+from timm_robust.threat_model import ThreatModel
+
+NEEDS = pytest.mark.skipif(
+    importlib.util.find_spec('robustbench') is None, reason='robustbench is not installed; make test installs it'
+)
+SAMPLES = {  # one of each kind, and one with statistics
+    'Dai2021Parameterizing': 'wrn28_10_pssilu',
+    'Carmon2019Unlabeled': 'wrn28_10_relu',
+    'Hendrycks2019Using': 'wrn28_10_relu',
+    'Chen2020Efficient': 'wrn34_10_relu',
+    'Wang2023Better_WRN-28-10': 'wrn28_10_silu',
+    'Sehwag2021Proxy_R18': 'resnet18_relu',
+}
+
+
+def theirs(name, dtype=torch.float32):
+    """RobustBench's network with random weights, and statistics that batch norm does not start with."""
+    torch.manual_seed(0)
+    net = door.zoo_network(name).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    if name.startswith('Dai'):
+        with torch.no_grad():
+            net.activation.alpha.fill_(1.3)
+            net.activation.beta.fill_(-0.02)
+    return net.to(dtype)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+@NEEDS
+@pytest.mark.parametrize('name', LINF)
+def test_every_entry_has_the_weights_of_robustbenchs_definition(name):
+    entry = entry_of(name)
+    door.robustbench()
+    with torch.device('meta'):
+        net = door.zoo_network(name)
+        ours = timm.create_model(entry.arch, **entry.model_kwargs)
+    weights = {key: value for key, value in net.state_dict().items() if key not in ('mu', 'sigma')}
+    if entry.kind == 'paf':  # meta tensors cannot be compared: copies are the same parameter
+        weights = {key: torch.zeros(value.shape) if 'activation' in key else value for key, value in weights.items()}
+    converted = {key: value.shape for key, value in to_ours(weights, entry).items()}
+    assert converted == {key: value.shape for key, value in ours.state_dict().items()}
+    for attribute, value in (('mean', entry.mean), ('std', entry.std)):
+        buffer = getattr(net, {'mean': 'mu', 'std': 'sigma'}[attribute], getattr(net, attribute, None))
+        if buffer is not None and buffer.device.type != 'meta':
+            assert buffer.flatten().tolist() == pytest.approx(value)
+
+
+@NEEDS
+@pytest.mark.parametrize('name', SAMPLES)
+def test_a_checkpoint_converts_to_the_same_function_and_back(name, x, tmp_path):
+    net = theirs(name)
+    torch.save({'state_dict': {f'module.{key}': value for key, value in net.state_dict().items()}}, tmp_path / 'a.pt')
+    folder = door.convert(name, tmp_path / 'a.pt', tmp_path / 'ours')
+    model = load_model(folder)
+    assert type(model) is type(timm.create_model(SAMPLES[name], device='meta'))
+    assert not (folder / 'LICENSE').exists()  # the weights are their authors'
+    with torch.no_grad():
+        expected = net(x)
+        assert torch.allclose(pixel_input(model)(x), expected, atol=1e-5 * expected.abs().max().item())
+    door.convert(name, folder, tmp_path / 'b.pt')
+    again = torch.load(tmp_path / 'b.pt', weights_only=True)
+    fresh = door.zoo_network(name).eval()
+    fresh.load_state_dict(again, strict=True)
+    with torch.no_grad():
+        assert torch.equal(fresh(x), expected)
+
+
+@NEEDS
+def test_dais_network_is_ours_bit_for_bit_in_float64_up_to_the_pooling(x):
+    name = 'Dai2021Parameterizing'
+    net, entry = theirs(name, torch.float64), entry_of(name)
+    assert sum('activation' in key for key in net.state_dict()) == 26  # 13 copies of alpha and beta
+    model = timm.create_model(entry.arch).double().eval()
+    model.load_state_dict(to_ours(net.state_dict(), entry))
+    with torch.no_grad():
+        x = x.double()
+        features = net.block3(net.block2(net.block1(net.conv1(x))))
+        assert torch.equal(model.forward_features(x), net.activation(net.bn1(features)))
+        assert torch.allclose(model(x), net(x), rtol=0, atol=1e-15)  # the mean of 64 pixels, summed in another order
+    back = to_theirs(model.state_dict(), list(net.state_dict()), entry)
+    assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
+
+
+def test_copies_that_differ_and_other_networks_are_refused(tmp_path):
+    entry = entry_of('Dai2021Parameterizing')
+    copies = {'activation.alpha': torch.ones(1), 'block1.layer.0.activation.alpha': torch.zeros(1)}
+    with pytest.raises(ValueError, match='copies of alpha differ'):
+        to_ours(copies, entry)
+    with pytest.raises(ValueError, match=r'mu is .*, expected .*; is it another entry'):
+        to_ours({'mu': torch.zeros(1, 3, 1, 1)}, entry_of('Chen2020Efficient'))
+    with pytest.raises(ValueError, match=r'Rebuffi2021Fixing_R18_ddpm does not convert: .*near it, these do: Rebuffi'):
+        entry_of('Rebuffi2021Fixing_R18_ddpm')
+    torch.save({'state_dict': {'conv1.weight': torch.zeros(1)}}, tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match=r'a\.pt is not Carmon2019Unlabeled: .*Missing key'):
+        door.convert('Carmon2019Unlabeled', tmp_path / 'a.pt', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_web_page_and_a_pickle_are_named(tmp_path):
+    (tmp_path / 'page.pt').write_bytes(b'<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title>')
+    with pytest.raises(ValueError, match=r'page\.pt is a web page, not a checkpoint'):
+        door.convert('Dai2021Parameterizing', tmp_path / 'page.pt', tmp_path / 'out')
+    torch.save({'state_dict': nn.Linear(1, 1)}, tmp_path / 'code.pt')
+    with pytest.raises(ValueError, match=r'holds Python objects .* and could run code'):
+        door.convert('Dai2021Parameterizing', tmp_path / 'code.pt', tmp_path / 'out')
+
+
+@NEEDS
+def test_fetch_says_what_to_do_without_a_network(tmp_path, monkeypatch, capsys):
+    utils = door.robustbench().utils
+
+    def refuse(drive_id, path):
+        raise OSError('no route to host')
+
+    def page(drive_id, path):
+        path.write_bytes(b'<html>quota exceeded</html>')
+
+    arguments = ['fetch', 'Dai2021Parameterizing', str(tmp_path / 'out')]
+    monkeypatch.setattr(utils, 'download_gdrive_new', refuse)
+    assert door.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert '1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv' in error and 'convert Dai2021Parameterizing FILE.pt' in error
+    monkeypatch.setattr(utils, 'download_gdrive_new', page)
+    assert door.main(arguments) == 2 and 'is a web page' in capsys.readouterr().err
+    monkeypatch.setattr(utils, 'download_gdrive_new', lambda drive_id, path: None)
+    assert door.main(arguments) == 2 and 'did not arrive' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
+
+
+class SmallNet(nn.Sequential):
+    def __init__(self):
+        torch.manual_seed(3)
+        super().__init__(nn.Conv2d(3, 4, 5, 4), nn.SiLU(), nn.Flatten(), nn.Linear(196, 10))
+
+
+def images(model, n=10):
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randint(60, 190, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    data = ImageData(pixels, torch.zeros(n, dtype=torch.int64), tuple('abcdefghij'), 'cifar10')
+    with torch.no_grad():
+        labels = model(data.pixels()).argmax(1)
+    labels[0] = (labels[0] + 1) % 10
+    return ImageData(pixels, labels, data.classes, 'cifar10')
+
+
+@NEEDS
+@pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.004), ('L2', 0.12)])
+def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps):
+    model = SmallNet().eval()
+    data = images(model)
+    upstream = door.benchmark(model, data, norm=norm, eps=eps, batch_size=4, seed=5)
+    result, tensors = evaluate(model, data, ThreatModel(norm, eps), batch_size=4, seed=5)
+    assert torch.equal(upstream['robust'], tensors['robust'])
+    assert 0 < int(upstream['robust'].sum()) < 9
+    assert upstream['clean_acc'] == pytest.approx(result.clean_acc) == 0.9
+    assert upstream['autoattack_acc'] == pytest.approx(result.autoattack_acc)
+    again = door.benchmark(model, data, norm=norm, eps=eps, batch_size=4, seed=5, n=8)
+    assert torch.equal(again['robust'], upstream['robust'][:8])
+
+
+@NEEDS
+def test_common_corruptions_from_local_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r'shot_noise\.npy is missing; unpack CIFAR-10-C\.tar'):
+        door.corruptions(SmallNet(), tmp_path)
+    folder = tmp_path / 'CIFAR-10-C'
+    folder.mkdir()
+    model = SmallNet().eval()
+    names = door.robustbench().data.CORRUPTIONS
+    for name in names:  # 50,000 rows, most of them holes in the file
+        shape = (50_000, 32, 32, 3)
+        rows = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.uint8, shape)
+        for severity in range(5):
+            rows[severity * 10_000 : severity * 10_000 + 4] = 40 * severity
+    with torch.no_grad():
+        predicted = [int(model(torch.full((1, 3, 32, 32), 40 * severity / 255)).argmax()) for severity in range(5)]
+    np.save(folder / 'labels.npy', np.full(50_000, predicted[0]))
+    found = door.corruptions(model, tmp_path, n=4)
+    expected = [float(label == predicted[0]) for label in predicted]
+    assert found['accuracies'] == dict.fromkeys(names, expected)
+    assert found['corruptions_acc'] == pytest.approx(np.mean(expected))
+
+
+@NEEDS
+@pytest.mark.parametrize('name', sorted(RELEASES))
+def test_robustbench_loads_every_release(name, x):
+    release = RELEASES[name]
+    method = release.tag.rpartition(f'_{release.tag.split("_")[-2]}')[0]
+    expected = pixel_input(timm.create_model(name, pretrained=True).eval())(x)
+    spellings = [name, f'{release.arch}.{method}']
+    spellings += [release.arch] if releases_of(release.arch)[0] is release else []
+    for spelling in spellings:
+        model = door.load_model(spelling, dataset='cifar10', threat_model=release.norm)
+        assert not model.training and torch.equal(model(x), expected)
+
+
+@NEEDS
+def test_an_unknown_name_is_refused():
+    with pytest.raises(
+        ValueError, match=r"'wrn28_10_pssilu\.zzz' is no model of RobustBench for cifar10 Linf, and none of"
+    ):
+        door.load_model('wrn28_10_pssilu.zzz')
+
+
+def test_a_missing_package_says_what_to_type(monkeypatch):
+    monkeypatch.setattr(door.importlib, 'import_module', lambda name: (_ for _ in ()).throw(ImportError('no geotorch')))
+    with pytest.raises(
+        ImportError, match=r"no geotorch\); type: pip install 'timm-robust\[robustbench\]' && pip install"
+    ):
+        door.robustbench()
+
+
+def record(root, attack='autoattack', n=1000, sha='a' * 64):
+    folder = root / 'resnet18_pssilu.at_cifar10_linf'
+    (folder / 'flags').mkdir(parents=True)
+    np.savez(folder / f'flags/{attack}_{n}.npz', robust=np.ones(n, bool))
+    result = {'attack': attack, 'n': n, 'dataset': 'cifar10', 'norm': 'Linf', 'eps_text': '8/255', 'clean_acc': 0.8}
+    result |= {'autoattack_acc': 0.515, 'apgd_acc': 0.515, 'data_sha256': sha, 'seed': 0, 'batch_size': 250}
+    result |= {'versions': {'pyautoattack': '0.2.0'}, 'commit': 'abc', 'per_attack': {'apgd-ce': 0.55}, 'warnings': []}
+    result |= {'wall_time_s': 9.0, 'hardware': 'abacus', 'max_distance': 0.0313}
+    content = {'model': folder.name, 'weights': {'sha256': 'b' * 64}, 'training': {'notes': ['Trained on copies.']}}
+    content['measurements'] = [{'key': f'{attack}_{n}', 'note': None, 'result': result}]
+    (folder / 'results.json').write_text(json.dumps(content))
+    return folder
+
+
+def test_compare_places_a_model_among_the_published(tmp_path):
+    table = report.compare(record(tmp_path), tmp_path / 'plot.png')
+    lines = table.splitlines()
+    ours = next(i for i, line in enumerate(lines) if 'resnet18_pssilu' in line)
+    robust = [float(line.split(' | ')[4].split()[0]) for line in lines[2:] if line.startswith('|')]
+    assert robust == sorted(robust, reverse=True) and '51.50 ± 1.58' in lines[ours] and '| 1000 |' in lines[ours]
+    rank = sum(entry['robust_acc'] > 51.5 for entry in report.entries_of('cifar10', 'Linf')) + 1
+    assert lines[ours].startswith(f'| **{rank}** |')
+    assert 'Rebuffi2021Fixing_R18_ddpm' in table  # a ResNet-18, far above
+    assert 'Trained on copies.' in table and (tmp_path / 'plot.png').stat().st_size > 5000
+    with pytest.raises(ValueError, match='no numbers of RobustBench for svhn Linf'):
+        report.entries_of('svhn', 'Linf')
+
+
+def test_published_numbers_are_robustbenchs():
+    entries = {entry['name']: entry for entry in report.entries_of('cifar10', 'Linf')}
+    dai = entries['Dai2021Parameterizing']
+    assert (dai['clean_acc'], dai['robust_acc'], dai['architecture']) == (87.02, 61.55, 'WideResNet-28-10-PSSiLU')
+
+
+PAPER = {
+    'link': 'https://arxiv.org/abs/2110.05626',
+    'name': 'A Title',
+    'authors': 'Ann Author, Bob Other',
+    'venue': 'arXiv',
+}
+
+
+def test_a_submission_is_only_written_for_what_robustbench_takes(tmp_path, monkeypatch):
+    folder = record(tmp_path)
+    with pytest.raises(
+        ValueError, match=r'was measured on autoattack_1000; RobustBench takes AutoAttack on all 10,000'
+    ):
+        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    with pytest.raises(ValueError, match='the paper lacks venue'):
+        report.submission(folder, tmp_path / 'out', tmp_path, {**PAPER, 'venue': None})
+    folder = record(tmp_path / 'full', n=10_000)
+    with pytest.raises(FileNotFoundError, match='holds no intact cifar-10-batches-py'):
+        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'c' * 64)
+    with pytest.raises(ValueError, match='was not measured on the official CIFAR-10 test images'):
+        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    assert not (tmp_path / 'out').exists()
+    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'a' * 64)
+    out = report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    info = json.loads((out / 'model_info/cifar10/Linf/resnet18_pssilu.at_cifar10_linf.json').read_text())
+    assert (info['eps'], info['clean_acc'], info['autoattack_acc']) == ('8/255', '80.00', '51.50')
+    assert set(report._MANDATORY) <= set(info) and info['additional_data'] is False
+    text = (out / 'issue.md').read_text()
+    assert text.startswith('# [New Model] Author') and '- Robust accuracy: 51.50%' in text and 'b' * 64 in text
+    assert len((out / 'SHA256SUMS').read_text().splitlines()) == 6
+    assert 'robust accuracy after APGD-CE: 55.00%' in (out / 'autoattack.log').read_text()
