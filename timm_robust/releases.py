@@ -138,3 +138,23 @@ def releases_of(arch: str) -> list[Release]:
     """The releases of a network, the default first: Linf before L2, then the most robust."""
     found = [release for release in RELEASES.values() if release.arch == arch]
     return sorted(found, key=lambda release: (release.norm != 'Linf', -(release.autoattack_acc or 0), release.name))
+
+
+EXTERNAL = {'wrn28_10_pssilu.dai2021_cifar10_linf': ('Dai2021Parameterizing', '1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv')}
+"""Weights of others, not ours to bundle: name -> entry of RobustBench's zoo, and the id of its file on Google Drive."""
+
+
+def external_file(name: str, staged: Path = STAGED) -> Path:
+    """The converted weights of others, where the user has fetched them.
+
+    Raises:
+        FileNotFoundError: if not, with the command that does.
+    """
+    path = staged / name / WEIGHTS
+    if not path.is_file():
+        entry, drive_id = EXTERNAL[name]
+        raise FileNotFoundError(
+            f"{name} is RobustBench's {entry} (Google Drive {drive_id}), which its authors publish; to fetch and convert "
+            f'it type: python -m timm_robust.robustbench fetch {entry} {path.parent}'
+        )
+    return path

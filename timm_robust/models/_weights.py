@@ -6,7 +6,7 @@ from timm.models import register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..download import weights_file
-from ..releases import RELEASES, WEIGHTS, Release, releases_of
+from ..releases import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, releases_of
 from ._shared_act import name_entrypoint
 
 _SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
@@ -19,7 +19,12 @@ def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     for release in releases_of(arch):
         hub = f'{release.repo}@{release.commit}' if release.commit else release.repo
         entries[release.name] = {**cfg, 'hf_hub_id': hub, 'hf_hub_filename': WEIGHTS}
-    return entries or {arch: cfg}
+    entries = entries or {arch: cfg}
+    for name, (entry, drive_id) in EXTERNAL.items():
+        if name.partition('.')[0] == arch:
+            path, where = STAGED / name / WEIGHTS, (f'RobustBench {entry}, Google Drive {drive_id}',)
+            entries[name] = {**cfg, 'notes': where, 'file': str(path) if path.is_file() else None}
+    return entries
 
 
 def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
@@ -36,15 +41,19 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
     if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in _SOURCES):
         return kwargs
     tag = resolve_pretrained_cfg(arch, cfg).tag
-    release = RELEASES.get(f'{arch}.{tag}')
-    if release is None:
+    name = f'{arch}.{tag}'
+    if name in EXTERNAL:
+        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(external_file(name))}}
+    if name not in RELEASES:
         names = [release.name for release in releases_of(arch)] or sorted(RELEASES)
+        others = [other for other in EXTERNAL if other.partition('.')[0] == arch]
         raise RuntimeError(
-            f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}. Train it with '
-            'train/adv_train.py and one of train/recipes/, or pass weights of your own: '
+            f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}'
+            + ''.join(f'; {other} can be fetched from its authors: ask for it by that name' for other in others)
+            + '. Train it with train/adv_train.py and one of train/recipes/, or pass weights of your own: '
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(weights_file(release))}}
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(weights_file(RELEASES[name]))}}
 
 
 def register_aliases(
