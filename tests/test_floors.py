@@ -29,6 +29,7 @@ FLOORS = {
     'data': 1,
     'recipe': 1,
     'checkpoint': 1,
+    'compact': 1.5,
     'losses': 2,
     'cards': 2,
     'staging': 5,

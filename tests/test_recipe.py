@@ -23,6 +23,7 @@ DEFAULTS = {
     'val_split': None, 'mixup': 0.0, 'cutmix': 0.0, 'extra_data': None, 'extra_fraction': 0.5, 'workers': 2,
     'awp_gamma': 0.0, 'awp_start': 0.0, 'late_steps': None, 'late_start': 0.5, 'eps_warmup': 0.0, 'budget': None,
     'opt_kwargs': {}, 'layer_decay': None, 'ema_bn_batches': 20, 'sync_bn': False, 'save_interval': None,
+    'compact_state': False,
     'on_divergence': 'rollback', 'max_rollbacks': 3, 'tensorboard': False, 'log_wandb': False, 'wandb_project': None,
 }  # fmt: skip
 
@@ -110,6 +111,7 @@ OTHERS = [
     ('experiment', 'naïve', ['--experiment', 'naïve']),
     ('resume', 'auto', ['--resume', 'auto']),
     ('log_interval', 1, ['--log-interval', '1']),
+    ('compact_state', True, ['--compact-state']),
     ('checkpoint_hist', 9, ['--checkpoint-hist', '9']),
 ]  # fmt: skip
 

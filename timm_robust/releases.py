@@ -154,7 +154,7 @@ def external_file(name: str, staged: Path = STAGED) -> Path:
     if not path.is_file():
         entry, drive_id = EXTERNAL[name]
         raise FileNotFoundError(
-            f"{name} is RobustBench's {entry} (Google Drive {drive_id}), which its authors publish; to fetch and convert "
-            f'it type: python -m timm_robust.robustbench fetch {entry} {path.parent}'
+            f"{name} is RobustBench's {entry} (Google Drive {drive_id}), which its authors publish; to fetch it and "
+            f'convert it type: python -m timm_robust.robustbench fetch {entry} {path.parent}'
         )
     return path

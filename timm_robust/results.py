@@ -195,6 +195,20 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside path that takes its place when the body ends, and vanishes if it fails."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as temporary:
+        new = Path(temporary) / 'new'
+        new.mkdir()
+        yield new
+        if target.exists():
+            target.rename(Path(temporary) / 'old')
+        new.rename(target)
+
+
 def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
     """What a measurement on device runs on: 'hardware', a text, and 'versions', package -> version or None."""
     device = torch.device(device)

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
 from .clock import Clock, parse_duration
+from .compact import load_compact, save_compact
 from .data import (
     ExtraImages,
     MixedBatches,
@@ -345,16 +346,18 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     save_checkpoint(run.folder / 'last.pth.tar', state)
     if is_best:
         save_checkpoint(run.folder / 'model_best.pth.tar', state)
+    if run.recipe.compact_state:
+        save_compact(run.folder / 'compact', state)
     prune_checkpoints(run.folder, run.recipe.checkpoint_hist)
 
 
 def restore(run: Run, path: Path) -> None:
-    """Take the run to where a checkpoint was written.
+    """Take the run to where a checkpoint, or a compact state, was written.
 
     Raises:
         ValueError: if the checkpoint is of another model, or of batches of another size.
     """
-    recipe, state = run.recipe, load_checkpoint(path)
+    recipe, state = run.recipe, load_compact(path) if path.is_dir() else load_checkpoint(path)
     for key, ours in (('arch', recipe.model), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
             raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')

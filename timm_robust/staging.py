@@ -16,8 +16,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -39,14 +38,22 @@ from .evaluate import evaluate
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
-from .results import ATTACKS, atomic_file
+from .results import ATTACKS, atomic_file, atomic_folder
 from .threat_model import ThreatModel
 
 ORGANISATION = 'timm-robust'
 """Where the releases live on the Hub."""
 _PRIVATE = (
     *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'log_interval'),
-    *('save_interval', 'tensorboard', 'log_wandb', 'wandb_project', 'checkpoint_hist', 'initial_checkpoint'),
+    *(
+        'save_interval',
+        'compact_state',
+        'tensorboard',
+        'log_wandb',
+        'wandb_project',
+        'checkpoint_hist',
+        'initial_checkpoint',
+    ),
 )
 """Settings that tell of the machine, not of the training."""
 _PICTURED = 6
@@ -112,7 +119,7 @@ def stage(
             kept = read_results(folder)['measurements']
         elif not overwrite:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
-    with new_folder(folder) as new:
+    with atomic_folder(folder) as new:
         _write_model(new, model, content, tag)
         (new / 'LICENSE').write_text(_license())
         (new / 'train_hparams.yaml').write_text(_hyper_parameters(recipe))
@@ -144,7 +151,7 @@ def write_model(model: nn.Module, folder: Path, name: str, half: bool = True, **
         raise ValueError(f'{folder} exists; name a new folder, or remove it')
     weights = dict(model.state_dict())
     content = weights_content(stored(weights) if half else weights, name, **provenance)
-    with new_folder(folder) as new:
+    with atomic_folder(folder) as new:
         _write_model(new, model, content, split_name(name)[1])
 
 
@@ -324,19 +331,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
         command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` that takes its place when the body ends, and vanishes if it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as temporary:
-        new = Path(temporary) / 'new'
-        new.mkdir()
-        yield new
-        if folder.exists():
-            folder.rename(Path(temporary) / 'old')
-        new.rename(folder)
 
 
 def _activation(model: nn.Module) -> dict[str, float]:
