@@ -23,7 +23,7 @@ DEFAULTS = {
     'val_split': None, 'mixup': 0.0, 'cutmix': 0.0, 'extra_data': None, 'extra_fraction': 0.5, 'workers': 2,
     'awp_gamma': 0.0, 'awp_start': 0.0, 'late_steps': None, 'late_start': 0.5, 'eps_warmup': 0.0, 'budget': None,
     'opt_kwargs': {}, 'layer_decay': None, 'ema_bn_batches': 20, 'sync_bn': False, 'save_interval': None,
-    'compact_state': False,
+    'compact_state': False, 'act': None, 'act_shared': True, 'attack_grad': 'exact', 'update_grad': 'exact',
     'on_divergence': 'rollback', 'max_rollbacks': 3, 'tensorboard': False, 'log_wandb': False, 'wandb_project': None,
 }  # fmt: skip
 
@@ -111,6 +111,10 @@ OTHERS = [
     ('experiment', 'naïve', ['--experiment', 'naïve']),
     ('resume', 'auto', ['--resume', 'auto']),
     ('log_interval', 1, ['--log-interval', '1']),
+    ('act', 'silu', ['--act', 'silu']),
+    ('act_shared', False, ['--no-act-shared']),
+    ('attack_grad', 'smooth', ['--attack-grad', 'smooth']),
+    ('update_grad', 'smooth', ['--update-grad', 'smooth']),
     ('compact_state', True, ['--compact-state']),
     ('checkpoint_hist', 9, ['--checkpoint-hist', '9']),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ timm_robust.evaluate`.
 from . import models
 from .activations import ACTIVATIONS, Activation, get_activation
 from .attacks import attacked, fgsm, pgd
+from .models import replace_activations
 from .pssilu import psilu, pssilu
 from .results import RobustnessResult
 from .threat_model import ThreatModel
@@ -25,4 +26,5 @@ __all__ = [
     'pgd',
     'psilu',
     'pssilu',
+    'replace_activations',
 ]

@@ -32,6 +32,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     '>= 0 and <= 1': lambda v: 0 <= v <= 1,
     '> 0 and <= 1': lambda v: 0 < v <= 1,
 }
+_GRADS = ('exact', 'smooth')
 _KINDS = {
     bool: 'true or false',
     int: 'a whole number',
@@ -65,6 +66,8 @@ class Recipe:
     model_kwargs: dict[str, Any] = dataclasses.field(
         default_factory=dict, metadata=_about('model', 'arguments for the model, as key=value')
     )
+    act: str | None = _field('model', None, "put this activation of ours in the model's places; none: the model's own")
+    act_shared: bool = _field('model', True, 'one such activation for the whole network, not one a place')
     num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '>= 1')
     pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
     initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
@@ -108,6 +111,10 @@ class Recipe:
     random_start: bool = _field('attack', True, 'start the attack at a random point of the ball')
     attack_bn: str = _field('attack', 'eval', 'mode of batch norm during the attack', ('eval', 'train'))
 
+    attack_grad: str = _field(
+        'attack', 'exact', "derivative of ReLU in the attack: its own, or parametric softplus's", _GRADS
+    )
+    update_grad: str = _field('attack', 'exact', 'the same, in the update of the weights', _GRADS)
     eval_steps: int = _field('validation', 10, 'PGD steps in validation', '>= 1')
     eval_step_size: float | str | None = _field('validation', None, 'none: 2.5 * eps / eval_steps')
     val_interval: int = _field('validation', 1, 'epochs between validations', '>= 1')
@@ -198,6 +205,10 @@ class Recipe:
             raise ValueError('MART needs one class an image; use it with mixup 0 and cutmix 0')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
+        if self.torchcompile and 'smooth' in (self.attack_grad, self.update_grad):
+            raise ValueError(
+                'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
+            )
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr {self.min_lr} is larger than lr {self.lr}; allowed: 0 to lr')
         milestones = self.decay_milestones

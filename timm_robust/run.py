@@ -220,6 +220,13 @@ def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:
     return TrainBatches(data, size, seed, **settings)
 
 
+def architecture(recipe: Recipe) -> tuple[str, dict[str, Any]]:
+    """What builds the recipe's network: a name of timm's registry, and arguments."""
+    if recipe.act is None:
+        return recipe.model, dict(recipe.model_kwargs)
+    return 'act_swapped', {'model': recipe.model, 'act': recipe.act, 'shared': recipe.act_shared, **recipe.model_kwargs}
+
+
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     """The recipe's network from timm's registry, with its initial weights.
 
@@ -230,7 +237,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         near = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
         raise ValueError(f'model {recipe.model!r} is not registered with timm; nearest: {", ".join(near) or "none"}')
     classes = recipe.num_classes or num_classes
-    model = timm.create_model(recipe.model, recipe.pretrained, num_classes=classes, **recipe.model_kwargs)
+    arch, kwargs = architecture(recipe)
+    model = timm.create_model(arch, recipe.pretrained, num_classes=classes, **kwargs)
     if recipe.initial_checkpoint:
         try:
             model.load_state_dict(read_weights(recipe.initial_checkpoint))
@@ -323,8 +331,8 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     sums = run.sums
     state = {
         'version': 1,
-        'arch': run.recipe.model,
-        'model_kwargs': dict(run.recipe.model_kwargs),
+        'arch': architecture(run.recipe)[0],
+        'model_kwargs': architecture(run.recipe)[1],
         'num_classes': run.model.num_classes,
         'recipe': asdict(run.recipe),
         'epoch': epoch,
@@ -358,7 +366,7 @@ def restore(run: Run, path: Path) -> None:
         ValueError: if the checkpoint is of another model, or of batches of another size.
     """
     recipe, state = run.recipe, load_compact(path) if path.is_dir() else load_checkpoint(path)
-    for key, ours in (('arch', recipe.model), ('num_classes', run.model.num_classes)):
+    for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
             raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
     if 'optimizer' not in state:

@@ -21,6 +21,7 @@ from .activations import PSiLU, PSSiLU
 from .attacks import Attack, apgd, attacked, n_fgsm, pgd
 from .awp import perturbed_weights
 from .folding import FoldedNet
+from .gradients import relu_gradient
 from .losses import AdvLoss, make_loss
 from .pixels import pixel_input
 from .pssilu import compile_cpu_kernels
@@ -146,8 +147,7 @@ class TrainStep:
         if mixing:
             settings = {'mixup_alpha': recipe.mixup, 'cutmix_alpha': recipe.cutmix, 'num_classes': num_classes}
             self.mixup = Mixup(label_smoothing=recipe.smoothing, **settings)
-        act = getattr(model, 'act', None)
-        self.beta = act.params()[1] if isinstance(act, PSSiLU) else None
+        self.betas = [module.params()[1] for module in model.modules() if isinstance(module, PSSiLU)]
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == 'float16')
 
@@ -173,7 +173,7 @@ class TrainStep:
             perturbation = perturbed_weights(
                 self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
             )
-        with perturbation:
+        with relu_gradient(self.model, recipe.update_grad), perturbation:
             loss, out = self.objective(self.update_forward, x, x_adv, target)
             self.scaler.scale(loss).backward()
         self._clip()
@@ -187,7 +187,8 @@ class TrainStep:
 
     def perturb(self, x: torch.Tensor, y: torch.Tensor, progress: float) -> torch.Tensor:
         """Adversarial images [B, C, H, W] for the update."""
-        with self.attack_forward.ready(self.recipe.attack_bn):
+        attacked_net = self.attack_forward.folded or self.model
+        with self.attack_forward.ready(self.recipe.attack_bn), relu_gradient(attacked_net, self.recipe.attack_grad):
             return self.loss.perturb(self.attack_forward, make_attack(self.recipe, progress), x, y)
 
     def objective(
@@ -196,8 +197,8 @@ class TrainStep:
         """The loss with PSSiLU's penalty lambda |beta|, and what it came from."""
         out = self.loss.descend(forward, x, x_adv, y)
         loss = out.loss
-        if self.beta is not None and self.recipe.pssilu_reg:
-            loss = loss + self.recipe.pssilu_reg * self.beta.abs().sum()
+        if self.betas and self.recipe.pssilu_reg:
+            loss = loss + self.recipe.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
         return loss, out
 
     def draw_from(self, number: int) -> None:
@@ -215,8 +216,8 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         if recipe.clip_grad is not None:
             dispatch_clip_grad(self.model.parameters(), value=recipe.clip_grad, mode=recipe.clip_mode)
-        if recipe.pssilu_beta_clip is not None and self.beta is not None:
-            nn.utils.clip_grad_norm_([self.beta], recipe.pssilu_beta_clip)
+        if recipe.pssilu_beta_clip is not None and self.betas:
+            nn.utils.clip_grad_norm_(self.betas, recipe.pssilu_beta_clip)
 
 
 def make_attack(recipe: Recipe, progress: float = 0.0) -> Attack:

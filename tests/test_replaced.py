@@ -1,0 +1,120 @@
+import copy
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import nn
+
+from timm_robust import replace_activations
+from timm_robust.activations import PSSiLU, SmoothReLU
+from timm_robust.models.replaced import SharedAct
+
+NETS = ['test_resnet', 'test_efficientnet', 'test_vit', 'test_convnext']
+
+
+def net(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **kwargs)
+
+
+@pytest.fixture
+def x():
+    return torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('name', NETS)
+def test_every_place_applies_the_activation_and_the_other_weights_stay(name, x):
+    model = net(name).eval()
+    before = model.state_dict()
+    replace_activations(model, 'pssilu')
+    places = [module for module in model.modules() if isinstance(module, SharedAct)]
+    assert places and not any(isinstance(m, (nn.ReLU, nn.GELU, nn.SiLU)) for m in model.modules())
+    after = model.state_dict()
+    assert set(after) - set(before) == {'shared_act.alpha', 'shared_act.beta'} and set(before) <= set(after)
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    silu = replace_activations(net(name).eval(), 'silu')  # PSSiLU starts as SiLU
+    assert torch.allclose(model(x), silu(x), atol=1e-5)
+    with torch.no_grad():
+        model.shared_act.alpha.fill_(3.0)
+    assert not torch.equal(model(x), silu(x))
+
+
+def test_one_set_of_parameters_or_one_a_place(x):
+    shared, own = (
+        replace_activations(net('test_resnet'), 'pssilu'),
+        replace_activations(net('test_resnet'), 'pssilu', False),
+    )
+    assert sum(name.endswith('alpha') for name, _ in shared.named_parameters()) == 1
+    places = sum(isinstance(module, PSSiLU) for module in own.modules())
+    assert places > 3 and sum(name.endswith('alpha') for name, _ in own.named_parameters()) == places
+    own(x).sum().backward()
+    assert all(p.grad is not None for name, p in own.named_parameters() if name.endswith('alpha'))
+    shared(x).sum().backward()
+    assert shared.shared_act.alpha.grad.abs() > 0
+
+
+def test_copies_and_averages_have_an_activation_of_their_own(x):
+    model = replace_activations(net('test_resnet'), 'pssilu').eval()
+    twin, ema = copy.deepcopy(model), ModelEmaV3(model, decay=0.5)
+    expected = twin(x)
+    with torch.no_grad():
+        model.shared_act.alpha.fill_(3.0)
+    assert torch.equal(twin(x), expected) and not torch.equal(model(x), expected)
+    ema.update(model)
+    assert ema.module.shared_act.alpha.item() == pytest.approx(2.0)  # once, not once a place
+
+
+def test_agc_and_state_dicts_treat_it_as_any_parameter(x, tmp_path):
+    model = replace_activations(net('test_resnet'), 'pssilu')
+    model(x).pow(2).sum().mul(1e6).backward()
+    before = model.shared_act.alpha.grad.clone()
+    dispatch_clip_grad(list(model.parameters())[:-2], 0.01, mode='agc')
+    assert model.shared_act.alpha.grad.abs() < before.abs()  # the last two are the classifier's
+    model.double().to('cpu')
+    assert model.shared_act.alpha.dtype == torch.float64
+    torch.save(model.state_dict(), tmp_path / 'w.pt')
+    replace_activations(net('test_resnet'), 'pssilu').double().load_state_dict(torch.load(tmp_path / 'w.pt'))
+
+
+@pytest.mark.parametrize('name', NETS)
+@pytest.mark.parametrize('shared', [True, False])
+def test_saved_for_the_hub_and_loaded_again(name, shared, x, tmp_path):
+    model = replace_activations(net(name), 'pssilu', shared).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, PSSiLU):
+                module.alpha.fill_(1.7)
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    assert len(load_file(tmp_path / 'model.safetensors')) == len(model.state_dict())
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(again(x), model(x))
+    by_name = timm.create_model('act_swapped', model=name, act='pssilu', shared=shared, num_classes=5)
+    by_name.load_state_dict(model.state_dict())
+    save_for_hf(by_name.eval(), tmp_path / 'two', safe_serialization=True)
+    assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).eval()(x), model(x))
+
+
+def test_replacing_twice_leaves_the_second(x):
+    model = replace_activations(replace_activations(net('test_resnet'), 'pssilu'), 'smoothrelu', shared=False)
+    assert not hasattr(model, 'shared_act') and not any(isinstance(module, SharedAct) for module in model.modules())
+    assert any(isinstance(module, SmoothReLU) for module in model.modules())
+    assert model._model_args['model'] == 'test_resnet' and model._model_args['act'] == 'smoothrelu'
+
+
+def test_gates_stay():
+    model = timm.create_model('test_efficientnet')
+    gates = sum(isinstance(m, nn.Sigmoid) or type(m).__name__ == 'Sigmoid' for m in model.modules())
+    replace_activations(model, 'pssilu')
+    assert gates == sum(isinstance(m, nn.Sigmoid) or type(m).__name__ == 'Sigmoid' for m in model.modules())
+
+
+def test_networks_without_a_place_are_refused():
+    with pytest.raises(ValueError, match='has no activation module to replace: it calls functions instead'):
+        replace_activations(nn.Sequential(nn.Linear(1, 1)), 'pssilu')
+    with pytest.raises(ValueError, match='takes its activation by name; create resnet18_silu'):
+        replace_activations(timm.create_model('resnet18_relu', width=4), 'silu')
+    with pytest.raises(ValueError, match='pssilu'):
+        replace_activations(net('test_resnet'), 'pssil')

@@ -1,0 +1,106 @@
+"""ImageNet networks of Smooth Adversarial Training: timm's own, with smooth activations.
+
+Xie et al. 2020, https://arxiv.org/abs/2006.14536: ResNet-50 with each activation, deeper and wider ones with SiLU, and
+EfficientNet up to L1 (width 3.9, depth 3.7, 600 pixels, dropout 0.5). timm's names are left alone: ours end in the
+activation.
+"""
+
+from functools import partial
+from typing import Any, Dict, Tuple
+
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.activations import GELUTanh  # SAT's GELU is the tanh approximation
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.efficientnet import _gen_efficientnet  # the one private name: no public one takes the multipliers
+from timm.models.resnet import Bottleneck, ResNet
+
+from ..activations import ACTIVATIONS
+from ._shared_act import name_entrypoint
+from .replaced import replace_activations
+
+__all__: list = []
+
+_SIZES: Dict[str, Dict[str, Any]] = {
+    'resnet50': {'layers': (3, 4, 6, 3)},
+    'resnet101': {'layers': (3, 4, 23, 3)},
+    'resnet152': {'layers': (3, 8, 36, 3)},
+    'resnext50_32x4d': {'layers': (3, 4, 6, 3), 'cardinality': 32, 'base_width': 4},
+    'resnext152_32x8d': {'layers': (3, 8, 36, 3), 'cardinality': 32, 'base_width': 8},
+}
+_RESNET50_ACTS = ('silu', 'gelu', 'elu', 'softplus', 'softplus10', 'smoothrelu', 'pssilu')
+_EFFICIENTNETS: Dict[str, Tuple[float, float, int, float]] = {  # width, depth, pixels, dropout (Tan and Le 2019)
+    'b0': (1.0, 1.0, 224, 0.2),
+    'b1': (1.0, 1.1, 240, 0.2),
+    'b2': (1.1, 1.2, 260, 0.3),
+    'b3': (1.2, 1.4, 300, 0.3),
+    'b4': (1.4, 1.8, 380, 0.4),
+    'b5': (1.6, 2.2, 456, 0.4),
+    'b6': (1.8, 2.6, 528, 0.5),
+    'b7': (2.0, 3.1, 600, 0.5),
+    'l1': (3.9, 3.7, 600, 0.5),
+}
+_RESNETS = [f'resnet50_{act}' for act in _RESNET50_ACTS] + [f'{size}_silu' for size in _SIZES if size != 'resnet50']
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+def _efficientnet_cfg(pixels: int) -> Dict[str, Any]:
+    side = -(-pixels // 32)
+    head = {'first_conv': 'conv_stem', 'classifier': 'classifier'}
+    return _cfg(input_size=(3, pixels, pixels), pool_size=(side, side), **head)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{name: _cfg(first_conv='conv1', classifier='fc') for name in _RESNETS},
+        **{f'efficientnet_{size}_silu': _efficientnet_cfg(values[2]) for size, values in _EFFICIENTNETS.items()},
+    }
+)
+
+
+def _shared_resnet(act: str, **kwargs: Any) -> nn.Module:
+    return replace_activations(ResNet(**kwargs), act)
+
+
+def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """A ResNet whose learnable activation is one for the network, but SmoothReLU's, which SAT has in each place."""
+    shared = bool(ACTIVATIONS[act].initial) and act != 'smoothrelu'
+    model_cls = partial(_shared_resnet, act) if shared else ResNet
+    layer = {} if shared else {'act_layer': GELUTanh if act == 'gelu' else ACTIVATIONS[act]}
+    feature_cfg = {'feature_cls': 'getter'} if shared else None
+    settings = {'block': Bottleneck, **_SIZES[size], **layer, **kwargs}
+    return build_model_with_cfg(model_cls, name, pretrained, feature_cfg=feature_cfg, **settings)
+
+
+def _register(name: str) -> None:
+    size, _, act = name.rpartition('_')
+
+    def resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _resnet(name, size, act, pretrained, **kwargs)
+
+    def efficientnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        width, depth, _, dropout = _EFFICIENTNETS[size.partition('_')[2]]
+        kwargs.setdefault('drop_rate', dropout)
+        return _gen_efficientnet(name, width, depth, pretrained=pretrained, **kwargs)
+
+    entrypoint = efficientnet if size.startswith('efficientnet') else resnet
+    doc = f'{size} with {ACTIVATIONS[act].__name__}, as in Smooth Adversarial Training (Xie et al. 2020).'
+    globals()[name] = register_model(name_entrypoint(entrypoint, name, __name__, doc))
+
+
+for _name in (*_RESNETS, *(f'efficientnet_{size}_silu' for size in _EFFICIENTNETS)):
+    _register(_name)

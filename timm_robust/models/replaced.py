@@ -1,0 +1,131 @@
+"""Any activation of ours in any timm network: one shared by all places, as in the paper, or one a place.
+
+`replace_activations(model, 'pssilu')` changes a model in place; `timm.create_model('act_swapped', model='resnet50',
+act='pssilu')` builds one, and is the name under which such a network is saved and loaded again.
+"""
+
+from typing import Any, Dict, Optional, Tuple, Type
+
+import timm
+import torch
+import torch.nn as nn
+from timm.layers import activations as timm_activations
+from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
+
+from ..activations import Activation, get_activation
+
+ARCHITECTURE, SHARED = 'act_swapped', 'shared_act'
+_KINDS: Tuple[Type[nn.Module], ...] = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish),
+    *(nn.Hardswish, Activation),
+    *(
+        getattr(timm_activations, name)
+        for name in ('Swish', 'Mish', 'PReLU', 'GELU', 'GELUTanh', 'QuickGELU', 'HardSwish', 'HardMish')
+        if hasattr(timm_activations, name)
+    ),
+)
+"""What counts as an activation between layers; gates (sigmoid, hard sigmoid, tanh) do not."""
+
+
+class SharedAct(nn.Module):
+    """A place that applies the network's one activation, which its root owns: no parameter stands twice."""
+
+    def __init__(self, act: Activation) -> None:
+        super().__init__()
+        self.owner = (act,)  # in a tuple, which nn.Module does not register
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The activation of any shape."""
+        return self.owner[0](x)
+
+
+def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
+    """Put an activation of `timm_robust.activations` in every place where a network has one, in place.
+
+    Every ReLU, SiLU, GELU, ELU, Mish, ... module is replaced; gates stay. The other weights are not touched, so
+    pretrained ones may be loaded before, and the networks differ by the activation's own parameters alone.
+
+    Args:
+        model: any network built of modules.
+        act: name of the activation.
+        shared: one set of parameters for the whole network (`model.shared_act`), or one in each place.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if there is no such activation, or the network has no place for it (it may call functions).
+    """
+    make = get_activation(act)
+    if hasattr(model, 'act_fn'):
+        raise ValueError(
+            f'{type(model).__name__} takes its activation by name; create resnet18_{act}, wrn28_10_{act}, ...'
+        )
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(child, (*_KINDS, SharedAct)) and name != SHARED
+    ]
+    if not places:
+        raise ValueError(
+            f'{type(model).__name__} has no activation module to replace: it calls functions instead; '
+            'build it with its own act_layer argument'
+        )
+    tensor = next(model.parameters())
+    settings: Dict[str, Any] = {'device': tensor.device, 'dtype': tensor.dtype}
+    owner = make(**settings) if shared else None
+    for parent, name, child in places:
+        new = make(**settings) if owner is None else SharedAct(owner)
+        setattr(parent, name, new.train(child.training))
+    model._modules.pop(SHARED, None)
+    if owner is not None and owner.initial:  # first: timm's AGC spares the last two parameters, the classifier's
+        others = dict(model._modules)
+        model._modules.clear()
+        model._modules.update({SHARED: owner.train(model.training), **others})
+    _note(model, act, shared)
+    return model
+
+
+def _note(model: nn.Module, act: str, shared: bool) -> None:
+    """Tell timm's save_for_hf how the network is built again."""
+    cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
+    args = dict(getattr(model, '_model_args', {}))
+    base = (
+        args.get('model', cfg.get('architecture'))
+        if cfg.get('architecture') == ARCHITECTURE
+        else cfg.get('architecture')
+    )
+    model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
+    model._model_args = {**args, 'model': base, 'act': act, 'shared': shared}  # type: ignore[assignment]
+
+
+default_cfgs = generate_default_cfgs({ARCHITECTURE: {'url': ''}})
+
+
+@register_model
+def act_swapped(
+    pretrained: bool = False,
+    model: str = 'resnet50',
+    act: str = 'pssilu',
+    shared: bool = True,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm network with another activation: create_model('act_swapped', model='resnet50', act='pssilu').
+
+    pretrained=True takes timm's weights of the network; a folder or Hub repository of such a network has its own.
+    """
+    own = pretrained_cfg is not None  # saved with the new activation
+    kwargs.pop('cache_dir', None)
+    kwargs.pop('pretrained_model_args', None)
+    net = timm.create_model(model, pretrained=pretrained and not own, **kwargs)
+    replace_activations(net, act, shared)
+    if own:
+        cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+        net.pretrained_cfg = net.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
+        if pretrained:
+            classes: Any = net.num_classes
+            load_pretrained(net, cfg, num_classes=classes, in_chans=kwargs.get('in_chans', 3))
+    return net
