@@ -76,7 +76,8 @@ def test_recipes_parse_and_are_documents(path):
     recipe = Recipe.from_yaml(path)
     arch, tag = path.stem.split('.')
     assert recipe.model == arch
-    assert tag.endswith(f'_{recipe.dataset}_{recipe.norm.lower()}')
+    data = 'imagenet' if recipe.dataset == 'folder' else recipe.dataset
+    assert tag.endswith(f'_{data}_{recipe.norm.lower()}')
     head = path.read_text().partition('\nmodel:')[0]
     assert all(line.startswith('#') for line in head.splitlines())
     for word in ('Paper:', 'Command:', 'Hardware:', 'Hours:', 'Expected:'):

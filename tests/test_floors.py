@@ -39,6 +39,7 @@ FLOORS = {
     'autoattack_state': 1,
     'autoattack': 3,
     'search': 3.5,
+    'shape': 3.5,
     'run': 4,
     'engine': 4.5,
     'evaluate': 4,

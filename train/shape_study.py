@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""What an activation's shape does to robustness: python train/shape_study.py train/studies/digits.yaml -o OUT.
+
+A study is a YAML file: settings of the recipe that all points share, and sweeps, each of one activation with one
+parameter frozen at, or learned from, several values. Every point is trained, measured and kept in a folder of its own,
+so that a study that was stopped goes on where it was. OUT gets results.csv, environment.json and three plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import timm_robust
+from timm_robust.activations import get_activation
+from timm_robust.checkpoint import load_model
+from timm_robust.data import load_dataset
+from timm_robust.engine import build, fit
+from timm_robust.evaluate import evaluate
+from timm_robust.pixels import pixel_input
+from timm_robust.plots import read_run
+from timm_robust.recipe import Recipe
+from timm_robust.results import atomic_file, environment, git_commit
+from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+
+_TITLES = {'autoattack_acc': 'AutoAttack accuracy (%)', 'radius': 'mean minimal radius (pixels)'}
+_CLAIMS = (
+    ('best at 4 to 10 (Yu et al. 2026, arXiv:2603.23860)', 4, 10),
+    ('low is better (Singla et al. 2021, arXiv:2102.07861)', None, 1),
+    ('high, finite is better (Dai et al. 2021, arXiv:2110.05626v1)', 1, None),
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network of a study.
+
+    Args:
+        act: activation.
+        parameter: the swept parameter; None for an activation as it is.
+        value: its value, at which it is frozen or from which it is learned.
+        learned: whether training changes the activation.
+        loss: 'pgd_at', 'trades' or 'clean'.
+        seed: of the training.
+    """
+
+    act: str
+    parameter: str | None
+    value: float | None
+    learned: bool
+    loss: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        shape = '' if self.parameter is None else f'-{self.parameter}{self.value:g}'
+        return f'{self.act}{shape}-{"learned" if self.learned else "frozen"}-{self.loss}-s{self.seed}'
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Point]]:
+    """Settings of the recipe, settings of the measurement, and all points.
+
+    Raises:
+        ValueError: naming the unknown key or value.
+    """
+    study = yaml.safe_load(path.read_text(encoding='utf-8'))
+    if unknown := set(study) - {'recipe', 'measure', 'seeds', 'sweeps'}:
+        raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))}; allowed: recipe, measure, seeds, sweeps')
+    points = []
+    for sweep in study['sweeps']:
+        if unknown := set(sweep) - {'act', 'parameter', 'values', 'learned', 'loss'}:
+            allowed = 'act, parameter, values, learned, loss'
+            raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))} of a sweep; allowed: {allowed}')
+        initial, parameter = get_activation(sweep['act']).initial, sweep.get('parameter')
+        if parameter is not None and parameter not in initial:
+            has = ', '.join(initial) or 'none'
+            raise ValueError(f'{path}: {sweep["act"]} has no parameter {parameter!r}; it has {has}')
+        for value in sweep['values'] if parameter else [None]:
+            for learned in _list(sweep.get('learned', False)):
+                for loss in _list(sweep.get('loss', 'pgd_at')):
+                    points += [Point(sweep['act'], parameter, value, learned, loss, seed) for seed in study['seeds']]
+    return study['recipe'], study.get('measure', {}), points
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def train(point: Point, settings: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Train a point, or go on with its training; returns the run's last line."""
+    family = settings['model']
+    own = {'model': f'{family}_{point.act}', 'loss': point.loss, 'seed': point.seed}
+    run_settings = {'output': str(output), 'experiment': point.name, 'resume': 'auto'}
+    run = build(Recipe(**{**settings, **own, **run_settings}))
+    act: Any = run.model.act
+    start = {} if run.step or point.parameter is None else {point.parameter: float(point.value or 0)}
+    set_shape(act, start, point.learned)
+    if run.ema is not None:
+        set_shape(run.ema.module.act, start, point.learned)
+    return fit(run)
+
+
+def measure(point: Point, settings: dict[str, Any], options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Everything that is measured of a trained point."""
+    model = load_model(folder)
+    recipe = Recipe(**{key: value for key, value in settings.items() if key != 'model'})
+    data = load_dataset(recipe.dataset, recipe.data_dir, options.get('split', 'test')).first(options.get('n', 100))
+    generator, net = torch.Generator().manual_seed(0), pixel_input(model)
+    attack = options.get('attack', 'autoattack')
+    result, _ = evaluate(model, data, recipe.threat_model, attack=attack, name=point.name)
+    x, y, eps = data.pixels(), data.labels, recipe.threat_model.eps
+    radii = minimal_radii(net, x, y, generator=generator)
+    with torch.no_grad():
+        right = net(x).argmax(1) == y
+    history = read_run(folder)
+    path = {key: [row[key] for row in history if row.get(key) is not None] for key in ('alpha', 'beta')}
+    act: Any = model.act
+    return {
+        **{key: getattr(point, key) for key in (field.name for field in fields(point))},
+        **{key: getattr(result, key) for key in ('clean_acc', 'pgd_acc', 'autoattack_acc', 'n')},
+        'radius': float(radii[right].mean()) if right.any() else 0.0,
+        'square_success': square_success(net, x, y, eps, options.get('square_queries', 1000)),
+        'lipschitz': local_lipschitz(net, x, eps, generator=generator),
+        **curve_facts(act),
+        **{f'final_{name}': value for name, value in act.values().items()},
+        'path': path,
+        'warnings': result.warnings,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, measure, tabulate, plot; 0 if it ended well, 2 for bad input."""
+    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    parser.add_argument('study', type=Path, help='YAML file of the study')
+    parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, table and plots')
+    parser.add_argument('--data-dir', help='folder that holds the data')
+    parser.add_argument(
+        '--publish', type=Path, metavar='DIR', help='put table, environment and plots there, without runs'
+    )
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr, force=True)
+    try:
+        settings, options, points = read_study(args.study)
+        if args.data_dir:
+            settings['data_dir'] = args.data_dir
+        rows = []
+        for number, point in enumerate(points, 1):
+            kept = args.output / f'{point.name}.json'
+            if not kept.is_file():
+                train(point, settings, args.output)
+                write_json(kept, measure(point, settings, options, args.output / point.name))
+            rows.append(json.loads(kept.read_text()))
+            print(f'{number}/{len(points)} {describe(rows[-1])}', file=sys.stderr, flush=True)
+        report(rows, args.study, args.publish or args.output)
+    except (ValueError, OSError, ImportError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A point in a line."""
+    name = Point(*(row[field.name] for field in fields(Point))).name
+    robust = row['autoattack_acc'] if row['autoattack_acc'] is not None else row['pgd_acc']
+    return f'{name}: clean {row["clean_acc"]:.1%}, robust {robust:.1%}, radius {row["radius"]:.4f}'
+
+
+def report(rows: list[dict[str, Any]], study: Path, folder: Path) -> None:
+    """Table, environment and plots."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ('path', 'warnings')]
+    with atomic_file(folder / 'results.csv') as file:
+        lines = [','.join(columns)]
+        lines += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
+        file.write(('\n'.join(lines) + '\n').encode())
+    facts = {'study': study.name, 'timm_robust': timm_robust.__version__, 'commit': git_commit(Path(__file__).parent)}
+    write_json(folder / 'environment.json', facts | environment())
+    plot_curves(rows, folder / 'curves.png')
+    plot_curvature(rows, folder / 'curvature.png')
+    plot_paths(rows, folder / 'paths.png')
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, whole or not at all; infinite curvature becomes null."""
+    plain = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in record.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write((json.dumps(plain, indent=1) + '\n').encode())
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows of the same point under all seeds."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in ('act', 'parameter', 'value', 'learned', 'loss')), []).append(row)
+    return found
+
+
+def robustness(row: dict[str, Any]) -> tuple[str, float]:
+    """What a point's robustness is judged by: AutoAttack after adversarial training, the radius after standard."""
+    if row['loss'] == 'clean':
+        return 'radius', row['radius']
+    return 'autoattack_acc', 100 * (row['autoattack_acc'] if row['autoattack_acc'] is not None else row['pgd_acc'])
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """The curves of all points, coloured by robustness, one panel for each kind of training."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    losses = sorted({row['loss'] for row in rows})
+    figure = Figure(figsize=(4.6 * len(losses), 3.8), layout='constrained')
+    x = torch.linspace(-4, 3, 300)
+    for axis, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
+        part = [(key, group) for key, group in groups(rows).items() if key[-1] == loss]
+        values = [statistics.mean(robustness(row)[1] for row in group) for _, group in part]
+        norm = Normalize(min(values), max(values) + 1e-9)
+        for (key, group), value in zip(part, values, strict=True):
+            act = get_activation(key[0])()
+            set_shape(act, {name: group[0][f'final_{name}'] for name in act.initial})
+            with torch.no_grad():
+                axis.plot(x, act(x), color=colormaps['viridis'](norm(value)), linewidth=1.1)
+        label = _TITLES[robustness(part[0][1][0])[0]]
+        figure.colorbar(ScalarMappable(norm, 'viridis'), ax=axis, label=label)
+        axis.set_title(f'training: {loss}', fontsize=9)
+        axis.set_xlabel('x')
+        axis.set_ylim(-1.5, 3.2)
+    save(figure, path)
+
+
+def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
+    """Robustness against max |f''|, with what has been claimed; kinks stand at the right."""
+    from matplotlib.figure import Figure
+
+    losses = sorted({row['loss'] for row in rows})
+    figure = Figure(figsize=(5.4 * len(losses), 4.6), layout='constrained')
+    finite = [row['max_curvature'] for row in rows if row['max_curvature']]
+    kink = 4 * max(finite)
+    acts = sorted({row['act'] for row in rows})
+    for axis, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
+        for act in acts:
+            part = [group for key, group in groups(rows).items() if key[0] == act and key[-1] == loss]
+            points = [
+                (group[0]['max_curvature'] or kink, [robustness(row)[1] for row in group], group[0]['learned'])
+                for group in part
+            ]
+            color = f'C{acts.index(act)}'
+            for number, (curvature, values, learned) in enumerate(sorted(points)):
+                mean, low, high = statistics.mean(values), min(values), max(values)
+                errors = [[mean - low], [high - mean]]
+                marker, label = '*' if learned else 'o', act if number == 0 else None
+                axis.errorbar([curvature], [mean], yerr=errors, fmt=marker, color=color, capsize=2, label=label)
+        axis.set_xscale('log')
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(bottom - 0.3 * (top - bottom), top)
+        for level, (text, left, right) in enumerate(_CLAIMS):
+            y = bottom - (0.06 + 0.09 * level) * (top - bottom)
+            ends = left or min(finite), right or max(finite)
+            axis.plot(ends, [y, y], color='0.4', linewidth=3, solid_capstyle='butt')
+            axis.annotate(text, (ends[0], y), fontsize=6, va='bottom', xytext=(0, 2), textcoords='offset points')
+        axis.set_xlabel("max |f''| (kinks at the right; stars: learned)")
+        some = next(row for row in rows if row['loss'] == loss)
+        axis.set_ylabel(f'{_TITLES[robustness(some)[0]]}, mean and range of seeds')
+        axis.set_title(f'training: {loss}', fontsize=9)
+        axis.legend(fontsize=7)
+    save(figure, path)
+
+
+def plot_paths(rows: list[dict[str, Any]], path: Path) -> None:
+    """Alpha and beta over the epochs of the points that learn them."""
+    from matplotlib.figure import Figure
+
+    learned = [row for row in rows if row['learned'] and any(row['path'].values())]
+    figure = Figure(figsize=(8, 3.4), layout='constrained')
+    for axis, key in zip(figure.subplots(1, 2), ('alpha', 'beta'), strict=True):
+        for row in learned:
+            if row['path'].get(key):
+                axis.plot(row['path'][key], linewidth=1, label=describe(row).partition(':')[0])
+        axis.set_xlabel('epoch')
+        axis.set_title(key, fontsize=9)
+        axis.legend(fontsize=5)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with atomic_file(path) as file:
+        figure.savefig(file, format='png', dpi=150)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
