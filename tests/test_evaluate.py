@@ -267,6 +267,37 @@ def test_the_default_flags_run_autoattack_on_the_first_images(checkpoint, capsys
     assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
 
 
+def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
+    path = tmp_path / 'r.json'
+    main(
+        [
+            str(checkpoint),
+            '--dataset',
+            'digits',
+            '-n',
+            '8',
+            '--attack',
+            'pgd',
+            '--eps',
+            '0.2',
+            '--seed',
+            '3',
+            '--results-file',
+            str(path),
+        ]
+    )
+    main([str(checkpoint), '--repeat', str(path), '--quiet'])
+    record = json.loads(path.read_text())
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    keys = ('n', 'eps_text', 'seed', 'attack', 'clean_acc', 'pgd_acc', 'data_sha256', 'dataset')
+    assert all(again[key] == record[key] for key in keys)
+    record['pgd_acc'] = 1 - record['pgd_acc'] or 0.5
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as end:
+        main([str(checkpoint), '--repeat', str(path), '--quiet'])
+    assert end.value.code == 1 and 'not repeated: pgd_acc is' in capsys.readouterr().err
+
+
 def test_without_n_a_small_split_is_measured_whole(checkpoint, capsys):
     main([str(checkpoint), '--dataset', 'digits', '--attack', 'none', '--quiet'])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['n'] == 360

@@ -32,6 +32,7 @@ FLOORS = {
     'checkpoint': 1,
     'compact': 1.5,
     'losses': 2,
+    'honesty': 2.5,
     'cards': 2,
     'staging': 5,
     'awp': 2,

@@ -30,6 +30,7 @@ from .attacks import pgd
 from .autoattack import Fp32Logits, autoattack, device_of, dtype_of, predict, recheck, share, undisturbed, upstream
 from .checkpoint import load_model
 from .data import DATASETS, SPLITS, ImageData, load_dataset
+from .honesty import doubts
 from .losses import cross_entropy
 from .pixels import pixel_input
 from .results import ATTACKS, RobustnessResult, atomic_file, environment, git_commit
@@ -37,10 +38,11 @@ from .search import search_model
 from .threat_model import NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000
+_CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
 _SETTINGS = (
     *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
-    *('search', 'state_dir'),
+    *('search', 'state_dir', 'checks'),
 )
 Progress = Callable[[str], object]
 
@@ -78,6 +80,7 @@ def evaluate(
     img_size: int | None = None,
     search: bool = True,
     state_dir: str | Path | None = None,
+    checks: bool = True,
 ) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
     """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
 
@@ -99,6 +102,7 @@ def evaluate(
             None: what the model was trained with (load_model), else no resizing.
         search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
         state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
+        checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings.
 
     Returns:
         The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
@@ -139,6 +143,8 @@ def evaluate(
             found = search_model(pixels, x[:16]) if search else None
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, found, state_dir)
             facts['search'] = 'model' if found is None else 'folded'
+        if attack != 'none' and checks:
+            facts['warnings'] = facts.get('warnings', []) + _doubts(logits, x, data.labels, threat_model, seed)
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started
@@ -154,6 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     try:
         args = parser.parse_args(argv)
+        record = RobustnessResult.from_json(args.repeat) if args.repeat else None
+        if record is not None:
+            _take_settings(args, record)
         for file in filter(None, (args.results_file, args.flags_file)):
             if not Path(file).parent.is_dir() or Path(file).is_dir():
                 raise FileNotFoundError(
@@ -185,6 +194,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         parser.exit(130, 'interrupted\n')
     print(result.table(), result.to_line(), sep='\n')
+    if record is not None and (differences := _differences(record, result)):
+        parser.exit(1, 'not repeated: ' + '; '.join(differences) + '\n')
+
+
+def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
+    """Measure as the record says."""
+    keys = ('dataset', 'split', 'n', 'norm', 'attack', 'batch_size', 'seed')
+    vars(args).update({key: getattr(record, key) for key in keys} | {'eps': record.eps_text})
+    args.search = record.search != 'model'
+    if record.steps is not None:
+        args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
+
+
+def _differences(old: RobustnessResult, new: RobustnessResult) -> list[str]:
+    """What a repeated measurement found otherwise."""
+    keys = ('data_sha256', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'per_attack')
+    return [
+        f'{key} is {getattr(new, key)}, was {getattr(old, key)}'
+        for key in keys
+        if getattr(new, key) != getattr(old, key)
+    ]
 
 
 def _clean(
@@ -273,6 +303,12 @@ def _autoattack(
     return record | {'rejected': facts['rejected'] + result.rejected}
 
 
+def _doubts(logits: nn.Module, x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, seed: int) -> list[str]:
+    """What speaks against trusting the result, looked for on the first images."""
+    device = device_of(logits, x)
+    return doubts(logits, x[:_CHECKED].to(device), y[:_CHECKED].to(device), threat_model, seed=seed)
+
+
 def _distances(x: torch.Tensor, tensors: dict[str, torch.Tensor], threat_model: ThreatModel) -> dict[str, float]:
     """Mean and maximum distance of the adversarial images that count."""
     broken = tensors['clean_correct'] & ~tensors['robust']
@@ -348,6 +384,8 @@ def _parser() -> _Parser:
     add('--img-size', type=int, help='resize images to this size; what the model was trained with if not given')
     add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
     add('--state-dir', help="keep AutoAttack's finds there batch by batch; type the same again to go on after a kill")
+    add('--no-checks', dest='checks', action='store_false', help='skip the search for signs of masked gradients')
+    add('--repeat', metavar='FILE', help='repeat the measurement of this record with its settings, and compare')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='passed to the model')
     add('--results-file', help='write the record there, as JSON')

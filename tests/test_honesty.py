@@ -1,0 +1,108 @@
+import pytest
+import torch
+from torch import nn
+
+from timm_robust.honesty import doubts
+from timm_robust.threat_model import ThreatModel
+
+EPS = ThreatModel('Linf', 0.05)
+
+
+class Net(nn.Sequential):
+    """An honest small network."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Flatten(), nn.Linear(48, 16), nn.SiLU(), nn.Linear(16, 10))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+
+
+class Random(Wrapped):
+    def forward(self, x):
+        return self.net(x) + 0.05 * torch.randn(len(x), 10)
+
+
+class Softmax(Wrapped):
+    def forward(self, x):
+        return self.net(x).softmax(1)
+
+
+class Rounded(Wrapped):
+    """A quantised input: the gradient is zero everywhere."""
+
+    def forward(self, x):
+        return self.net((8 * x).round() / 8)
+
+
+class Saturated(Wrapped):
+    """Logits so large that the cross-entropy of right images, and its gradient, are zero in fp32."""
+
+    def forward(self, x):
+        return 1e4 * self.net(x)
+
+
+class BatchStatistics(Wrapped):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+
+class Shattered(Wrapped):
+    """A steep ripple of no height that points gradients anywhere."""
+
+    def forward(self, x):
+        return self.net(x + 1e-3 * torch.sin(3e4 * x))
+
+
+def images(model, n=40):
+    x = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def test_an_honest_model_raises_no_doubt():
+    model = Net().eval()
+    x, y = images(model)
+    assert doubts(model, x, y, EPS) == []
+    assert doubts(model, x, y, ThreatModel('L2', 0.5)) == []
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (Random, 'the forward pass is random'),
+        (Softmax, 'the outputs are probabilities'),
+        (Rounded, 'have a gradient of exactly zero'),
+        (Rounded, 'PGD without a bound leaves'),
+        (Saturated, 'have a gradient of exactly zero'),
+        (BatchStatistics, 'depend on the others of its batch'),
+        (Shattered, 'PGD without a bound leaves'),
+    ],
+)
+def test_a_dishonest_one_is_caught(make, message):
+    model = make().eval()
+    x, y = images(model)
+    assert any(message in doubt for doubt in doubts(model, x, y, EPS)), doubts(model, x, y, EPS)
+
+
+def test_a_surrogate_that_does_better_is_told():
+    masked = Rounded().eval()
+    x, y = images(masked)
+    found = doubts(masked, x, y, EPS, surrogate=masked.net)
+    assert any('images made for another model leave' in doubt for doubt in found)
+
+
+def test_inputs_and_labels():
+    model = Net().eval()
+    x, y = images(model)
+    assert any('outside [0, 1]: eps is not in pixels' in doubt for doubt in doubts(model, 4 * x - 2, y, EPS))
+    shuffled = (y + 1) % 10
+    assert any('about chance for 10 classes' in doubt for doubt in doubts(model, x, shuffled, EPS))
