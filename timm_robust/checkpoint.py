@@ -308,5 +308,6 @@ def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
         raise FileNotFoundError(f'{folder / "config.json"} is missing; it says which model the weights are for')
     try:
         return timm.create_model(f'local-dir:{folder}', **model_kwargs)
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f'cannot make a model from {folder / "config.json"}: {error}') from error
+    except (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]  # timm does not check what it reads
+        raise ValueError(f'cannot make a model from {folder / "config.json"}: {reason}') from error
