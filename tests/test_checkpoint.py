@@ -359,7 +359,7 @@ def test_model_from_safetensors_and_config(tmp_path, network, other):
     assert same(load_model(tmp_path / 'card' / 'second.safetensors'), other)
     assert load_model(tmp_path / 'card', num_classes=6).num_classes == 6
     (tmp_path / 'card' / 'config.json').write_text('{')
-    with pytest.raises(ValueError, match=r'cannot make a model from .*config\.json: Expecting'):
+    with pytest.raises(ValueError, match=r'cannot make a model from .*config\.json: .*Expecting'):
         load_model(tmp_path / 'card')
     (tmp_path / 'card' / 'config.json').unlink()
     with pytest.raises(FileNotFoundError, match=r'config\.json is missing'):

@@ -234,7 +234,7 @@ def reestimate_batch_norm(run: Run) -> None:
 
 def activation_state(model: nn.Module) -> dict[str, float]:
     """alpha, beta and max abs(f'') of the network's shared activation, where it has learnable parameters."""
-    act = getattr(model, 'act', getattr(model, 'shared_act', None))
+    act = getattr(model, 'shared_act', getattr(model, 'act', None))
     if not isinstance(act, Activation) or not act.initial:
         return {}
     return {**act.values(), 'max_curvature': act.max_curvature()}

@@ -29,11 +29,11 @@ from safetensors.torch import save
 from timm.models import save_for_hf
 from torch import nn
 
-from .activations import Activation
 from .allocator import keep_freed_memory
 from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
 from .checkpoint import BEST, LAST, load_checkpoint, load_model, read_weights
 from .data import DATASETS, SPLITS, load_dataset
+from .engine import activation_state
 from .evaluate import evaluate
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
@@ -103,7 +103,7 @@ def stage(
         'seconds': round(last['seconds'], 1),
         'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
         'rollbacks': last['rollbacks'],
-        'activation': _activation(model),
+        'activation': activation_state(model),
         'origins': last['origins'],
         'notes': list(notes),
     }
@@ -331,14 +331,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
         command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
-
-
-def _activation(model: nn.Module) -> dict[str, float]:
-    """The learned shape: alpha, beta and the largest second derivative; empty for fixed activations."""
-    act = getattr(model, 'act', None)
-    if not isinstance(act, Activation) or not act.initial:
-        return {}
-    return {**act.values(), 'max_curvature': act.max_curvature()}
 
 
 def _config(model: nn.Module, tag: str) -> str:
