@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench bench-toy clean
+.PHONY: demo test test-all soak lint bench bench-toy clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ test: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
 
 test-all: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# an hour and more: kills, damaged files, memory
+soak: $(VENV)/.installed
+	$(BIN)/python tests/reliability/soak.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
