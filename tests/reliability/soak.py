@@ -2,9 +2,9 @@
 
     python tests/reliability/soak.py --kills 50 --count 250 --minutes 60
 
-Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must be
-those of an undisturbed run, bit for bit. Fuzzed: see fuzz.py. Soaked: training and attacks run on, and memory, open files
-and the log must not grow.
+Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must
+be those of an undisturbed run, bit for bit. Fuzzed: see fuzz.py. Soaked: training and attacks run on, and memory, open
+files and the log must not grow.
 """
 
 from __future__ import annotations
