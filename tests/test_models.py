@@ -15,6 +15,7 @@ import timm_robust
 from timm_robust.activations import ACTIVATIONS
 from timm_robust.models.cifar_resnet import checkpoint_filter_fn as resnet_filter
 from timm_robust.models.wide_resnet import checkpoint_filter_fn as wrn_filter
+from timm_robust.releases import RELEASES
 
 SMALL = {'resnet18': {'width': 8}, 'wrn28_10': {'depth': 10, 'widen_factor': 1}}
 NETS = [f'{family}_{act}' for family in SMALL for act in ('relu', 'silu', 'pssilu')]
@@ -239,14 +240,21 @@ def test_import_adds_our_names_only():
         'before = (set(timm.list_models()), dict(r._model_pretrained_cfgs), set(r._module_to_models))\n'
         'import timm_robust\n'
         'new = set(timm.list_models()) - before[0]\n'
-        "assert before[0] <= set(timm.list_models()) and all(n.startswith(('resnet18_', 'wrn')) for n in new), new\n"
+        'assert before[0] <= set(timm.list_models())\n'
         'assert all(r._model_pretrained_cfgs[k] is v for k, v in before[1].items())\n'
-        "assert set(r._module_to_models) - before[2] == {'cifar_resnet', 'wide_resnet'}\n"
-        'print(len(new))'
+        'print(*sorted(set(r._module_to_models) - before[2]))\n'
+        'print(*sorted(new))'
     )
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) == 4 * len(ACTIVATIONS)
+    modules, names = (line.split() for line in run.stdout.splitlines())
+    assert modules == ['cifar_resnet', 'imagenet', 'replaced', 'wide_resnet']
+    aliases = {f'{r.arch}_{"_".join(r.tag.split("_")[-2:])}' for r in RELEASES.values()}  # RobustBench's names
+    cifar = {f'{size}_{act}' for size in ('resnet18', 'wrn28_10', 'wrn34_10', 'wrn70_16') for act in ACTIVATIONS}
+    sat = {f'resnet50_{act}' for act in ('silu', 'gelu', 'elu', 'softplus', 'softplus10', 'smoothrelu', 'pssilu')}
+    sat |= {f'{size}_silu' for size in ('resnet101', 'resnet152', 'resnext50_32x4d', 'resnext152_32x8d')}
+    sat |= {f'efficientnet_{size}_silu' for size in ('b0', 'b1', 'b2', 'b3', 'b4', 'b5', 'b6', 'b7', 'l1')}
+    assert set(names) == cifar | sat | aliases | {'act_swapped'}
 
 
 def test_public_api():

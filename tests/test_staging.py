@@ -221,7 +221,7 @@ def released(copy, monkeypatch):
     """The staged model, released: in the table that the registry asks."""
     table = read_table(copy / 'releases.json')
     monkeypatch.setattr(resolver, 'weights_file', partial(weights_file, staged=copy / 'model_cards'))
-    monkeypatch.setattr(resolver, 'RELEASES', table)
+    monkeypatch.setitem(resolver.RELEASES, NAME, table[NAME])
     cfg = timm.models.PretrainedCfg(**resolver.tagged('resnet18_pssilu', {'url': ''})[NAME])
     cfg = dataclasses.replace(
         cfg,
