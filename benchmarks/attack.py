@@ -28,9 +28,9 @@ import torch
 from torch import nn
 from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
 
-from timm_robust import autoattack as module
 from timm_robust.allocator import keep_freed_memory
-from timm_robust.autoattack import predict, upstream
+from timm_robust.autoattack import autoattack, predict
+from timm_robust.autoattack_runner import VERSIONS, upstream
 from timm_robust.checkpoint import load_model
 from timm_robust.data import DATASETS, load_dataset
 from timm_robust.engine import build, fit
@@ -81,7 +81,7 @@ def ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor, case: Case) -> tuple[
     """The same, as `evaluate` does it."""
     clock = Clock(('', ': '))
     search = search_model(net, x[:16]) if case['side'] == 'ours folded' else None
-    result = module.autoattack(
+    result = autoattack(
         net,
         x,
         y,
@@ -103,7 +103,7 @@ def measure(case: Case) -> Measure:
     attack: Callable[..., tuple[torch.Tensor, dict[str, float]]] = peer
     if case['side'] != 'peer':
         keep_freed_memory()
-        module.VERSIONS['benchmark'] = tuple(case['attacks'])
+        VERSIONS['benchmark'] = tuple(case['attacks'])
         attack = ours
     warm: list[bool] = []
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from timm_robust import autoattack as door
+from timm_robust import autoattack_runner
 from timm_robust.autoattack import autoattack, undisturbed
 from timm_robust.threat_model import ThreatModel
 
@@ -209,7 +210,7 @@ def test_false_claims_are_rejected(monkeypatch, fault):
     assert (model(far).argmax(1) != y).any()
     lies = {'outside the ball': far, 'nan': torch.full_like(x, torch.nan), 'label unchanged': x.clone()}
     lie = lies.get(fault, x - 10.0)
-    monkeypatch.setattr(door._Runner, 'run', lambda self, attack, x, y: (lie, torch.ones(len(x), dtype=torch.bool)))
+    monkeypatch.setattr(door.Runner, 'run', lambda self, attack, x, y: (lie, torch.ones(len(x), dtype=torch.bool)))
     result = autoattack(model, x, y, LINF, version='apgd')
     assert result.robust.all() and result.rejected == 2 * len(x)
     assert torch.equal(result.x_adv, x) and torch.equal(result.y_pred_adv, y)
@@ -218,13 +219,13 @@ def test_false_claims_are_rejected(monkeypatch, fault):
 def test_a_rejected_image_meets_the_next_attack(monkeypatch):
     model = conv_net()
     x, y = images(model)
-    honest = door._Runner.run
+    honest = door.Runner.run
 
     def run(self, attack, x, y):
         claims, claimed = honest(self, attack, x, y)
         return (x, torch.ones_like(claimed)) if attack == 'apgd-ce' else (claims, claimed)
 
-    monkeypatch.setattr(door._Runner, 'run', run)
+    monkeypatch.setattr(door.Runner, 'run', run)
     result = autoattack(model, x, y, LINF, version='apgd')
     assert result.per_attack['apgd-ce'] == 1 > result.per_attack['apgd-t']
     assert result.rejected == len(x)
@@ -241,11 +242,11 @@ def test_few_classes_are_attacked_and_said_so(num_classes):
 
 
 def test_progress_reports_batches_and_time_left(monkeypatch):
-    monkeypatch.setattr(door, '_REPORT_EVERY_S', 0.0)
+    monkeypatch.setattr(autoattack_runner, '_REPORT_EVERY_S', 0.0)
     model, lines = conv_net(), []
     x, y = images(model)
     autoattack(model, x, y, LINF, version='apgd', batch_size=10, progress=lines.append)
-    assert [line for line in lines if line.startswith('apgd-ce - 1/2 - ')]
+    assert [line for line in lines if line.startswith('apgd-ce, batch 1: ')]
     assert [line for line in lines if line.startswith('apgd-t: ') and line.endswith('min left in all')]
     assert [line for line in lines if line.endswith('% of 16 images still robust')]
 

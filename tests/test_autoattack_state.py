@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from torch import nn
 
 from timm_robust.autoattack import autoattack
 from timm_robust.autoattack_state import BatchStore, Found
-from timm_robust.search import search_model
+from timm_robust.search import Bf16, search_model
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -25,6 +26,22 @@ from timm_robust.threat_model import ThreatModel
 model = conv_net()
 x, y = images(model)
 autoattack(model, x, y, ThreatModel('Linf', 0.02), batch_size=3, state_dir=sys.argv[1], progress=print)
+"""
+PAIR = """
+import pathlib, sys, torch
+from test_autoattack_state import conv_net, images
+from timm_robust.autoattack import autoattack
+from timm_robust.distributed import World
+from timm_robust.threat_model import ThreatModel
+world, folder, lines = World.join('cpu'), pathlib.Path(sys.argv[1]), []
+model = conv_net()
+x, y = images(model)
+settings = {'batch_size': 5, 'state_dir': folder / 'state', 'progress': lines.append}
+result = autoattack(model, x, y, ThreatModel('Linf', 0.02), world=world, **settings)
+torch.save({k: getattr(result, k) for k in ('robust', 'x_adv', 'per_attack')}, folder / f'{world.rank}.pt')
+batches = [line.split()[2].strip(':') for line in lines if line.startswith('apgd-ce, batch')]
+(folder / f'{world.rank}.txt').write_text(' '.join(batches))
+world.leave()
 """
 
 
@@ -86,6 +103,48 @@ def test_finds_that_the_model_does_not_confirm_are_looked_for_on_the_model():
     misled = autoattack(model, x, y, LINF, version='apgd', batch_size=12, search=Fooled(model, x))
     assert 0 < plain.robust.sum() < 12
     assert (misled.robust <= plain.robust).all() and misled.rejected == 0
+
+
+@pytest.mark.parametrize('version', ['standard', 'apgd'])
+def test_a_screened_run_is_never_kinder(version):
+    model = conv_net()
+    x, y = images(model)
+    settings = {'version': version, 'batch_size': 1}  # so that survivors get the random numbers of the plain run
+    plain = autoattack(model, x, y, LINF, **settings)
+    screened = autoattack(model, x, y, LINF, screen=Bf16(model), **settings)
+    attacks = list(plain.per_attack)
+    assert list(screened.per_attack) == ['screen-apgd-ce', 'screen-apgd-t', *attacks]
+    assert 0 < plain.robust.sum() < screened.per_attack['screen-apgd-ce'] * 12 < 12
+    assert (screened.robust <= plain.robust).all()
+    assert screened.per_attack[attacks[-1]] == screened.robust.double().mean()
+    assert (model(screened.x_adv).argmax(1) != y).equal(~screened.robust) and LINF.contains(screened.x_adv, x).all()
+
+
+def test_what_only_the_screen_believes_counts_for_nothing():
+    model = conv_net()
+    x, y = images(model)
+    plain = autoattack(model, x, y, LINF, version='apgd', batch_size=12)
+    misled = autoattack(model, x, y, LINF, version='apgd', batch_size=12, screen=Fooled(model, x))
+    assert misled.per_attack['screen-apgd-t'] > plain.per_attack['apgd-t'] and misled.rejected == 0
+    assert same(dataclasses.replace(misled, per_attack=plain.per_attack), plain)
+
+
+def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
+    model = conv_net()
+    x, y = images(model)
+    expected = autoattack(model, x, y, LINF, batch_size=5)
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'OMP_NUM_THREADS': '1'}
+    (tmp_path / 'pair.py').write_text(PAIR)
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    subprocess.run([*command, str(tmp_path / 'pair.py'), str(tmp_path)], env=environment, check=True)
+    first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1))
+    for key, value in first.items():
+        assert value == getattr(expected, key) if key == 'per_attack' else value.equal(getattr(expected, key)), key
+        assert value == second[key] if key == 'per_attack' else value.equal(second[key]), key
+    done = [(tmp_path / f'{rank}.txt').read_text().split() for rank in (0, 1)]
+    assert done == [['1', '3'], ['2']]  # batches 1, 2 and 3 of APGD-CE, dealt out in turn
+    again = autoattack(model, x, y, LINF, batch_size=5, state_dir=tmp_path / 'state')  # read back by one process
+    assert same(again, expected)
 
 
 def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):

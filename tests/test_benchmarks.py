@@ -119,7 +119,7 @@ def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
     import attack
 
     monkeypatch.setattr(attack, 'keep_freed_memory', lambda: False)  # it would hold for the tests that follow
-    monkeypatch.setitem(attack.module.VERSIONS, 'benchmark', ())
+    monkeypatch.setitem(attack.VERSIONS, 'benchmark', ())
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.random((4, 3, 32, 32), dtype=np.float32))
     case = {'model': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'eps': '0.1/255', 'attacks': ['apgd-ce']}

@@ -250,7 +250,7 @@ def test_the_command_line_end_to_end(checkpoint, tmp_path, capsys):
     result = RobustnessResult.from_json(files[0])
     assert RobustnessResult(**json.loads(out.splitlines()[-1])) == result
     assert 'APGD-CE + APGD-T' in out and 'Linf 1/255' in out
-    assert 'images/s' in err and 'PGD-10 start 1 of 2' in err and 'apgd-t - ' in err
+    assert 'images/s' in err and 'PGD-10 start 1 of 2' in err and 'apgd-t, batch 1: ' in err
     assert result.model == 'run/best.pth.tar' and 'someone' not in out and str(tmp_path) not in files[0].read_text()
     assert (result.n, result.dataset, result.split, result.restarts, result.seed) == (8, 'digits', 'test', 2, 0)
     assert result.clean_acc > 0.5 and result.apgd_acc <= result.pgd_acc <= result.clean_acc

@@ -38,6 +38,7 @@ FLOORS = {
     'awp': 2,
     'step': 3,
     'autoattack_state': 1,
+    'autoattack_runner': 2,
     'autoattack': 3,
     'search': 3.5,
     'shape': 3.5,

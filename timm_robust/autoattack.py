@@ -7,29 +7,24 @@ untouched model from inside the ball. Verdicts depend on seed and batch size: Au
 
 from __future__ import annotations
 
-import logging
 import random
-import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from .attacks import attacked
+from .autoattack_runner import VERSIONS, Fp32Logits, Report, Runner, device_of
 from .autoattack_state import BatchStore, Found, identity
+from .distributed import World
 from .threat_model import ThreatModel, check_images
-
-VERSIONS = {'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'), 'apgd': ('apgd-ce', 'apgd-t')}
-_TARGETS = 9  # target classes of AutoAttack's targeted attacks
-_REPORT_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +66,9 @@ def autoattack(
     device: torch.device | str | None = None,
     progress: Callable[[str], object] | None = None,
     search: nn.Module | None = None,
+    screen: nn.Module | None = None,
     state_dir: str | Path | None = None,
+    world: World | None = None,
 ) -> AutoAttackResult:
     """Attack a model with AutoAttack and leave the model, the random numbers and the tracer as they were.
 
@@ -87,7 +84,10 @@ def autoattack(
         progress: called with a line of text after every batch, and with the time left every 10 s.
         search: an equal but faster network to attack, such as `search_model` makes; the verdicts are the model's: an
             adversarial image that the model does not confirm is looked for again on the model itself.
+        screen: a coarser, faster network, such as `Bf16`. APGD-CE and APGD-T run on it first; what they find and the
+            model confirms is broken, and whatever is left goes through the whole attack as without it.
         state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was.
+        world: the processes that share the batches out; each gets the whole result, the same as one process alone.
 
     Raises:
         ImportError: if pyautoattack is missing.
@@ -98,93 +98,102 @@ def autoattack(
     _check(x, y, threat_model, version, batch_size)
     x = x.detach().float().contiguous()
     y = y.detach().long().to(x.device)
-    report = _Report(progress)
-    store = None
+    report, store = Report(progress), None
+    world = world or World(x.device)
     if state_dir is not None:
         facts = {'version': version, 'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
-        store = BatchStore(state_dir, facts | identity(model, x, y) | {'search': search is not None})
+        facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
+        store = BatchStore(state_dir, facts)
     with undisturbed(model):
-        plain = _Runner(model, x, threat_model, batch_size, seed, device, report)
+        runner = partial(
+            Runner, x=x, threat_model=threat_model, batch_size=batch_size, seed=seed, device=device, report=report
+        )
+        plain = runner(model)
         check_images(x, y, plain.num_classes)
         y_pred_adv = predict(plain.logits, x, batch_size)
-        runner = plain
+        searcher = plain
         if search is not None and torch.equal(predict(Fp32Logits(search), x, batch_size), y_pred_adv):
-            runner = _Runner(search, x, threat_model, batch_size, seed, device, report)
+            searcher = runner(search)
+        steps = [_Step(attack, attack, searcher, work) for attack, work in plain.plan(version).items()]
+        if screen is not None:
+            coarse = runner(screen)
+            first = [step for step in steps if step.attack in VERSIONS['apgd']]
+            steps = [_Step(f'screen-{step.attack}', step.attack, coarse, step.work) for step in first] + steps
+        batches = _Batches(plain, x, y, threat_model, report, store)
         robust = clean_correct = y_pred_adv == y
         x_adv, rejected, per_attack = x.clone(), 0, {'clean': share(robust)}
-        plan = plain.plan(version)
-        for attack in list(plan):
+        for place, step in enumerate(steps):
             left = robust.nonzero()[:, 0]
             if len(left) and threat_model.eps:  # at eps 0 the ball holds nothing but the image
-                work = plan.pop(attack)
-                report.start(attack, len(left) * work, len(left) * sum(plan.values()))
-                parts = left.split(batch_size)
-                for number, part in enumerate(parts):
-                    found = store.load(attack, number, part) if store else None
-                    if found is None:
-                        found = _find(runner, plain, attack, x[part], y[part], threat_model, report)
-                        if store:
-                            store.save(attack, number, part, found)
-                    else:
-                        report.resume(len(part) * work, found.messages)
-                    broken = part[found.broken.to(part.device)]
-                    report.say(f'{attack} - {number + 1}/{len(parts)} - {len(broken)} of {len(part)} images broken')
+                parts = dict(enumerate(left.split(batch_size)))
+                mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
+                later = len(left) * sum(other.work for other in steps[place + 1 :]) / world.size
+                report.start(step.name, step.work * sum(len(part) for part in mine.values()), later)
+                every = world.gather({number: batches.attack(step, number, part) for number, part in mine.items()})
+                for number, found in every.items():
+                    broken = parts[number][found.broken.to(left.device)]
                     rejected += found.rejected
+                    report.messages += found.messages
                     robust = robust.index_fill(0, broken, False)
                     x_adv[broken], y_pred_adv[broken] = found.x_adv.to(x.device), found.labels.to(x.device)
-            per_attack[attack] = share(robust)
-            report.say(f'{attack}: {per_attack[attack]:.2%} of {len(x)} images still robust')
+            per_attack[step.name] = share(robust)
+            report.say(f'{step.name}: {per_attack[step.name]:.2%} of {len(x)} images still robust')
         plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
     seconds, warnings = time.perf_counter() - started, report.warnings()
     return AutoAttackResult(robust, x_adv, y_pred_adv, clean_correct, per_attack, warnings, rejected, seconds, version)
 
 
-def _find(
-    runner: _Runner,
-    plain: _Runner,
-    attack: str,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    threat_model: ThreatModel,
-    report: _Report,
-) -> Found:
-    """One attack on one batch: on the runner's network, and again on the model for what the model did not confirm."""
-    said = len(report.messages)
-    claims, claimed = runner.run(attack, x, y)
-    claims, labels, broken = recheck(plain.logits, claims, x, y, threat_model, len(x))
-    broken &= claimed
-    again = claimed & ~broken
-    if runner is not plain and again.any():
-        more, sure = plain.run(attack, x[again], y[again])
-        more, names, fell = recheck(plain.logits, more, x[again], y[again], threat_model, len(x))
-        claims[again], labels[again] = more, names
-        broken[again], claimed[again] = fell & sure, sure
-    index = broken.nonzero()[:, 0].cpu()
-    return Found(index, claims[broken], labels[broken], int((claimed & ~broken).sum()), report.messages[said:])
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One attack on what is left: its name in the record, the attack, where it runs, and its work on a survivor."""
+
+    name: str
+    attack: str
+    runner: Runner
+    work: int
 
 
-class Fp32Logits(nn.Module):
-    """A model as an attack wants it: any floating images in, contiguous float32 logits out, whatever it computes in.
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """The images, the model that has the last word on each find, and where finds are kept."""
 
-    Args:
-        model: images [B, C, H, W] -> logits [B, classes].
-        on_forward: called with each batch of images, to count.
-    """
+    plain: Runner
+    x: torch.Tensor
+    y: torch.Tensor
+    threat_model: ThreatModel
+    report: Report
+    store: BatchStore | None
 
-    def __init__(self, model: nn.Module, on_forward: Callable[[torch.Tensor], object] | None = None) -> None:
-        """Note the floating type that the model takes."""
-        super().__init__()
-        self.model, self.on_forward, self.dtype = model, on_forward, dtype_of(model)
+    def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
+        """What a step finds in one batch, now or in the run before."""
+        found = self.store.load(step.name, number, part) if self.store else None
+        if found is None:
+            found = self._find(step, self.x[part], self.y[part])
+            if self.store:
+                self.store.save(step.name, number, part, found)
+        else:
+            self.report.resume(len(part) * step.work)
+        self.report.say(f'{step.name}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
+        return found
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [B, classes] of float32; a fresh tensor, for Square writes into it."""
-        if self.on_forward is not None:
-            self.on_forward(x)
-        output = self.model(x.to(self.dtype).contiguous()).float().clone(memory_format=torch.contiguous_format)
-        if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
-            output = output + 0 * x.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: gradient 0, no crash
-        return output
+    def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
+        """One attack on one batch; not a screen's, but others again on the model for what the model did not confirm."""
+        messages, self.report.messages = self.report.messages, []
+        claims, claimed = step.runner.run(step.attack, x, y)
+        claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model, len(x))
+        broken &= claimed
+        again = claimed & ~broken
+        if step.name != step.attack:
+            claimed = broken
+        elif step.runner is not self.plain and again.any():
+            more, sure = self.plain.run(step.attack, x[again], y[again])
+            more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model, len(x))
+            claims[again], labels[again] = more, names
+            broken[again], claimed[again] = fell & sure, sure
+        said, self.report.messages = self.report.messages, messages
+        index, rejected = broken.nonzero()[:, 0].cpu(), int((claimed & ~broken).sum())
+        return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said)
 
 
 @contextmanager
@@ -231,135 +240,9 @@ def recheck(
     return x_adv, labels, (labels != y) & threat_model.contains(x_adv, x, tolerance)
 
 
-def device_of(model: nn.Module, x: torch.Tensor) -> torch.device:
-    """The model's device, or that of the images x for a model without parameters."""
-    return next((p.device for p in model.parameters()), x.device)
-
-
-def dtype_of(model: nn.Module) -> torch.dtype:
-    """The floating type that the model takes: that of its first floating parameter, else float32."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 def share(flags: torch.Tensor) -> float:
     """Share of true flags, exact where a float32 mean is not."""
     return int(flags.sum()) / len(flags)
-
-
-def upstream() -> Any:
-    """The library behind this module.
-
-    Raises:
-        ImportError: if it is missing, with what to type.
-    """
-    try:
-        import pyautoattack.checks
-    except ImportError as error:
-        raise ImportError('AutoAttack needs pyautoattack; type: pip install timm-robust[eval]') from error
-    return pyautoattack
-
-
-class _Runner:
-    """The attacks of pyautoattack, with the standard settings, run one at a time on one model."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        x: torch.Tensor,
-        threat_model: ThreatModel,
-        batch_size: int,
-        seed: int,
-        device: torch.device | str | None,
-        report: _Report,
-    ) -> None:
-        library = upstream()
-        self.checks, self.report, self.batch_size = library.checks, report, batch_size
-        self.device = torch.device(device) if device is not None else device_of(model, x)
-        if self.device.type != device_of(model, x.to(self.device)).type:
-            raise ValueError(f'the model is not on {self.device}; move it there with model.to({str(self.device)!r})')
-        self.logits = Fp32Logits(model, report.count)
-        self.num_classes = self.logits(x[:1].to(self.device)).shape[-1]
-        self.targets = min(_TARGETS, self.num_classes - 1)
-        norm, eps = threat_model.norm, threat_model.eps
-        runner = library.AutoAttack(self.logits, norm=norm, eps=eps, seed=seed, device=self.device, version='standard')
-        runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = self.targets
-        runner.logger = runner.apgd.logger = runner.apgd_targeted.logger = report.logger
-        self.runner = runner
-
-    def plan(self, version: str) -> dict[str, int]:
-        """The attacks to run -> the work on an image that survives it, in image forwards (with backward: 3)."""
-        classes, targets = self.num_classes, self.targets
-        if classes < 2:
-            raise ValueError(f'the model has {classes} output; AutoAttack needs logits of at least 2 classes')
-        if targets < _TARGETS:
-            self.report.messages.append(f'{classes} classes: {targets} target classes instead of {_TARGETS}')
-        work = {'apgd-ce': 303, 'apgd-t': 304 * targets, 'fab-t': 403 * targets, 'square': 5000}
-        plan = {attack: work[attack] for attack in VERSIONS[version]}
-        if classes < 4:
-            self.report.messages.append(f'{classes} classes: no apgd-t, for its DLR loss needs at least 4')
-            del plan['apgd-t']
-        return plan
-
-    def run(self, attack: str, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The images that one attack returns, [N, C, H, W], and which of them it claims to be adversarial, [N]."""
-        self.logits(x[: self.batch_size].to(self.device))  # compile now, not under upstream's traced check
-        counters = self.checks.funcs  # global; upstream never resets them, so one dynamic model taints the next
-        counters.update(dict.fromkeys(counters, 0))
-        self.runner.attacks_to_run = [attack]
-        try:
-            x_adv, labels = self.runner.run_standard_evaluation(x, y, batch_size=self.batch_size)
-        finally:
-            counters.update(dict.fromkeys(counters, 0))
-        return x_adv, labels != y
-
-
-class _Report:
-    """Collects AutoAttack's warnings, passes its batches on, and estimates the time left from the forwards so far."""
-
-    def __init__(self, progress: Callable[[str], object] | None) -> None:
-        self.progress, self.messages = progress, list[str]()
-        self.logger = logging.Logger('timm_robust.autoattack')  # unregistered: nobody's handlers and levels change
-        self.logger.addFilter(self._take)
-        self.attack, self.plan, self.later, self.done, self.all_done = '', 0, 0, 0, 0
-        self.started = self.said = time.perf_counter()
-
-    def start(self, attack: str, plan: int, later: int) -> None:
-        """An attack begins; plan is its work in image forwards, later that of those after it, if all images survive."""
-        self.attack, self.plan, self.later, self.done = attack, plan, later, 0
-
-    def resume(self, work: int, messages: list[str]) -> None:
-        """A batch was done before; what it said is said again."""
-        self.plan -= work
-        self.messages += messages
-
-    def count(self, x: torch.Tensor) -> None:
-        """Note one forward of a batch."""
-        work = len(x) * (3 if x.requires_grad else 1)
-        self.done, self.all_done, now = self.done + work, self.all_done + work, time.perf_counter()
-        if self.attack and now - self.said > _REPORT_EVERY_S:
-            self.said = now
-            left = (max(self.plan - self.done, 0) + self.later) * (now - self.started) / self.all_done
-            self.say(
-                f'{self.attack}: {min(self.done / max(self.plan, 1), 1):.0%}, at most {left / 60:.1f} min left in all'
-            )
-
-    def say(self, message: str) -> None:
-        """Pass a line on."""
-        if self.progress is not None:
-            self.progress(message)
-
-    def warnings(self) -> list[str]:
-        """The warnings; those that differ only in their numbers once, with their count."""
-        kinds = Counter(re.sub(r'\d+', '#', text) for text in self.messages)
-        first = {re.sub(r'\d+', '#', text): text for text in reversed(self.messages)}
-        return [first[kind] + (f' ({count} times)' if count > 1 else '') for kind, count in kinds.items()]
-
-    def _take(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.messages.append(text)
-            self.say(f'warning: {text}')
-        return False
 
 
 def _check(x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, version: str, batch_size: int) -> None:

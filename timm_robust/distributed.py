@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
+
+T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,19 @@ class World:
     def share(self, rows: torch.Tensor) -> torch.Tensor:
         """This process's part of rows that are dealt out in turn."""
         return rows[self.rank :: self.size]
+
+    def gather(self, items: dict[int, T]) -> dict[int, T]:
+        """The entries of all processes' dictionaries, in the order of their keys; tensors in them are on the CPU."""
+        every = [items]
+        if self.size > 1:
+            every = [{} for _ in range(self.size)]
+            dist.all_gather_object(every, items)
+        return dict(sorted((entry for part in every for entry in part.items()), key=lambda entry: entry[0]))
+
+    def leave(self) -> None:
+        """Part from the others, at the end of the program."""
+        if self.size > 1:
+            dist.destroy_process_group()
 
     def wait(self) -> None:
         """Wait for all."""

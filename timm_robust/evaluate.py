@@ -27,14 +27,16 @@ from torch import nn
 
 from .allocator import keep_freed_memory
 from .attacks import pgd
-from .autoattack import Fp32Logits, autoattack, device_of, dtype_of, predict, recheck, share, undisturbed, upstream
+from .autoattack import autoattack, predict, recheck, share, undisturbed
+from .autoattack_runner import Fp32Logits, device_of, dtype_of, upstream
 from .checkpoint import load_model
 from .data import DATASETS, SPLITS, ImageData, load_dataset
+from .distributed import World
 from .honesty import doubts
 from .losses import cross_entropy
 from .pixels import pixel_input
-from .results import ATTACKS, RobustnessResult, atomic_file, environment, git_commit
-from .search import search_model
+from .results import ATTACKS, SCREENS, RobustnessResult, atomic_file, environment, git_commit
+from .search import Bf16, search_model
 from .threat_model import NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000
@@ -42,7 +44,7 @@ _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
 _SETTINGS = (
     *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
-    *('search', 'state_dir', 'checks'),
+    *('search', 'screen', 'state_dir', 'checks'),
 )
 Progress = Callable[[str], object]
 
@@ -79,8 +81,10 @@ def evaluate(
     split: str = 'test',
     img_size: int | None = None,
     search: bool = True,
+    screen: str | None = None,
     state_dir: str | Path | None = None,
     checks: bool = True,
+    world: World | None = None,
 ) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
     """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
 
@@ -101,8 +105,10 @@ def evaluate(
         img_size: side that images are resized to inside the attacked function, so that eps is in the data's pixels;
             None: what the model was trained with (load_model), else no resizing.
         search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
+        screen: 'bf16': APGD-CE and APGD-T run in bfloat16 first, and what the model does not confirm is attacked whole.
         state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
         checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings.
+        world: the processes that share AutoAttack's batches out; each gets the whole result.
 
     Returns:
         The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
@@ -114,6 +120,8 @@ def evaluate(
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
     if attack not in ATTACKS:
         raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
+    if screen not in SCREENS:
+        raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
     for what, count in {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}.items():
         if count < 1:
             raise ValueError(f'{what} must be at least 1, got {count}')
@@ -141,8 +149,11 @@ def evaluate(
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
         if attack in _VERSIONS:
             found = search_model(pixels, x[:16]) if search else None
-            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, found, state_dir)
-            facts['search'] = 'model' if found is None else 'folded'
+            settings: dict[str, Any] = {'search': found, 'screen': Bf16(found or pixels) if screen else None}
+            settings |= {'state_dir': state_dir, 'world': world}
+            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
+            facts |= {'search': 'model' if found is None else 'folded', 'screen': screen}
+            facts['processes'] = world.size if world else 1
         if attack != 'none' and checks:
             facts['warnings'] = facts.get('warnings', []) + _doubts(logits, x, data.labels, threat_model, seed)
     if attack != 'none':
@@ -170,17 +181,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
         threat_model = ThreatModel(args.norm, args.eps)
         data = load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
-        model = load_model(args.model, device=args.device, **args.model_kwargs)
-        data = data.to(args.device)
+        world = World.join(args.device)
+        model = load_model(args.model, device=world.device, **args.model_kwargs)
+        data = data.to(world.device)
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)
     if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
         _print(f'note: {args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     settings['n'] = min(_DEFAULT_N, len(data)) if args.n is None else args.n
-    progress = None if args.quiet else _print
+    progress = None if args.quiet or world.rank else _print
     try:
-        result, tensors = evaluate(model, data, threat_model, name=args.model, progress=progress, **settings)
+        result, tensors = evaluate(
+            model, data, threat_model, name=args.model, progress=progress, world=world, **settings
+        )
+        world.leave()
+        if world.rank:
+            return
         if args.results_file:
             result.to_json(args.results_file)
         if args.flags_file:
@@ -202,7 +219,7 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
     keys = ('dataset', 'split', 'n', 'norm', 'attack', 'batch_size', 'seed')
     vars(args).update({key: getattr(record, key) for key in keys} | {'eps': record.eps_text})
-    args.search = record.search != 'model'
+    args.search, args.screen = record.search != 'model', record.screen
     if record.steps is not None:
         args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
 
@@ -286,13 +303,12 @@ def _autoattack(
     threat_model: ThreatModel,
     facts: dict[str, Any],
     progress: Progress | None,
-    search: nn.Module | None,
-    state_dir: str | Path | None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
-    attack, shared = facts['attack'], {key: facts[key] for key in ('batch_size', 'seed')}
-    shared |= {'search': search, 'state_dir': state_dir, 'progress': progress}
-    result = autoattack(pixels, x, tensors['y'], threat_model, version=_VERSIONS[attack], **shared)
+    attack, version = facts['attack'], _VERSIONS[facts['attack']]
+    settings |= {'batch_size': facts['batch_size'], 'seed': facts['seed'], 'progress': progress}
+    result = autoattack(pixels, x, tensors['y'], threat_model, version=version, **settings)
     warnings = list(result.warnings)
     if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
@@ -383,6 +399,11 @@ def _parser() -> _Parser:
     add('--seed', type=int, default=0, help='seed of all attacks')
     add('--img-size', type=int, help='resize images to this size; what the model was trained with if not given')
     add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
+    add(
+        '--screen',
+        choices=SCREENS[1:],
+        help='run APGD in this type first; the model confirms what it finds, and the rest is attacked whole',
+    )
     add('--state-dir', help="keep AutoAttack's finds there batch by batch; type the same again to go on after a kill")
     add('--no-checks', dest='checks', action='store_false', help='skip the search for signs of masked gradients')
     add('--repeat', metavar='FILE', help='repeat the measurement of this record with its settings, and compare')

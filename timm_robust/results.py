@@ -24,6 +24,7 @@ from typing import IO, Any
 import torch
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
+SCREENS = (None, 'bf16')
 _ACCURACIES = {'clean_acc': 'clean', 'pgd_acc': 'PGD', 'apgd_acc': 'APGD-CE + APGD-T', 'autoattack_acc': 'AutoAttack'}
 
 
@@ -54,6 +55,8 @@ class RobustnessResult:
         attack_version: version of AutoAttack, 'standard' or 'apgd'; None without it.
         search: what AutoAttack searched on: 'model', or 'folded', an equal copy with batch norm folded into the
             convolutions, every find confirmed by the model; None without it.
+        screen: 'bf16' if APGD ran in that type first, every find confirmed by the model; None if not.
+        processes: processes that shared AutoAttack's batches out.
         steps: steps of PGD; None without it.
         step_size: its step in pixels; None without it.
         restarts: its number of random starts; None without it.
@@ -88,6 +91,8 @@ class RobustnessResult:
     data_sha256: str | None = None
     attack_version: str | None = None
     search: str | None = None
+    screen: str | None = None
+    processes: int = 1
     steps: int | None = None
     step_size: float | None = None
     restarts: int | None = None

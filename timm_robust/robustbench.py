@@ -30,7 +30,7 @@ import torch
 import yaml
 from torch import nn
 
-from .autoattack import upstream
+from .autoattack_runner import upstream
 from .checkpoint import load_model as load_any
 from .checkpoint import read_weights
 from .data import ImageData, load_dataset

@@ -1,11 +1,11 @@
-"""The network that AutoAttack searches on: equal to the model that gives the verdicts, and faster."""
+"""The networks that AutoAttack searches on: an equal, faster one, and a coarser one; the model gives the verdicts."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from .autoattack import device_of, dtype_of
+from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
 
 _TOLERANCE = 1e-4  # of the logits' largest value
@@ -21,6 +21,19 @@ class ChannelsLast(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images [B, C, H, W]."""
         return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+class Bf16(nn.Module):
+    """A network whose convolutions and matrix products run in bfloat16, to screen images with."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W]."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.net(x)
 
 
 def search_model(model: nn.Module, x: torch.Tensor) -> nn.Module | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from .activations import Activation
 from .attacks import pgd
-from .autoattack import upstream
+from .autoattack_runner import upstream
 from .losses import cross_entropy
 from .threat_model import ThreatModel
 
