@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from timm_robust.activations import PSSiLU, get_activation
+from timm_robust.recipe import Recipe
 from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +22,14 @@ def study():
     sys.modules['shape_study'] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'train/studies').glob('*.yaml')), ids=lambda path: path.stem)
+def test_the_studies_that_we_ship_are_read(study, path):
+    settings, measure, points = study.read_study(path)
+    assert len({point.name for point in points}) == len(points) > 10
+    assert {point.loss for point in points} == {'pgd_at', 'clean'} and measure['attack'] == 'autoattack'
+    Recipe(**{**settings, 'model': 'resnet18_relu'})
 
 
 def linear(outputs=2, seed=0):

@@ -21,12 +21,16 @@ SELECTIONS = {
     'wrn28_10': 'wrn28_10_pssilu or wrn28_10_relu',
     'wrn34_10': 'wrn34_10_pssilu',
     'wrn70_16': 'test_model_default_cfgs and wrn70_16_pssilu',
+    'resnet50': ' or '.join(f'resnet50_{act}' for act in ('silu', 'gelu', 'elu', 'softplus', 'smoothrelu', 'pssilu')),
+    'resnext50': 'resnext50_32x4d_silu or resnet101_silu',
+    'efficientnet': 'efficientnet_b0_silu or efficientnet_b1_silu or efficientnet_b2_silu',
+    'large': 'test_model_default_cfgs and (resnet152_silu or resnext152_32x8d_silu or efficientnet_b7_silu)',
 }
 
 
 @pytest.fixture(scope='module')
 def upstream(tmp_path_factory):
-    """A folder with upstream's test file, our two modules added to its list of those with forward_intermediates."""
+    """A folder with upstream's test file, our modules added to its list of those with forward_intermediates."""
     cache = ROOT / '.cache'
     archive = cache / f'timm-{timm.__version__}.tar.gz'
     if not archive.is_file():
@@ -52,7 +56,9 @@ def upstream(tmp_path_factory):
             if name == 'test_models.py':
                 marker = 'FEAT_INTER_FILTERS = ['
                 assert marker in text, 'upstream renamed its list of modules with forward_intermediates'
-                text = 'import timm_robust\n' + text.replace(marker, f"{marker}'cifar_resnet', 'wide_resnet', ", 1)
+                text = 'import timm_robust\n' + text.replace(
+                    marker, f"{marker}'cifar_resnet', 'wide_resnet', 'imagenet', ", 1
+                )
             (folder / name).write_text(text)
     return folder
 
