@@ -42,9 +42,7 @@ def fit(run: Run) -> dict[str, Any]:
         Diverged: if the run went wrong more often than the recipe lets it go back.
     """
     recipe = run.recipe
-    if not run.world.rank:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        recipe.to_yaml(run.folder / 'args.yaml', full=True)
+    make_folder(run)
     describe(run)
     settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
     wandb: dict[str, Any] = {'wandb': recipe.log_wandb, 'wandb_project': recipe.wandb_project}
@@ -62,6 +60,13 @@ def fit(run: Run) -> dict[str, Any]:
                 log.history = list(run.history)
     run.world.wait()
     return result(run)
+
+
+def make_folder(run: Run) -> None:
+    """The run's folder, with the recipe in it."""
+    if not run.world.rank:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run.recipe.to_yaml(run.folder / 'args.yaml', full=True)
 
 
 def describe(run: Run) -> None:
@@ -171,6 +176,9 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     row.update(activation_state(run.model))
     check_epoch(row, run.history)
     check_weights(run.model)
+    if not run.folder.is_dir():
+        logger.warning('%s has vanished; it is made anew', run.folder)
+        make_folder(run)
     run.history.append(row)
     log.epoch(row)
     metric = row.get(metric_name(recipe), -1.0)

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -183,6 +184,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
+        OSError: if the disk refuses (full, read-only), naming the file.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -195,8 +197,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write that failed does not know its file
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(f'cannot write {target}: {error}; {free:,} bytes are free') from error
         raise
 
 

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
     recipe = parse_recipe(rest)
     keep_freed_memory()
+    run = None
     try:
         run = build(recipe)
         if args.plan:
@@ -48,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        advice = ''
+        if run is not None and run.step and isinstance(error, OSError):
+            advice = f'; when that is mended, go on with --resume {run.folder / "last.pth.tar"} and the same settings'
+        print(f'error: {error}{advice}', file=sys.stderr)
         return 2
     if not run.world.rank:
         print(json.dumps(line))

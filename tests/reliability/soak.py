@@ -3,7 +3,7 @@
     python tests/reliability/soak.py --kills 50 --count 250 --minutes 60
 
 Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must
-be those of an undisturbed run, bit for bit. Fuzzed: see fuzz.py. Soaked: training and attacks run on, and memory, open
+be those of an undisturbed run, bit for bit. Faults: see test_faults.py. Fuzzed: see fuzz.py. Soaked: training and attacks run on, and memory, open
 files and the log must not grow.
 """
 
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import torch
 
@@ -81,6 +82,20 @@ def fuzzed(count: int, seed: int) -> dict[str, dict]:
     return found
 
 
+def faults() -> dict[str, dict[str, int]]:
+    """What test_faults.py finds, test by test; those that this machine cannot provoke are left out."""
+    with tempfile.TemporaryDirectory() as name:
+        report = Path(name) / 'report.xml'
+        command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', str(HERE / 'test_faults.py')]
+        subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL)
+        found: dict[str, dict[str, int]] = {}
+        for case in ElementTree.parse(report).iter('testcase'):
+            row = found.setdefault(case.get('name').partition('[')[0][5:].replace('_', ' '), {'tried': 0, 'lost': 0})
+            row['tried'] += case.find('skipped') is None
+            row['lost'] += case.find('failure') is not None or case.find('error') is not None
+    return {name: row for name, row in found.items() if row['tried']}
+
+
 def soaked(minutes: float) -> dict[str, object]:
     """Train for so long; memory and open files at a tenth of the time and at the end, and the size of the log."""
     with tempfile.TemporaryDirectory() as name, open(Path(name) / 'log', 'w') as log:
@@ -118,19 +133,23 @@ def main() -> int:
     kills = killed(args.kills, args.seed) if args.kills else None
     fuzz = fuzzed(args.count, args.seed) if args.count else {}
     soak = soaked(args.minutes) if args.minutes else None
+    provoked = faults()
     print('| fault | tried | survived | lost |\n|---|---|---|---|')
     if kills:
         same = bool(kills['same bits at the end'])
         print(
             f'| SIGKILL of a training | {kills["kills"]} | {kills["kills"] if same else "?"} | {0 if same else "yes"} |'
         )
+    for name, row in provoked.items():
+        print(f'| {name} | {row["tried"]} | {row["tried"] - row["lost"]} | {row["lost"]} |')
     print('\n| damaged and hostile files | tried | read | refused | crashed |\n|---|---|---|---|---|')
     for kind, found in fuzz.items():
         tried = found['read'] + found['refused'] + len(found['crashed'])
         print(f'| {kind} | {tried} | {found["read"]} | {found["refused"]} | {len(found["crashed"])} |')
     print('\n' + json.dumps({'killed': kills, 'soaked': soak, 'crashes': {k: v['crashed'] for k, v in fuzz.items()}}))
     flat = soak is None or abs(float(str(soak['memory grew by']).rstrip('%'))) <= 2
-    fine = (kills is None or kills['same bits at the end']) and not any(v['crashed'] for v in fuzz.values())
+    fine = kills is None or kills['same bits at the end']
+    fine = fine and not any(v['crashed'] for v in fuzz.values()) and not any(v['lost'] for v in provoked.values())
     return 0 if fine and flat else 1
 
 

@@ -1,0 +1,205 @@
+"""Disks that fill up, go read-only or lose files, processes that die, activations that blow up, tokens that leak."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_robust.checkpoint import load_checkpoint
+from timm_robust.engine import build, fit
+from timm_robust.recipe import Recipe
+from timm_robust.watchdog import Diverged
+
+ROOT = Path(__file__).parents[2]
+ARGS = [
+    '--dataset', 'digits', '--model', 'resnet18_pssilu', '--model-kwargs', 'width=4', '--eps', '0.1', '--steps', '1',
+    '--eval-steps', '1', '--val-size', '30', '--hflip', '0', '--batch-size', '100', '--experiment', 'run',
+    '--log-interval', '1', '--device', 'cpu',
+]  # fmt: skip
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
+NAMESPACE = ['unshare', '--user', '--map-root-user', '--mount', 'sh', '-c']
+SMALL = Recipe(
+    model='resnet18_pssilu',
+    model_kwargs={'width': 4},
+    dataset='digits',
+    val_size=50,
+    val_batch_size=50,
+    hflip=0.0,
+    eps=0.1,
+    steps=1,
+    eval_steps=1,
+    epochs=3,
+    batch_size=400,
+    lr=0.05,
+    experiment='run',
+)
+DISK = """
+import os, shutil, subprocess, sys
+from pathlib import Path
+from timm_robust.checkpoint import load_checkpoint
+
+disk, fault, script, *args = sys.argv[1:]
+disk = Path(disk)
+last = disk / 'run/last.pth.tar'
+
+def train(steps):
+    command = [sys.executable, script, *args, '--output', disk, '--max-steps', str(steps), '--resume', 'auto']
+    return subprocess.run(command, capture_output=True, text=True)
+
+assert train(4).returncode == 0
+before, names = last.read_bytes(), sorted(os.listdir(disk / 'run'))
+if fault == 'full':
+    (disk / 'fill').write_bytes(bytes(shutil.disk_usage(disk).free - 50_000))
+else:
+    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
+run = train(8)
+print(run.stderr)
+line = run.stderr.strip().splitlines()[-1]
+assert run.returncode == 2 and 'Traceback' not in run.stderr and line.startswith('error: ') and str(disk) in line
+assert {'full': 'bytes', 'read-only': 'Read-only file system'}[fault] in line
+assert last.read_bytes() == before
+assert sorted(os.listdir(disk / 'run')) == names
+if fault == 'full':
+    (disk / 'fill').unlink()
+else:
+    subprocess.run(['mount', '-o', 'remount,rw', disk], check=True)
+assert train(8).returncode == 0 and load_checkpoint(last)['step'] == 8
+print('survived')
+"""
+
+
+@pytest.mark.parametrize('fault', ['full', 'read-only'])
+def test_a_disk_that_refuses_costs_nothing_that_was_saved(tmp_path, fault):
+    mount = f'mount -t tmpfs -o size=16m tmpfs {tmp_path}'
+    if not shutil.which('unshare') or subprocess.run([*NAMESPACE, mount], capture_output=True).returncode:
+        pytest.skip('needs a mount namespace of its own')
+    arguments = [tmp_path, fault, ROOT / 'train/adv_train.py', *ARGS]
+    command = [*NAMESPACE, f'{mount} && exec "$0" -c "$@"', sys.executable, DISK, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.stdout.endswith('survived\n'), run.stdout + run.stderr
+
+
+def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):
+    run = build(Recipe(**{**vars(SMALL), 'output': str(tmp_path)}))
+    batches = run.batches
+
+    class Vanishing:
+        steps_per_epoch, data = batches.steps_per_epoch, batches.data
+
+        def __getitem__(self, number):
+            if number == batches.steps_per_epoch + 1:
+                shutil.rmtree(tmp_path / 'run')
+            return batches[number]
+
+    run.batches = Vanishing()
+    with caplog.at_level('WARNING', 'timm_robust'):
+        line = fit(run)
+    assert 'has vanished; it is made anew' in caplog.text and line['steps'] == run.total_steps
+    assert {'args.yaml', 'last.pth.tar', 'summary.csv'} <= set(os.listdir(tmp_path / 'run'))
+    assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 4  # the first epoch's row too
+
+
+def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_written(tmp_path):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += [str(ROOT / 'train/adv_train.py'), *ARGS, '--output', str(tmp_path), '--epochs', '500']
+    command += ['--save-interval', '1', '--resume', 'auto']
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    for line in process.stderr:
+        if ' step 3/' in line:
+            break
+    children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
+    if not children.is_file():
+        process.kill()
+        pytest.skip('needs /proc/PID/task/PID/children')
+    os.kill(int(children.read_text().split()[1]), signal.SIGKILL)
+    began, rest = time.monotonic(), process.stderr.read()
+    assert process.wait(60) != 0 and time.monotonic() - began < 60
+    assert 'Signal 9 (SIGKILL)' in rest
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] >= 2 and not list((tmp_path / 'run').glob('.*'))
+    steps = ['--max-steps', str(state['step'] + 1)]
+    again = subprocess.run([*command, *steps], capture_output=True, text=True, env=ENVIRONMENT)
+    assert again.returncode == 0 and f'at step {state["step"]} of' in again.stderr, again.stderr
+
+
+@pytest.mark.parametrize(
+    ('act', 'name', 'value'),
+    [
+        ('psoftplus', 'alpha', 0.0),  # log(2) / 0
+        ('pssilu', 'beta', 1.0),  # x (s - 1) / 0
+        ('pssilu', 'alpha', float('inf')),
+        ('smoothrelu', 'alpha', float('nan')),
+    ],
+)
+@pytest.mark.parametrize('remedy', ['rollback', 'stop'])
+def test_an_activation_that_blows_up_is_never_saved(tmp_path, act, name, value, remedy):
+    settings = {'model': f'resnet18_{act}', 'output': str(tmp_path), 'on_divergence': remedy, 'log_interval': 1}
+    run, hit = build(Recipe(**{**vars(SMALL), **settings})), []
+    batches = run.batches
+
+    class Blowing:
+        steps_per_epoch, data = batches.steps_per_epoch, batches.data
+
+        def __getitem__(self, number):
+            if number == 4 and not hit:  # in the second epoch
+                hit.append(number)
+                with torch.no_grad():
+                    dict(run.model.act.named_parameters())[raw].fill_(value)
+            return batches[number]
+
+    raw = next(key for key, _ in run.model.act.named_parameters() if name in key or len(run.model.act.initial) == 1)
+    run.batches = Blowing()
+    if remedy == 'stop':
+        with pytest.raises(Diverged, match='the run stops'):
+            fit(run)
+    else:
+        assert fit(run)['rollbacks'] == 1
+    assert hit
+    for path in (tmp_path / 'run').glob('*.pth.tar'):
+        for key, tensor in load_checkpoint(path)['state_dict'].items():
+            assert tensor.isfinite().all(), (path, key)
+
+
+def test_catastrophic_overfitting_is_caught(tmp_path):
+    """Accuracy on the training attack rises while PGD accuracy falls: the step's own attack is made harmless here."""
+    settings = {'output': str(tmp_path), 'on_divergence': 'stop', 'epochs': 12, 'batch_size': 100, 'eval_steps': 10}
+    run = build(Recipe(**{**vars(SMALL), **settings, 'eps': 0.15}))
+    robust, clean = run.train_step.perturb, lambda x, y, progress: x
+    per_epoch = run.batches.steps_per_epoch
+
+    def perturb(x, y, progress):
+        return (robust if run.step < 4 * per_epoch else clean)(x, y, progress)
+
+    run.train_step.perturb = perturb
+    with pytest.raises(Diverged, match=r'PGD accuracy collapsed from .*catastrophic overfitting'):
+        fit(run)
+    best = load_checkpoint(tmp_path / 'run/model_best.pth.tar')
+    assert best['best'] == max(row['val_pgd_acc'] for row in best['history']) and best['epoch'] < 5
+
+
+def test_a_token_appears_nowhere(tmp_path):
+    token = 'hf_' + 'canary' * 6
+    environment = {**ENVIRONMENT, 'HF_TOKEN': token, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home')}
+    name = 'resnet18_pssilu.fgsm_digits_linf'
+
+    def call(*command, status=0):
+        run = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+        assert run.returncode == status, run.stderr
+        return run.stdout + run.stderr
+
+    shown = call(ROOT / 'train/adv_train.py', *ARGS, '--max-steps', '1', '--output', tmp_path)
+    where = ['--cards', tmp_path / 'cards', '--table', tmp_path / 'releases.json']
+    (tmp_path / 'releases.json').write_text('{}')
+    shown += call('-m', 'timm_robust.staging', 'stage', tmp_path / 'run', name, *where)
+    evaluate = ['-m', 'timm_robust.evaluate', tmp_path / 'run', '--dataset', 'digits', '-n', '4', '--attack', 'pgd']
+    shown += call(*evaluate, '--results-file', tmp_path / 'results.json')
+    shown += call('-c', 'import timm, timm_robust; timm.create_model("wrn34_10_pssilu", pretrained=True)', status=1)
+    assert 'canary' not in shown
+    files = [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert len(files) > 10 and not [path for path in files if b'canary' in path.read_bytes()]
