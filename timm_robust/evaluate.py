@@ -30,7 +30,7 @@ from .attacks import pgd
 from .autoattack import autoattack, predict, recheck, share, undisturbed
 from .autoattack_runner import Fp32Logits, device_of, dtype_of, upstream
 from .checkpoint import load_model
-from .data import DATASETS, SPLITS, ImageData, load_dataset
+from .data import DATASETS, SPLITS, ImageData, StreamData, is_stream, load_dataset
 from .distributed import World
 from .honesty import doubts
 from .losses import cross_entropy
@@ -180,10 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f'cannot write {file}; type mkdir -p {Path(file).parent}, and name a file there'
                 )
         threat_model = ThreatModel(args.norm, args.eps)
-        data = load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
         world = World.join(args.device)
         model = load_model(args.model, device=world.device, **args.model_kwargs)
-        data = data.to(world.device)
+        data = _read_data(args, model).to(world.device)
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)
     if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
@@ -215,10 +214,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(1, 'not repeated: ' + '; '.join(differences) + '\n')
 
 
+def _read_data(args: argparse.Namespace, model: nn.Module) -> ImageData:
+    """The images to measure on; of a streamed data set n at the model's size, evenly from first to last."""
+    if not is_stream(args.dataset):
+        return load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
+    config = dict(getattr(model, 'pretrained_cfg', None) or {})
+    size = args.img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
+    stream = StreamData(args.dataset, args.data_dir, args.split, size, download=args.dataset_download)
+    n = min(_DEFAULT_N, len(stream)) if args.n is None else args.n
+    first = stream.first(n)
+    if not stream.iterable:  # folders come class by class: the first images would all be of one
+        first = stream.subset(torch.arange(n) * len(stream) // n)
+    return first.in_memory()
+
+
 def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
     keys = ('dataset', 'split', 'n', 'norm', 'attack', 'batch_size', 'seed')
-    vars(args).update({key: getattr(record, key) for key in keys} | {'eps': record.eps_text})
+    given = {'dataset': args.dataset} if is_stream(args.dataset) else {}  # the record has the folder's name
+    vars(args).update({key: getattr(record, key) for key in keys} | {'eps': record.eps_text} | given)
     args.search, args.screen = record.search != 'model', record.screen
     if record.steps is not None:
         args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
@@ -379,10 +393,14 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add('model', metavar='MODEL', help='registry name (NAME.TAG for trained weights), checkpoint file or folder')
     add('--data-dir', help='folder that holds the data')
-    add('--dataset', default='cifar10', help=', '.join(DATASETS))
-    add('--split', default='test', help=', '.join(SPLITS))
+    add('--dataset', default='cifar10', help=', '.join(DATASETS) + ', folder, torch/..., hfds/..., wds/...')
+    add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
     add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
-    add('-n', type=int, help=f'number of images, the first of the split; {_DEFAULT_N} or all if not given')
+    add(
+        '-n',
+        type=int,
+        help=f'images: the first of the split, of a folder evenly spread; {_DEFAULT_N} or all if not given',
+    )
     add('--norm', default='Linf', help=', '.join(NORMS))
     add('--eps', default='8/255', help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5")
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
