@@ -50,12 +50,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/activation.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --sizes
+	$(BIN)/python benchmarks/train_step.py --imagenet --repeats 3
 	$(BIN)/python benchmarks/attack.py --train-steps 300 --width 16 -n 16
 
 bench-toy: $(VENV)/.bench
 	$(BIN)/python benchmarks/activation.py --elements 100000 --repeats 2 --output ''
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --steps 1 --models resnet18_pssilu --output ''
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --sizes --output ''
+	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --imagenet --output ''
 	$(BIN)/python benchmarks/attack.py --toy --output ''
 
 clean:

@@ -3,16 +3,19 @@
 
     python benchmarks/train_step.py            # ResNet-18, PGD-10 and FGSM; on a GPU also WRN-28-10, TRADES-10
     python benchmarks/train_step.py --sizes    # how ours grows with batch, attack steps, width and generated images
+    python benchmarks/train_step.py --imagenet # ours on ImageNet networks at 224 pixels, eager and compiled
 
 Each case runs in a process of its own, and they take turns; reported are the median of the repeats, the smallest and
 the largest. Ours is what train/adv_train.py runs, on random images. FLOP/s count 2k + 3 forwards an image for PGD-k
-(TRADES-k: 2k + 7), over the rate of a large matrix product on the same machine.
+(TRADES-k: 2k + 7), over the rate of a large matrix product on the same machine. Memory is the peak above what the
+process held before the network was made: the allocator's on a GPU, the process's on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import sys
 import tempfile
 import time
@@ -38,6 +41,7 @@ def measure(case: Case) -> Measure:
     """What a case's process does at each turn: some steps, timed."""
     if case['side'] == 'matmul':
         return partial(matmul, case)
+    before = peak_memory()
     step, state = (ours if case['side'] == 'ours' else peer)(case), {'number': 0}
 
     def once() -> dict[str, Any]:
@@ -50,11 +54,17 @@ def measure(case: Case) -> Measure:
         seconds = time.perf_counter() - started
         if not loss.isfinite():
             raise ValueError(f'{case}: the loss is not finite')
-        memory = torch.cuda.max_memory_allocated() if DEVICE.type == 'cuda' else None
-        return {'images_per_s': case['batch'] * case['steps_a_turn'] / seconds, 'memory': memory}
+        return {'images_per_s': case['batch'] * case['steps_a_turn'] / seconds, 'memory': peak_memory() - before}
 
     once()  # compiles, and the optimizer makes its state
     return once
+
+
+def peak_memory() -> int:
+    """Bytes."""
+    if DEVICE.type == 'cuda':
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def wait() -> None:
@@ -68,7 +78,8 @@ def ours(case: Case) -> Any:
     keep_freed_memory()
     folder = Path(tempfile.mkdtemp())
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (4 * case['batch'], 32, 32, 3), dtype=np.uint8)
+    side = case.get('pixels', 32)
+    images = rng.integers(0, 256, (4 * case['batch'], side, side, 3), dtype=np.uint8)
     np.savez(folder / 'train.npz', image=images, label=rng.permutation(len(images)) % 10)
     settings: dict[str, Any] = {'attack': 'fgsm' if case['k'] == 1 else 'pgd', 'steps': case['k'], 'step_size': '2/255'}
     if case['k'] == 1:
@@ -178,7 +189,7 @@ def report(title: str, cases: dict[str, Case], found: dict[str, list[dict[str, A
         flops = row['median'] * flops_an_image(model, case['width'], case['loss'], case['k'])
         row['of_peak'] = flops / spread([one['flops'] for one in found[peak]])['median']
         memory = found[name][-1]['memory']
-        row['mib_per_image'] = memory and memory / 2**20 / case['batch']
+        row['mib_per_image'] = memory / 2**20 / case['batch']
         rows[name] = row
         cells = [f'{row[key]:.2f}' if row[key] else '-' for key in ('x_peer', 'x_silu', 'of_peak', 'mib_per_image')]
         between = f'{row["min"]:.1f} to {row["max"]:.1f}'
@@ -215,6 +226,30 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
     return tables
 
 
+def imagenet(args: argparse.Namespace) -> dict[str, Any]:
+    """Ours on ImageNet networks with one attack step: rate and memory, eager and compiled."""
+    shared = {'side': 'ours', 'loss': 'pgd_at', 'k': 1, 'steps_a_turn': 1, 'pixels': 32 if args.toy else 224}
+    shared['batch'] = 4 if args.toy else args.batch // 8
+    names = (
+        ['resnet50_silu'] if args.toy else ['resnet50_relu', 'resnet50_silu', 'resnet50_pssilu', 'efficientnet_b0_silu']
+    )
+    cases = {
+        f'{name} {variant}': shared | {'model': name.replace('_relu', ''), 'variant': variant}
+        for name in names
+        for variant in (args.variants[:1] if args.toy else args.variants)
+    }
+    found, rows = take_turns(__file__, cases, args.repeats), dict[str, Any]()
+    for name, turns in found.items():
+        rows[name] = spread([one['images_per_s'] for one in turns])
+        rows[name]['mib_per_image'] = turns[-1]['memory'] / 2**20 / shared['batch']
+        row = rows[name]
+        print(
+            f'{name:36s}{row["median"]:10.2f} images/s ({row["min"]:.2f} to {row["max"]:.2f})'
+            f'{row["mib_per_image"]:10.1f} MiB/image'
+        )
+    return {f'pgd_at, 1 attack step, batch {shared["batch"]}, {shared["pixels"]} pixels': rows}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,6 +262,7 @@ def main() -> None:
     add('--peer-variants', nargs='+', default=peers, help='fp32; bf16: autocast and channels-last')
     add('--repeats', type=int, default=5)
     add('--sizes', action='store_true', help='how the rate changes with batch, attack steps, width, generated images')
+    add('--imagenet', action='store_true', help='ImageNet networks at 224 pixels')
     add('--toy', action='store_true', help='tiny networks, to see that it runs')
     add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")
     add('--worker', help=argparse.SUPPRESS)
@@ -238,8 +274,9 @@ def main() -> None:
         except ImportError as error:
             sys.exit(f'error: {error}')
         return
-    what = 'train_step-sizes' if args.sizes else 'train_step'
-    tables = sizes(args) if args.sizes else compare(args)
+    kinds = {'train_step-sizes': sizes} if args.sizes else {'train_step-imagenet': imagenet} if args.imagenet else {}
+    [(what, take)] = (kinds or {'train_step': compare}).items()
+    tables = take(args)
     write(what, {'repeats': args.repeats, 'tables': tables}, args.output, DEVICE)
 
 
