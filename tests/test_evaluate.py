@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -296,6 +297,35 @@ def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(checkpoint), '--repeat', str(path), '--quiet'])
     assert end.value.code == 1 and 'not repeated: pgd_acc is' in capsys.readouterr().err
+
+
+def test_two_processes_print_one_record_with_the_verdicts_of_one(checkpoint, tmp_path, capsys):
+    where = [
+        str(checkpoint),
+        '--dataset',
+        'digits',
+        '-n',
+        '8',
+        '--eps',
+        '8/255',
+        '--attack',
+        'apgd',
+        '--batch-size',
+        '3',
+    ]
+    where += ['--batch-size', '3', '--device', 'cpu', '--quiet', '--flags-file']
+    main([*where, str(tmp_path / 'one.npz')])
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += ['-m', 'timm_robust.evaluate', *where, str(tmp_path / 'two.npz')]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.count('"model"') == 1
+    shared = json.loads(done.stdout.splitlines()[-1])
+    assert (alone['processes'], shared['processes']) == (1, 2)
+    assert shared['per_attack'] == alone['per_attack'] and shared['clean_acc'] > shared['apgd_acc']
+    flags = [np.load(tmp_path / f'{name}.npz') for name in ('one', 'two')]
+    assert all((flags[0][key] == flags[1][key]).all() for key in flags[0].files)
 
 
 def test_without_n_a_small_split_is_measured_whole(checkpoint, capsys):
