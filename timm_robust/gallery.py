@@ -12,17 +12,13 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
-import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
 from urllib.parse import quote
-
-import yaml
 
 from .cards import (
     RESULTS,
@@ -31,10 +27,9 @@ from .cards import (
     limits,
     measurement_notes,
     percent,
-    read_results,
     robust_acc,
-    strongest,
 )
+from .gallery_chart import StagedModel, scatter
 from .releases import STAGED
 from .results import atomic_file
 
@@ -50,14 +45,6 @@ _COLUMNS = (
     ('alpha', 'alpha', True),
     ('beta', 'beta', True),
 )
-# of Okabe and Ito's colours, told apart by colour-blind readers, those that show on white and on black
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-_MARKERS = {
-    'autoattack': 'M-5.5 0a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0-11 0z',
-    'apgd': 'M-5-5h10v10h-10z',
-    'pgd': 'M0-6.5l6.5 11h-13z',
-}
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 460, 56, 744, 12, 408
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1b1f24; --faint: #59636e; --line: #d1d9e0; --link: #0559a8;
   --code: #f3f5f7; }
@@ -150,30 +137,6 @@ _CAPTION = (
 )
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A staged folder as the page needs it.
-
-    Args:
-        folder: where it lies.
-        record: its results.json.
-        threat: norm and eps that it was trained and measured against.
-        clean: the measurement's result on most images; None if nothing was measured.
-        attacked: the result of the strongest attack; None if none ran.
-    """
-
-    folder: Path
-    record: dict[str, Any]
-    threat: str
-    clean: dict[str, Any] | None
-    attacked: dict[str, Any] | None
-
-    @property
-    def name(self) -> str:
-        """'<arch>.<tag>'."""
-        return str(self.record['model'])
-
-
 def gallery(cards: Path) -> str:
     """The page of all staged models, in the order of their names.
 
@@ -186,10 +149,10 @@ def gallery(cards: Path) -> str:
     """
     if not cards.is_dir():
         raise FileNotFoundError(f'folder {str(cards)!r} does not exist; type: --cards DIR, the folder of staged models')
-    models = [_read(path.parent) for path in sorted(cards.glob(f'*/{RESULTS}'))]
+    models = [StagedModel.read(path.parent) for path in sorted(cards.glob(f'*/{RESULTS}'))]
     parts = ['<p>No model is staged yet.</p>']
     if models:
-        parts = ['<h2>Table</h2>', _table(models), '<h2>Clean against robust accuracy</h2>', _scatter(models)]
+        parts = ['<h2>Table</h2>', _table(models), '<h2>Clean against robust accuracy</h2>', scatter(models)]
         parts += ['<h2>Models</h2>', *[_section(model) for model in models]]
     policy = f"default-src 'none'; img-src data:; style-src {_source(_STYLE)}; script-src {_source(_SCRIPT)}"
     policy += "; base-uri 'none'; form-action 'none'"
@@ -213,20 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(folder: Path) -> _Model:
-    record = read_results(folder)
-    hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text(encoding='utf-8'))
-    clean = max((item['result'] for item in record['measurements']), key=lambda result: result['n'], default=None)
-    best = strongest(record)
-    return _Model(folder, record, f'{hyper["norm"]} {hyper["eps"]}', clean, best and best['result'])
-
-
 def _source(text: str) -> str:
     """An inline style or script as the security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _table(models: list[_Model]) -> str:
+def _table(models: list[StagedModel]) -> str:
     """The table that sorts: each cell with its text and, as data-value, what it sorts by."""
     heads = []
     for key, title, numbers in _COLUMNS:
@@ -249,7 +204,7 @@ def _table(models: list[_Model]) -> str:
     )
 
 
-def _cells(model: _Model) -> Iterator[tuple[Any, str]]:
+def _cells(model: StagedModel) -> Iterator[tuple[Any, str]]:
     """What a model's row sorts by and shows, column by column after its name; '' is missing."""
     training, clean, attacked = model.record['training'], model.clean, model.attacked
     yield model.threat, model.threat
@@ -273,123 +228,7 @@ def _counted(share: float | None, n: int) -> str:
     return f'{percent(share, n)} ({n:,})'
 
 
-def _error(share: float, n: int) -> float:
-    """One standard error of a share of n images."""
-    return math.sqrt(share * (1 - share) / n)
-
-
-def _scatter(models: list[_Model]) -> str:
-    """Clean against robust accuracy: a colour a threat model, a marker an attack, bars of one standard error."""
-    shown = [(model, model.clean, model.attacked) for model in models if model.clean and model.attacked]
-    if not shown:
-        return '<p>No model was attacked yet.</p>'
-    threats = sorted({model.threat for model, _, _ in shown})
-    colours = {threat: _COLOURS[i % len(_COLOURS)] for i, threat in enumerate(threats)}
-    points = []
-    for _, clean, attacked in shown:
-        x, y = clean['clean_acc'], robust_acc(attacked) or 0.0
-        points.append((100 * x, 100 * _error(x, clean['n']), 100 * y, 100 * _error(y, attacked['n'])))
-    ticks_x = _ticks([edge for x, dx, _, _ in points for edge in (x - dx, x + dx)])
-    ticks_y = _ticks([edge for _, _, y, dy in points for edge in (y - dy, y + dy)])
-    scale_x = (_RIGHT - _LEFT) / (ticks_x[-1] - ticks_x[0])
-    scale_y = (_BOTTOM - _TOP) / (ticks_y[-1] - ticks_y[0])
-    places = [(_LEFT + (x - ticks_x[0]) * scale_x, _BOTTOM - (y - ticks_y[0]) * scale_y) for x, _, y, _ in points]
-    labels = _labels(places, [model.name for model, _, _ in shown])
-    bars, marks = [], []
-    for (model, clean, attacked), (_, dx, _, dy), (x, y) in zip(shown, points, places, strict=True):
-        said = f'{model.name}, {model.threat}: clean {percent(clean["clean_acc"], clean["n"])} % of {clean["n"]:,}, '
-        said += f'{attack_title(attacked)} {percent(robust_acc(attacked), attacked["n"])} % of {attacked["n"]:,}'
-        colour, ex, ey = colours[model.threat], dx * scale_x, dy * scale_y
-        bar = f'M{x - ex:.1f} {y:.1f}H{x + ex:.1f}M{x:.1f} {y - ey:.1f}V{y + ey:.1f}'
-        bars.append(f'<path d="{bar}" stroke="{colour}"/>')
-        marks.append(
-            f'<a href="#{quote(model.name)}"><title>{escape(said)}</title>'
-            f'<path class="mark" fill="{colour}" transform="translate({x:.1f} {y:.1f})" '
-            f'd="{_MARKERS[attacked["attack"]]}"/></a>'
-        )
-    markers = {attack_title(attacked): _MARKERS[attacked['attack']] for _, _, attacked in shown}
-    left_out = f'Not shown, for want of an attack: {len(models) - len(shown)} of {len(models)}.'
-    return '\n'.join(
-        [
-            '<figure>',
-            _legend(markers, {threat: colours[threat] for threat in threats}),
-            '<div class="scroll" role="region" aria-label="Scatter of models" tabindex="0">',
-            f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="Scatter">',
-            _axes(ticks_x, ticks_y, scale_x, scale_y),
-            *[*bars, *labels, *marks],
-            '</svg></div>',
-            '<figcaption>Bars: one standard error. Clean accuracy is that on the most images that were measured. '
-            f'The axes need not begin at 0. {left_out * (len(models) > len(shown))}</figcaption>',
-            '</figure>',
-        ]
-    )
-
-
-def _ticks(values: list[float]) -> list[int]:
-    """Round percentages from below the least value to above the largest, at most ten."""
-    low, high = max(0.0, min(values) - 2), min(100.0, max(values) + 2)
-    step = next((step for step in (1, 2, 5, 10) if (high - low) / step <= 8), 20)
-    return list(range(math.floor(low / step) * step, math.ceil(high / step) * step + 1, step))
-
-
-def _axes(ticks_x: list[int], ticks_y: list[int], scale_x: float, scale_y: float) -> str:
-    """Grid, frame, ticks and titles of the scatter."""
-    parts = []
-    for tick in ticks_x:
-        x = _LEFT + (tick - ticks_x[0]) * scale_x
-        parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{_BOTTOM}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{_BOTTOM + 18}" text-anchor="middle">{tick}</text>')
-    for tick in ticks_y:
-        y = _BOTTOM - (tick - ticks_y[0]) * scale_y
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick}</text>')
-    parts.append(f'<path class="frame" d="M{_LEFT} {_TOP}V{_BOTTOM}H{_RIGHT}"/>')
-    middle_x, middle_y = (_LEFT + _RIGHT) / 2, (_TOP + _BOTTOM) / 2
-    parts.append(f'<text x="{middle_x:.0f}" y="{_HEIGHT - 12}" text-anchor="middle">clean accuracy (%)</text>')
-    turned = f'transform="translate(16 {middle_y:.0f}) rotate(-90)"'
-    parts.append(f'<text {turned} text-anchor="middle">robust accuracy (%)</text>')
-    return '\n'.join(parts)
-
-
-def _labels(places: list[tuple[float, float]], names: list[str]) -> list[str]:
-    """A label beside each point, moved up or down to where it hides no other, and lines from those that are far."""
-    taken = [(x - 8, y - 7, x + 8, y + 7) for x, y in places]
-    shifts = sorted(range(-392, 393, 14), key=lambda shift: (abs(shift), shift))
-    lines, labels = [], []
-    for (x, y), name in zip(places, names, strict=True):
-        width = 6.8 * len(name)  # a wide sans-serif at 11 px
-        boxes = [
-            (left, y + shift - 7, left + width, y + shift + 7) for shift in shifts for left in (x + 12, x - 12 - width)
-        ]
-        inside = [box for box in boxes if box[0] > _LEFT and box[2] < _WIDTH and box[1] > _TOP and box[3] < _BOTTOM]
-        free = [
-            box
-            for box in inside
-            if not any(box[0] < c and a < box[2] and box[1] < d and b < box[3] for a, b, c, d in taken)
-        ]
-        left, top, right, _ = box = (free or inside or boxes)[0]
-        taken.append(box)
-        edge, anchor = (left, 'start') if left > x else (right, 'end')
-        if abs(top + 7 - y) > 14:
-            lines.append(f'<path class="frame" d="M{x:.1f} {y:.1f}L{edge:.1f} {top + 7:.1f}"/>')
-        at = f'x="{edge:.1f}" y="{top + 11:.1f}" text-anchor="{anchor}"'
-        labels.append(f'<text class="name" {at} aria-hidden="true">{escape(name)}</text>')
-    return [*lines, *labels]
-
-
-def _legend(markers: dict[str, str], colours: dict[str, str]) -> str:
-    """What shapes and colours stand for."""
-    entries = [(text, shape, 'none') for text, shape in sorted(markers.items())]
-    entries += [(text, 'M-7-3h14v6h-14z', colour) for text, colour in colours.items()]
-    icons = [
-        f'<li><svg width="16" height="16" viewBox="-8 -8 16 16" aria-hidden="true"><path class="mark" fill="{fill}" '
-        f'd="{shape}"/></svg> {escape(text)}</li>'
-        for text, shape, fill in entries
-    ]
-    return f'<ul class="legend">{"".join(icons)}</ul>'
-
-
-def _section(model: _Model) -> str:
+def _section(model: StagedModel) -> str:
     """A model: how to load it, its numbers, its limits, its pictures."""
     code = 'import timm, timm_robust\n\n# images in [0, 1] in, logits out\n'
     code += f'model = timm.create_model({model.name!r}, pretrained=True).eval()'
@@ -407,7 +246,7 @@ def _section(model: _Model) -> str:
     return '\n'.join([*parts, '</section>'])
 
 
-def _measured(model: _Model) -> str:
+def _measured(model: StagedModel) -> str:
     """Every measurement of a model."""
     if not model.record['measurements']:
         return '<p>Not measured yet.</p>'
