@@ -60,7 +60,10 @@ def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
     size = first.abs().max().clamp_min(1e-12)
     random = bool((first - second).abs().max() > 1e-4 * size)
     if random:
-        found.append('the forward pass is random: two passes of the same images differ; attack it with --attack rand')
+        found.append(
+            'the forward pass is random: two passes of the same images differ; its robustness takes an expectation '
+            "over them (EOT), as in pyautoattack's version 'rand'"
+        )
     alone = torch.cat([model(image) for image in x[:4].split(1)])
     if not random and (alone - first[:4]).abs().max() > 1e-2 * size:
         found.append('the logits of an image depend on the others of its batch: batch norm in train mode?')
