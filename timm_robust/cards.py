@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from huggingface_hub import EvalResult, ModelCardData
+
+from .checkpoint import read_hyper_parameters
 
 RESULTS, FLAGS = 'results.json', 'flags'
 _ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')  # the strongest first
@@ -64,7 +65,7 @@ def model_card(folder: Path) -> str:
     Args:
         folder: model_cards/<arch>.<tag>, with results.json and train_hparams.yaml.
     """
-    record, hyper = read_results(folder), yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    record, hyper = read_results(folder), read_hyper_parameters(folder)
     name, weights = record['model'], record['weights']
     arch, _, tag = name.partition('.')
     data_set = tag.split('_')[-2]

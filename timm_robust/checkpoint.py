@@ -22,9 +22,11 @@ import safetensors.torch
 import timm
 import timm.models
 import torch
+import yaml
 from torch import nn
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
+HYPER_PARAMETERS = 'train_hparams.yaml'
 _SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # what timm.create_model reads itself
 _NUMBERED = re.compile(r'checkpoint-(\d+)\.pth\.tar')
@@ -293,8 +295,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
         weights = _weights_of(state, path)
         saved = {**(state.get('model_kwargs') or {}), 'num_classes': state.get('num_classes')}
         model = timm.create_model(state['arch'], **{**saved, **model_kwargs})
-        if img_size := (state.get('recipe') or {}).get('img_size'):
-            model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'img_size': img_size}  # type: ignore
+        _note_size(model, (state.get('recipe') or {}).get('img_size'))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -307,7 +308,32 @@ def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
     if not (folder / 'config.json').is_file():
         raise FileNotFoundError(f'{folder / "config.json"} is missing; it says which model the weights are for')
     try:
-        return timm.create_model(f'local-dir:{folder}', **model_kwargs)
+        model = timm.create_model(f'local-dir:{folder}', **model_kwargs)
     except (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
         reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]  # timm does not check what it reads
         raise ValueError(f'cannot make a model from {folder / "config.json"}: {reason}') from error
+    if (folder / HYPER_PARAMETERS).is_file():
+        _note_size(model, read_hyper_parameters(folder).get('img_size'))
+    return model
+
+
+def read_hyper_parameters(folder: Path) -> dict[str, Any]:
+    """The settings of a staged model's training.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / HYPER_PARAMETERS
+    try:
+        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())[:300]}') from None
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path} holds no settings; stage the model again')
+    return settings
+
+
+def _note_size(model: nn.Module, img_size: Any) -> None:
+    """Keep the size that a run resized its images to where pixel_input looks for it."""
+    if isinstance(img_size, int):
+        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'img_size': img_size}  # type: ignore

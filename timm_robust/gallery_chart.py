@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
-
 from .cards import attack_title, percent, read_results, robust_acc, strongest
+from .checkpoint import read_hyper_parameters
 
 # of Okabe and Ito's colours, told apart by colour-blind readers, those that show on white and on black
 _COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
@@ -50,7 +49,7 @@ class StagedModel:
     def read(cls, folder: Path) -> StagedModel:
         """What lies in the folder."""
         record = read_results(folder)
-        hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text(encoding='utf-8'))
+        hyper = read_hyper_parameters(folder)
         clean = max((item['result'] for item in record['measurements']), key=lambda result: result['n'], default=None)
         best = strongest(record)
         return cls(folder, record, f'{hyper["norm"]} {hyper["eps"]}', clean, best and best['result'])

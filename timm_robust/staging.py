@@ -31,7 +31,7 @@ from torch import nn
 
 from .allocator import keep_freed_memory
 from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
-from .checkpoint import BEST, LAST, load_checkpoint, load_model, read_weights
+from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_hyper_parameters, read_weights
 from .data import DATASETS, SPLITS, load_dataset
 from .engine import activation_state
 from .evaluate import evaluate
@@ -122,15 +122,16 @@ def stage(
     with atomic_folder(folder) as new:
         _write_model(new, model, content, tag)
         (new / 'LICENSE').write_text(_license())
-        (new / 'train_hparams.yaml').write_text(_hyper_parameters(recipe))
+        (new / HYPER_PARAMETERS).write_text(_hyper_parameters(recipe))
         shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
         run_figure(new / 'training.png', {name: read_run(run)})
         facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
         facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
         _write_json(new / RESULTS, {'model': name, 'weights': facts, 'training': training, 'measurements': kept})
-        for item in ('adversarial.png', FLAGS):
-            if kept and (folder / item).exists():
-                shutil.move(folder / item, new / item)
+        if kept and (folder / FLAGS).is_dir():
+            shutil.copytree(folder / FLAGS, new / FLAGS)
+        if kept and (folder / 'adversarial.png').is_file():
+            shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
     return folder
 
 
@@ -208,7 +209,7 @@ def measure(
         settings: of `evaluate`; norm and eps are those of training.
     """
     name = read_results(folder)['model']
-    hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    hyper = read_hyper_parameters(folder)
     threat_model = ThreatModel(hyper['norm'], hyper['eps'])
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, **settings)
@@ -334,8 +335,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(model: nn.Module, tag: str) -> str:
-    """The config.json of timm, with the tag of these weights."""
-    model.pretrained_cfg = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore
+    """The config.json of timm, with the tag of these weights, and the size of the images that they were trained on."""
+    config = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore[arg-type]
+    if side := config.pop('img_size', None):  # ours, which timm refuses
+        config['input_size'] = (config['input_size'][0], side, side)
+    model.pretrained_cfg = config  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
         save_for_hf(model, folder, safe_serialization=True)
         return (Path(folder) / 'config.json').read_text()
