@@ -143,7 +143,7 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path, caplog):
     ('changes', 'match'),
     [
         ({'model': 'resnet18_relu'}, r"holds arch 'resnet18_pssilu', the recipe says 'resnet18_relu'"),
-        ({'batch_size': 200}, r'--batch-size 400; resume with the same, not 200'),
+        ({'batch_size': 200}, r'400 in each of 1 processes; resume with batches of 400 in all, not 200 x 1'),
     ],
 )
 def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):

@@ -27,7 +27,7 @@ FLOORS = {
     'pixels': 0,
     'logs': 1,
     'attacks': 1,
-    'gradients': 1,
+    'gradients': 1.5,
     'data': 1,
     'recipe': 1,
     'checkpoint': 1,

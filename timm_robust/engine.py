@@ -40,8 +40,13 @@ def fit(run: Run) -> dict[str, Any]:
     Raises:
         Stopped: after a signal, with what to type to go on.
         Diverged: if the run went wrong more often than the recipe lets it go back.
+        FileExistsError: if a new run would mix its checkpoints with those of another.
     """
     recipe = run.recipe
+    if not (run.step or recipe.resume or run.world.rank) and any(run.folder.glob('*.pth.tar')):
+        raise FileExistsError(
+            f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
+        )
     make_folder(run)
     describe(run)
     settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
@@ -77,7 +82,7 @@ def describe(run: Run) -> None:
     length = f'{recipe.budget} on the clock' if recipe.budget else f'{run.total_steps} steps'
     data = f'{len(run.batches.data)} images'
     if recipe.extra_data:
-        data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
+        data += f' and {len(run.batches.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
     logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
     logger.info(
         '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
@@ -107,12 +112,11 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         run.sums = Sums(run.step, zero, zero)
     sums, first, started = run.sums, run.step, time.perf_counter()
     batch = recipe.batch_size * run.world.size
-    own = slice(run.world.rank * recipe.batch_size, (run.world.rank + 1) * recipe.batch_size)
     while run.step < end and (done := progress(run)) < 1:
         if run.scheduler is not None:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         x, y = run.batches[run.step]
-        out = run.train_step(x[own], y[own], run.step, done)
+        out = run.train_step(x, y, run.step, done)
         sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
         run.step += 1
         if run.step % recipe.log_interval == 0 or run.step == end:
@@ -219,12 +223,10 @@ def reestimate_batch_norm(run: Run) -> None:
     if not norms or not recipe.ema_bn_batches:
         return
     inputs = []
-    size = recipe.batch_size
     done = run.clock.progress(run.step)
     for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
         step.draw_from(run.step + number)
         x, y = run.batches[run.step + number]
-        x, y = (part[run.world.rank * size : (run.world.rank + 1) * size] for part in (x, y))
         inputs.append((x, step.perturb(x, y, done), y))
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -314,19 +316,19 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
     The run itself is spent: build it anew to train.
     """
     device, batch = run.world.device, run.recipe.batch_size * run.world.size
-    own = slice(run.world.rank * run.recipe.batch_size, (run.world.rank + 1) * run.recipe.batch_size)
-    late = run.recipe.late_start if run.recipe.late_steps else 1.0
+    recipe = run.recipe
+    starts = [recipe.late_start] * (recipe.late_steps is not None) + [recipe.awp_start] * bool(recipe.awp_gamma)
+    share = min(starts, default=1.0)  # from here on steps are taken as dear as the last ones
     seconds = {}
-    for at in sorted({0.0, 1.0 if late < 1 or run.recipe.awp_gamma or run.recipe.eps_warmup else 0.0}):
+    for at in sorted({0.0, 1.0 if share < 1 else 0.0}):
         for number in range(steps + 2):
             if number == 2:
                 _synchronise(device)
                 started = time.perf_counter()
             x, y = run.batches[number]
-            run.train_step(x[own], y[own], number, at)
+            run.train_step(x, y, number, at)
         _synchronise(device)
         seconds[at] = (time.perf_counter() - started) / steps
-    share = max(late, run.recipe.awp_start if run.recipe.awp_gamma else 0.0)
     step_seconds = seconds[0.0] * share + seconds.get(1.0, seconds[0.0]) * (1 - share)
     validation = closing_seconds(run)
     epochs = run.total_steps / run.batches.steps_per_epoch

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .activations import ReLU
+from .models.replaced import SharedAct
 
 _ALPHA = 10.0
 
@@ -63,7 +64,10 @@ def relu_gradient(net: nn.Module, kind: str) -> Iterator[None]:
         yield
         return
     called = [module for module in net.modules() if getattr(module, 'act_fn', None) is ReLU.call]
-    modules = [module for module in net.modules() if type(module) in (nn.ReLU, ReLU)]
+    every = [
+        part for module in net.modules() for part in (module, *(module.owner if isinstance(module, SharedAct) else ()))
+    ]
+    modules = [module for module in dict.fromkeys(every) if type(module) in (nn.ReLU, ReLU)]
     if not called and not modules:
         raise ValueError(
             f'{type(net).__name__} has no ReLU; the smooth gradient is for networks of ReLU, such as resnet50'

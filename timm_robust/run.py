@@ -187,8 +187,9 @@ def read_data(recipe: Recipe, world: World) -> tuple[Any, Any]:
             held_out = StreamData(recipe.dataset, recipe.data_dir, recipe.val_split, **settings)
         elif recipe.val_size:
             train, held_out = split_holdout(train, recipe.val_size, recipe.seed)
-        train = train.to(world.device)
-        return train, held_out.to(world.device) if held_out is not None else None
+        if held_out is not None and not held_out.iterable:  # timm's reader shares out what has no numbers
+            held_out = held_out.subset(world.share(torch.arange(len(held_out))))
+        return train.to(world.device), held_out.to(world.device) if held_out is not None else None
     data = load_dataset(recipe.dataset, recipe.data_dir, recipe.train_split, recipe.dataset_download)
     rest, held = data, None
     if recipe.val_split:
@@ -207,17 +208,38 @@ def default_size(model: str) -> int:
 
 
 def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:
-    """The stream of training batches; with several processes batch_size is each one's, and a batch is all of theirs."""
+    """This process's part of the stream of training batches; batch_size is each one's, and a batch is all of theirs."""
     size = recipe.batch_size * world.size
+    own = slice(world.rank * recipe.batch_size, (world.rank + 1) * recipe.batch_size)
     if isinstance(data, StreamData):
         if recipe.extra_data:
             raise ValueError(f'extra_data goes with data in memory, not with dataset {recipe.dataset!r}')
-        return StreamBatches(data, size, seed, hflip=recipe.hflip)
+        if data.iterable:  # timm's reader has given this process images of its own
+            return StreamBatches(data, recipe.batch_size, seed, hflip=recipe.hflip)
+        return StreamBatches(data, size, seed, own=own, hflip=recipe.hflip)
     settings: dict[str, Any] = {'crop_padding': recipe.crop_padding, 'hflip': recipe.hflip}
     if recipe.extra_data:
         extra = ExtraImages(recipe.extra_data, data.num_classes)
-        return MixedBatches(data, extra, recipe.extra_fraction, size, seed, **settings)
-    return TrainBatches(data, size, seed, **settings)
+        return OwnPart(MixedBatches(data, extra, recipe.extra_fraction, size, seed, **settings), own)
+    return OwnPart(TrainBatches(data, size, seed, **settings), own)
+
+
+class OwnPart:
+    """The rows of a process out of batches that every process draws alike on its device.
+
+    Args:
+        batches: the joint batches.
+        own: this process's rows of each.
+    """
+
+    def __init__(self, batches: TrainBatches, own: slice) -> None:
+        self.batches, self.own = batches, own
+        self.data, self.steps_per_epoch = batches.data, batches.steps_per_epoch
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This process's rows of batch number `step`: (x [B, C, H, W] in [0, 1], y [B])."""
+        x, y = self.batches[step]
+        return x[self.own], y[self.own]
 
 
 def architecture(recipe: Recipe) -> tuple[str, dict[str, Any]]:
@@ -372,9 +394,11 @@ def restore(run: Run, path: Path) -> None:
     if 'optimizer' not in state:
         raise ValueError(f'{path} holds weights alone, so nothing to resume; start from it with --initial-checkpoint')
     theirs = state['recipe']['batch_size']
-    if theirs != recipe.batch_size:
+    processes = next((origin['processes'] for origin in reversed(state.get('origins', ()))), run.world.size)
+    if theirs * processes != recipe.batch_size * run.world.size:
         raise ValueError(
-            f'{path} was trained with --batch-size {theirs}; resume with the same, not {recipe.batch_size}'
+            f'{path} was trained with --batch-size {theirs} in each of {processes} processes; resume with batches of '
+            f'{theirs * processes} in all, not {recipe.batch_size} x {run.world.size}'
         )
     run.model.load_state_dict(state['state_dict'])
     run.train_step.optimizer.load_state_dict(state['optimizer'])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.info('\n%s', name)
         experiment = name.split()[0]
         recipe = replace(recipe, output=str(output), experiment=experiment, epochs=args.epochs or recipe.epochs)
+        shutil.rmtree(output / experiment, ignore_errors=True)  # of a demo before
         fit(build(recipe))
         models[name] = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here
         result, _ = evaluate(models[name], test, recipe.threat_model, name=name, progress=logging.info)

@@ -34,6 +34,7 @@ class StreamBatches:
         auto_augment: timm's description of a policy, such as 'rand-m9-mstd0.5'; None: none.
         interpolation: 'bilinear', 'bicubic', ... or 'random'.
         train_crop: 'rrc', 'rkrc', 'rkrr' (timm's) or 'pad4': crop out of the resized image, padded by 4 zeros.
+        own: the rows of each batch that are read, where several processes share a batch of map-style data.
 
     Raises:
         ValueError: for a setting that cannot be meant.
@@ -52,6 +53,7 @@ class StreamBatches:
         auto_augment: str | None = None,
         interpolation: str = 'random',
         train_crop: str = 'rrc',
+        own: slice = slice(None),
     ) -> None:
         """Check the settings; no worker is started yet."""
         if not 0 < batch_size <= len(data):
@@ -60,7 +62,7 @@ class StreamBatches:
             raise ValueError(
                 f'{data.name} has an order, not numbers, so it cannot train on its first {len(data)} images'
             )
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+        self.data, self.batch_size, self.seed, self.own = data, batch_size, seed, own
         self.steps_per_epoch = len(data) // batch_size
         self.transform = train_transform(
             data.img_size, scale, ratio, hflip, color_jitter, auto_augment, interpolation, train_crop
@@ -91,11 +93,11 @@ class StreamBatches:
             raise ValueError(
                 f'{self.data.name} has an order, not numbers: its reader does not say which images it reads'
             )
-        return _batch(self._order, self.batch_size, step)[1]
+        return _batch(self._order, self.batch_size, step)[1][self.own]
 
     def _open(self, step: int) -> Iterator[list[torch.Tensor]]:
         """All batches of map-style data from a step on; the workers go on from epoch to epoch."""
-        keys = _keys(self._order, self._rows, self.batch_size, step)
+        keys = _keys(self._order, self._rows, self.batch_size, step, self.own)
         return iter(self.data.loader(Samples(self.data.dataset, self.transform, self.seed), 0, batch_sampler=keys))
 
     def _open_epoch(self, epoch: int, position: int) -> Iterator[list[torch.Tensor]]:
@@ -116,11 +118,13 @@ def _batch(order: ShuffledOrder, batch_size: int, step: int) -> tuple[int, torch
     return epoch, order(epoch, torch.arange(position * batch_size, (position + 1) * batch_size))
 
 
-def _keys(order: ShuffledOrder, rows: torch.Tensor, batch_size: int, first: int) -> Iterator[list[tuple[int, int]]]:
+def _keys(
+    order: ShuffledOrder, rows: torch.Tensor, batch_size: int, first: int, own: slice
+) -> Iterator[list[tuple[int, int]]]:
     """What `Samples` is asked for, batch after batch from a step on, without end.
 
     It does not know the StreamBatches: a loader in a reference cycle takes seconds to end each worker.
     """
     for step in count(first):
         epoch, indices = _batch(order, batch_size, step)
-        yield [(epoch, row) for row in rows[indices].tolist()]
+        yield [(epoch, row) for row in rows[indices[own]].tolist()]

@@ -17,7 +17,8 @@ from timm.models.resnet import Bottleneck, ResNet
 
 from ..activations import ACTIVATIONS
 from ._shared_act import name_entrypoint
-from .replaced import replace_activations
+from ._weights import tagged, with_weights
+from .replaced import exchange
 
 __all__: list = []
 
@@ -66,14 +67,18 @@ def _efficientnet_cfg(pixels: int) -> Dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg(first_conv='conv1', classifier='fc') for name in _RESNETS},
-        **{f'efficientnet_{size}_silu': _efficientnet_cfg(values[2]) for size, values in _EFFICIENTNETS.items()},
+        name: entry
+        for arch, cfg in (
+            *((name, _cfg(first_conv='conv1', classifier='fc')) for name in _RESNETS),
+            *((f'efficientnet_{size}_silu', _efficientnet_cfg(values[2])) for size, values in _EFFICIENTNETS.items()),
+        )
+        for name, entry in tagged(arch, cfg).items()
     }
 )
 
 
 def _shared_resnet(act: str, **kwargs: Any) -> nn.Module:
-    return replace_activations(ResNet(**kwargs), act)
+    return exchange(ResNet(**kwargs), act)
 
 
 def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -90,11 +95,11 @@ def _register(name: str) -> None:
     size, _, act = name.rpartition('_')
 
     def resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _resnet(name, size, act, pretrained, **kwargs)
+        return _resnet(name, size, act, pretrained, **with_weights(name, pretrained, kwargs))
 
     def efficientnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         width, depth, _, dropout = _EFFICIENTNETS[size.partition('_')[2]]
-        kwargs.setdefault('drop_rate', dropout)
+        kwargs = {'drop_rate': dropout, **with_weights(name, pretrained, kwargs)}
         return _gen_efficientnet(name, width, depth, pretrained=pretrained, **kwargs)
 
     entrypoint = efficientnet if size.startswith('efficientnet') else resnet

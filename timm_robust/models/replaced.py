@@ -56,10 +56,22 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
     Raises:
         ValueError: if there is no such activation, or the network has no place for it (it may call functions).
     """
-    make = get_activation(act)
     if hasattr(model, 'act_fn'):
         raise ValueError(
             f'{type(model).__name__} takes its activation by name; create resnet18_{act}, wrn28_10_{act}, ...'
+        )
+    exchange(model, act, shared)
+    _note(model, act, shared)
+    return model
+
+
+def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
+    """`replace_activations` for a network whose name says its activation already: timm builds it by that name."""
+    make = get_activation(act)
+    if shared and isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
+        raise ValueError(
+            f'{type(model).__name__} calls all its modules in turn, so it cannot own an activation for others; '
+            'write shared=False, or replace before the network is cut into features'
         )
     places = [
         (parent, name, child)
@@ -83,7 +95,6 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
         others = dict(model._modules)
         model._modules.clear()
         model._modules.update({SHARED: owner.train(model.training), **others})
-    _note(model, act, shared)
     return model
 
 
@@ -120,6 +131,8 @@ def act_swapped(
     own = pretrained_cfg is not None  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
+    if kwargs.get('features_only') and shared:
+        kwargs.setdefault('feature_cls', 'getter')  # keeps the network whole
     net = timm.create_model(model, pretrained=pretrained and not own, **kwargs)
     replace_activations(net, act, shared)
     if own:
