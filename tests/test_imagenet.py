@@ -90,3 +90,15 @@ def test_names_of_timm_are_left_alone():
 
     assert timm.models.model_entrypoint('resnet50') is resnet.resnet50
     assert timm.models.model_entrypoint('resnet50_silu').__module__ == 'timm_robust.models.imagenet'
+
+
+@pytest.mark.parametrize('act', ['pssilu', 'smoothrelu'])
+def test_a_learned_activation_comes_back_from_a_folder(act, tmp_path):
+    model = timm.create_model(f'resnet50_{act}', num_classes=7, layers=(1, 1, 1, 1)).eval()
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if name.endswith(('alpha', 'raw'))).fill_(1.5)
+    timm.models.save_for_hf(model, tmp_path, model_args={'layers': (1, 1, 1, 1)})
+    again, x = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval(), torch.rand(2, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(RuntimeError, match=f'No pretrained weights exist for resnet50_{act}'):
+        timm.create_model(f'resnet50_{act}', pretrained=True)

@@ -118,3 +118,13 @@ def test_networks_without_a_place_are_refused():
         replace_activations(timm.create_model('resnet18_relu', width=4), 'silu')
     with pytest.raises(ValueError, match='pssilu'):
         replace_activations(net('test_resnet'), 'pssil')
+
+
+def test_a_root_that_calls_its_modules_in_turn_owns_no_activation(x):
+    with pytest.raises(ValueError, match=r'Sequential calls all its modules in turn.*shared=False'):
+        replace_activations(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 'pssilu')
+    features = timm.create_model('act_swapped', model='test_resnet', act='pssilu', features_only=True).eval()
+    whole = timm.create_model('act_swapped', model='test_resnet', act='pssilu').eval()
+    whole.load_state_dict({k.removeprefix('model.'): v for k, v in features.state_dict().items()}, strict=False)
+    expected = whole.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(features(x), expected[-len(features(x)) :], strict=True))

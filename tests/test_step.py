@@ -5,11 +5,26 @@ import dataclasses
 import pytest
 import timm
 import torch
-from test_engine import TINY
 
 from timm_robust.attacks import input_gradient
 from timm_robust.engine import build, fit
 from timm_robust.losses import cross_entropy
+from timm_robust.recipe import Recipe
+
+TINY = Recipe(
+    model='resnet18_pssilu',
+    model_kwargs={'width': 4},
+    dataset='digits',
+    crop_padding=1,
+    hflip=0.0,
+    val_size=0,
+    eps=0.1,
+    steps=1,
+    epochs=3,
+    batch_size=32,
+    lr=0.05,
+    experiment='run',
+)
 
 
 def kept_bytes(model: torch.nn.Module, x: torch.Tensor, frozen: bool) -> int:

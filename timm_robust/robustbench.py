@@ -16,6 +16,7 @@ import importlib
 import importlib.resources
 import importlib.util
 import json
+import re
 import sys
 import tempfile
 import types
@@ -36,6 +37,7 @@ from .checkpoint import read_weights
 from .data import ImageData, load_dataset
 from .pixels import pixel_input
 from .releases import RELEASES, STAGED
+from .results import atomic_file
 from .robustbench_report import compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
 from .staging import write_model
@@ -269,8 +271,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> Path:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f'{source} is not {name}: {" ".join(str(error).split())[:400]}') from None
-    tag = f'{name.partition("_")[0].lower()}_cifar10_linf'
-    write_model(model, target, f'{entry.arch}.{tag}', half=False, source=f'RobustBench {name}')
+    write_model(model, target, release_name(name, entry), half=False, source=f'RobustBench {name}')
     return target
 
 
@@ -283,8 +284,14 @@ def _to_robustbench(name: str, entry: ZooEntry, source: str | Path, target: Path
         theirs = zoo_network(name)
     weights = to_theirs(model.state_dict(), list(theirs.state_dict()), entry)
     theirs.load_state_dict(weights, strict=True, assign=True)
-    torch.save({key: value.contiguous() for key, value in theirs.state_dict().items()}, target)
+    with atomic_file(target) as file:
+        torch.save({key: value.contiguous() for key, value in theirs.state_dict().items()}, file)
     return target
+
+
+def release_name(name: str, entry: ZooEntry) -> str:
+    """An entry of the zoo as a name of ours: 'wrn34_10_relu.jia2022lasat_cifar10_linf'."""
+    return f'{entry.arch}.{re.sub("[^a-z0-9]", "", name.partition("_")[0].lower())}_cifar10_linf'
 
 
 def zoo_network(name: str) -> nn.Module:

@@ -84,10 +84,9 @@ def stage(
     recipe = Recipe(**state['recipe'])
     if recipe.model != arch or not tag.endswith(f'_{recipe.norm.lower()}'):
         raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
-    if recipe.model_kwargs:
-        raise ValueError(
-            f'{run} changed {arch} by {recipe.model_kwargs}; a release is the network of that name, unchanged'
-        )
+    changed = recipe.model_kwargs or (recipe.act and {'act': recipe.act})
+    if changed:
+        raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
     model = load_model(run / BEST)
     weights = stored(read_weights(run / BEST))
     closing = state['history'][-1] if state['history'] else {}
@@ -242,7 +241,8 @@ def render(cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = Non
         The folders.
     """
     folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
-    known, releases = read_table(table), {}
+    known = read_table(table) if table.is_file() else {}
+    releases = dict(known)  # those without a folder here stay
     for folder in folders:
         record = read_results(folder)
         name, weights, best = record['model'], record['weights'], strongest(record)
@@ -291,6 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     keep_freed_memory()
+    table = args.table or (TABLE if args.cards == STAGED else args.cards.parent / TABLE.name)
     try:
         if args.command == 'stage':
             stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
@@ -298,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = load_dataset(args.dataset, args.data_dir, args.split).to(args.device)
             settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
             measure(args.cards / args.name, data, ' '.join(args.note) or None, _print, device=args.device, **settings)
-        for folder in render(args.cards, args.table, args.recipes):
+        for folder in render(args.cards, table, args.recipes):
             check(folder)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f'error: {error}', file=sys.stderr)
@@ -328,7 +329,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser('render', help='write cards, check sums, the table of releases and RESULTS.md')
     for command in commands.choices.values():
         command.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
-        command.add_argument('--table', type=Path, default=TABLE, help='table of releases')
+        command.add_argument(
+            '--table', type=Path, help="table of releases; the package's, or that beside other --cards"
+        )
         command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
         command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
@@ -357,6 +360,8 @@ def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
 def _hyper_parameters(recipe: Recipe) -> str:
     """Every setting of the training, without those that tell of the machine."""
     settings = {key: value for key, value in asdict(recipe).items() if key not in _PRIVATE}
+    if settings['extra_data']:
+        settings['extra_data'] = Path(settings['extra_data']).name
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 

@@ -18,7 +18,7 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from .activations import PSiLU, PSSiLU
-from .attacks import Attack, apgd, attacked, n_fgsm, pgd
+from .attacks import Attack, apgd, attacked, frozen_statistics, n_fgsm, pgd
 from .awp import perturbed_weights
 from .folding import FoldedNet
 from .gradients import relu_gradient
@@ -175,7 +175,8 @@ class TrainStep:
             )
         with relu_gradient(self.model, recipe.update_grad), perturbation:
             loss, out = self.objective(self.update_forward, x, x_adv, target)
-            self.scaler.scale(loss).backward()
+            with frozen_statistics(self.model) if recipe.grad_checkpointing else nullcontext():
+                self.scaler.scale(loss).backward()  # what it recomputes must not count twice in the statistics
         self._clip()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 from timm.layers import activations as timm_activations
 from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
+from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
 
@@ -68,11 +69,9 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
 def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
     """`replace_activations` for a network whose name says its activation already: timm builds it by that name."""
     make = get_activation(act)
-    if shared and isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
-        raise ValueError(
-            f'{type(model).__name__} calls all its modules in turn, so it cannot own an activation for others; '
-            'write shared=False, or replace before the network is cut into features'
-        )
+    if isinstance(model, FeatureGetterNet):  # features_only around a whole network
+        exchange(model.model, act, shared)
+        return model
     places = [
         (parent, name, child)
         for parent in model.modules()
@@ -83,6 +82,11 @@ def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
         raise ValueError(
             f'{type(model).__name__} has no activation module to replace: it calls functions instead; '
             'build it with its own act_layer argument'
+        )
+    if shared and isinstance(model, (nn.Sequential, nn.ModuleDict, nn.ModuleList)):
+        raise ValueError(
+            f'{type(model).__name__} calls all its modules in turn, so it cannot own an activation for others; '
+            'write shared=False, or replace before the network is cut into features'
         )
     tensor = next(model.parameters())
     settings: Dict[str, Any] = {'device': tensor.device, 'dtype': tensor.dtype}
