@@ -7,7 +7,8 @@
 Each side runs in a process of its own, and they take turns; reported are the median of the repeats, the smallest and
 the largest, and the images on which the two disagree. Ours is what `python -m timm_robust.evaluate` does: it searches
 on a folded copy of the network and confirms on the network; the variant `model` searches on the network itself. The
-peer gets our network too, so it profits from our PSSiLU. Only images that survive cost time: an untrained network's
+peer is pyautoattack on the textbook network, the formula written out; `peer, our network` is it on ours, so that it
+profits from our PSSiLU. Only images that survive cost time: an untrained network's
 are gone at once, hence --train-steps.
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import ACTIVATIONS, Peer
 from torch import nn
 from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
 
@@ -80,7 +82,7 @@ def peer(net: nn.Module, x: torch.Tensor, y: torch.Tensor, case: Case) -> tuple[
 def ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor, case: Case) -> tuple[torch.Tensor, dict[str, float]]:
     """The same, as `evaluate` does it."""
     clock = Clock(('', ': '))
-    search = search_model(net, x[:16]) if case['side'] == 'ours folded' else None
+    search = search_model(net, x[:16], len(x)) if case['side'] == 'ours folded' else None
     result = autoattack(
         net,
         x,
@@ -101,7 +103,9 @@ def measure(case: Case) -> Measure:
     with np.load(case['images']) as file:
         x, y = (torch.from_numpy(file[key]).to(DEVICE) for key in ('x', 'y'))
     attack: Callable[..., tuple[torch.Tensor, dict[str, float]]] = peer
-    if case['side'] != 'peer':
+    if case['side'] == 'peer':
+        net = textbook(net)
+    if case['side'].startswith('ours'):
         keep_freed_memory()
         VERSIONS['benchmark'] = tuple(case['attacks'])
         attack = ours
@@ -125,6 +129,16 @@ def network(case: Case) -> nn.Module:
     """The model, the same in each process, as one that takes pixels in [0, 1]."""
     torch.manual_seed(0)
     return pixel_input(load_model(case['model'], device=DEVICE, **case['model_kwargs'])).eval()
+
+
+def textbook(net: nn.Module) -> nn.Module:
+    """The network as one writes it without a library, with the same weights; itself for other kinds."""
+    arch, stem = dict(getattr(net, 'pretrained_cfg', {})).get('architecture', ''), getattr(net, 'conv1', None)
+    if arch not in [f'{family}_{act}' for family in ('resnet18', 'wrn28_10') for act in ACTIVATIONS]:
+        return net
+    other = Peer(arch, stem.out_channels if arch.startswith('resnet18') else None).to(DEVICE).eval()
+    other.load_state_dict(net.state_dict())
+    return other
 
 
 def train(args: argparse.Namespace, folder: Path) -> Path:
@@ -198,7 +212,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     np.savez(folder / 'images.npz', x=x.numpy(), y=y.numpy())
     case |= {'images': str(folder / 'images.npz'), 'eps': args.eps, 'attacks': args.attacks}
     case |= {'batch_size': args.batch_size}
-    sides = ['peer', *(f'ours {variant}' for variant in args.variants)]
+    sides = ['peer', 'peer, our network', *(f'ours {variant}' for variant in args.variants)]
     found = take_turns(__file__, {side: case | {'side': side} for side in sides}, args.repeats)
     about = {'model': public_name(args.model), 'width': args.width, 'train_steps': args.train_steps}
     about |= {'dataset': args.dataset or 'random', 'n': args.n, 'norm': 'Linf', 'eps': args.eps}

@@ -158,6 +158,7 @@ def test_a_missing_compiler_is_said(monkeypatch):
         raise RuntimeError('no compiler')
 
     monkeypatch.setattr(module, '_kernels', None)
+    module.cpu_kernels.cache_clear()
     monkeypatch.setattr(torch, 'compile', lambda f, dynamic: refuse)
     with pytest.raises(RuntimeError, match=r'no compiler.*apt-get install g'):
         module.compile_cpu_kernels()

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,9 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
+from timm_robust import search
 from timm_robust.autoattack import autoattack
 from timm_robust.autoattack_state import BatchStore, Found
 from timm_robust.search import Bf16, search_model
@@ -202,3 +205,24 @@ def test_damaged_files_are_named(tmp_path):
         BatchStore(tmp_path, {'seed': 0})
     (tmp_path / 'identity.json').write_text(json.dumps({'seed': 0}))
     BatchStore(tmp_path, {'seed': 0})
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+def test_a_long_search_runs_on_compiled_kernels_to_the_same_verdicts(monkeypatch):
+    monkeypatch.setattr(search, '_WORTH_SECONDS', 0.0)
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18_pssilu', width=8).eval()
+    with torch.no_grad():
+        model.act.alpha.fill_(1.7)
+    x = torch.rand(8, 3, 32, 32)
+    y, kernels = model(x).argmax(1), sys.modules['timm_robust.pssilu']
+    plain, fast = search_model(model, x), search_model(model, x, len(x))
+    calls = []
+    fast.kernels = tuple(lambda *a, f=f: calls.append(1) or f(*a) for f in fast.kernels)
+    assert plain.kernels is None and kernels._kernels is None
+    results = [
+        autoattack(model, x, y, ThreatModel('Linf', 0.002), version='apgd', batch_size=8, search=net)
+        for net in (plain, fast)
+    ]
+    assert len(calls) > 100 and kernels._kernels is None  # in the search alone
+    assert 0 < results[0].robust.sum() < 8 and results[0].robust.equal(results[1].robust)

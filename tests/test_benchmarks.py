@@ -128,10 +128,10 @@ def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
     labels = timm.create_model('resnet18_pssilu', width=4).eval()(x).argmax(1)
     np.savez(case['images'], x=x.numpy(), y=labels.numpy())
     verdicts = {}
-    for side in ('peer', 'ours folded', 'ours model'):
+    for side in ('peer', 'peer, our network', 'ours folded', 'ours model'):
         once = attack.measure(case | {'side': side})
         assert once() == {}  # the warm-up
         found = once()
         assert set(found['seconds']) == {'apgd-ce', 'total'} and any(found['robust'])
         verdicts[side] = found['robust']
-    assert verdicts['peer'] == verdicts['ours folded'] == verdicts['ours model']
+    assert all(flags == verdicts['peer'] for flags in verdicts.values())

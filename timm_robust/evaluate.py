@@ -148,7 +148,7 @@ def evaluate(
             facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
         if attack in _VERSIONS:
-            found = search_model(pixels, x[:16]) if search else None
+            found = search_model(pixels, x[:16], len(x)) if search else None
             settings: dict[str, Any] = {'search': found, 'screen': Bf16(found or pixels) if screen else None}
             settings |= {'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)

@@ -9,6 +9,8 @@ to rounding; twice differentiable.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -68,7 +70,7 @@ _COMPILED_FROM = 1 << 16
 """Elements from which compiled kernels run: the compiler makes one thread of what it first sees small."""
 
 _kernels: tuple[Any, Any] | None = None
-"""What compile_cpu_kernels made: forward and backward over flat tensors."""
+"""Compiled forward and backward over flat tensors, where they are in use."""
 
 
 def compile_cpu_kernels() -> None:
@@ -80,8 +82,27 @@ def compile_cpu_kernels() -> None:
         RuntimeError: if there is no working C++ compiler, with what to type.
     """
     global _kernels
-    if _kernels is not None:
-        return
+    _kernels = _kernels or cpu_kernels()
+
+
+@contextmanager
+def using(kernels: tuple[Any, Any] | None) -> Iterator[None]:
+    """Run PSSiLU and PSiLU by these kernels in the body, and its gradients whenever they are asked for."""
+    global _kernels
+    kept, _kernels = _kernels, kernels
+    try:
+        yield
+    finally:
+        _kernels = kept
+
+
+@cache
+def cpu_kernels() -> tuple[Any, Any]:
+    """Compiled forward and backward of PSSiLU and PSiLU on a CPU, over flat tensors.
+
+    Raises:
+        RuntimeError: if there is no working C++ compiler, with what to type.
+    """
     kernels = torch.compile(_forward_kernel, dynamic=True), torch.compile(_backward_kernel, dynamic=True)
     x, one = torch.ones(_COMPILED_FROM), torch.ones(1)
     try:
@@ -93,7 +114,7 @@ def compile_cpu_kernels() -> None:
             f'cannot compile for the CPU ({reason}); install a C++ compiler (apt-get install g++), or train without '
             '--torchcompile'
         ) from error
-    _kernels = kernels
+    return kernels
 
 
 def _forward_kernel(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
@@ -147,6 +168,7 @@ class _FusedPSSiLU(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.kernels = _kernels
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> tuple:
@@ -160,8 +182,8 @@ class _FusedPSSiLU(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             return _pssilu_backward_formula(grad, x, alpha, beta, needs)
-        if _kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x, grad)) is not None:
-            found = _kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
+        if ctx.kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x, grad)) is not None:
+            found = ctx.kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
             grad_x = found[0].as_strided(x.shape, x.stride())
             return grad_x, *_parameter_gradients(found[1:], alpha, beta, needs)
         a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import torch
 from torch import nn
 
+from .activations import PSiLU, PSSiLU
 from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
+from .pssilu import cpu_kernels, using
 
 _TOLERANCE = 1e-4  # of the logits' largest value
+_LEAST_FORWARDS = 300  # that AutoAttack takes for an image
+_WORTH_SECONDS = 15.0
 
 
 class ChannelsLast(nn.Module):
-    """A network that is called with channels-last images."""
+    """A network that is called with channels-last images.
 
-    def __init__(self, net: nn.Module) -> None:
+    Args:
+        net: the network.
+        kernels: of `pssilu.cpu_kernels`, by which its PSSiLU runs; None for eager mode.
+    """
+
+    def __init__(self, net: nn.Module, kernels: tuple[Any, Any] | None = None) -> None:
         super().__init__()
-        self.net = net
+        self.net, self.kernels = net, kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images [B, C, H, W]."""
-        return self.net(x.contiguous(memory_format=torch.channels_last))
+        with using(self.kernels):
+            return self.net(x.contiguous(memory_format=torch.channels_last))
 
 
 class Bf16(nn.Module):
@@ -36,12 +49,13 @@ class Bf16(nn.Module):
             return self.net(x)
 
 
-def search_model(model: nn.Module, x: torch.Tensor) -> nn.Module | None:
+def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Module | None:
     """An equal network for the attacks: batch norm folded into the convolutions, channels-last; None if there is none.
 
     Args:
         model: images in [0, 1] -> logits, in fp32; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
+        images: how many are to be attacked; where that takes minutes on a CPU, PSSiLU is compiled (seconds).
     """
     if dtype_of(model) != torch.float32:
         return None
@@ -50,11 +64,23 @@ def search_model(model: nn.Module, x: torch.Tensor) -> nn.Module | None:
     model.eval()
     try:
         folded = FoldedNet(model, x[:2])
-        search = ChannelsLast(folded.net)
         with torch.no_grad():
+            started = time.perf_counter()
             expected = model(x)
+            seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)
+            search = ChannelsLast(folded.net, _kernels(model, x.device) if seconds > _WORTH_SECONDS else None)
             differ = (search(x) - expected).abs().max() > _TOLERANCE * expected.abs().max()
     finally:
         for module, mode in modes.items():
             module.training = mode
     return None if not folded.pairs or differ else search
+
+
+def _kernels(model: nn.Module, device: torch.device) -> tuple[Any, Any] | None:
+    """Compiled PSSiLU for a network on a CPU that has one; None without a compiler."""
+    if device.type != 'cpu' or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
+        return None
+    try:
+        return cpu_kernels()
+    except RuntimeError:  # no compiler: eager mode does the same
+        return None
