@@ -26,8 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     staged = sorted(path.parent.name for path in args.cards.glob(f'*/{RESULTS}'))
     unknown = [name for name in args.names if name not in staged]
     if unknown or not staged:
-        there = ', '.join(staged) or 'nothing'
-        print(f'error: {", ".join(unknown) or "no model"} is not staged; {args.cards} holds {there}', file=sys.stderr)
+        wrong = f'{", ".join(unknown)} is not staged; ' if unknown else ''
+        there = ', '.join(staged) or 'no staged model; type: python -m timm_robust.staging stage RUN NAME'
+        print(f'error: {wrong}{args.cards} holds {there}', file=sys.stderr)
         return 2
     keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
     options = Options(**{key: getattr(args, key) for key in keys})
@@ -50,7 +51,11 @@ def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
         if token := get_token():
             message = message.replace(token, '***')
         say(f'error: {folder.name}: {message}')
-        return Outcome(folder.name, repo_of(folder.name, options.org, releases), 'failed', message=message)
+        try:
+            repo = repo_of(folder.name, options.org, releases)
+        except (ValueError, OSError):  # the table of releases is what failed
+            repo = ''
+        return Outcome(folder.name, repo, 'failed', message=message)
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -362,3 +362,19 @@ def test_web_data_says_what_it_cannot(tmp_path):
     narrow = StreamData('wds/toy', root, 'toy-train-{0..1}.tar|24', img_size=16, workers=0, num_classes=2)
     with pytest.raises(ValueError, match=r'label 2 is not in 0\.\.1'):
         list(narrow.batches(8))
+
+
+def test_processes_read_their_own_rows_of_a_batch(folder):
+    settings = {'img_size': 16, 'workers': 0}
+    whole, parts = (
+        StreamBatches(StreamData('folder', str(folder), **settings), 8, 3),
+        [
+            StreamBatches(StreamData('folder', str(folder), **settings), 8, 3, own=slice(4 * rank, 4 * rank + 4))
+            for rank in (0, 1)
+        ],
+    )
+    for step in (0, 1, whole.steps_per_epoch):
+        x, y = whole[step]
+        own = [part[step] for part in parts]
+        assert torch.equal(x, torch.cat([one[0] for one in own])) and torch.equal(y, torch.cat([one[1] for one in own]))
+        assert whole.indices(step).tolist() == [row for part in parts for row in part.indices(step).tolist()]

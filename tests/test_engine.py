@@ -152,6 +152,14 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
         build(tiny(tmp_path, resume=path, **changes))
 
 
+def test_a_new_run_does_not_mix_with_an_old_one(undisturbed):
+    folder = undisturbed[0]
+    before = (folder / 'run/last.pth.tar').read_bytes()
+    with pytest.raises(FileExistsError, match='holds a run already; go on with it by --resume auto, name another'):
+        fit(build(tiny(folder, lr=0.1)))
+    assert (folder / 'run/last.pth.tar').read_bytes() == before
+
+
 def test_the_checkpoint_is_a_model_that_evaluates(undisturbed):
     model = load_model(undisturbed[0] / 'run')
     state = load_checkpoint(undisturbed[0] / 'run' / 'model_best.pth.tar')

@@ -15,7 +15,7 @@ from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData
 from timm_robust.evaluate import evaluate
 from timm_robust.pixels import pixel_input
-from timm_robust.releases import RELEASES, releases_of
+from timm_robust.releases import RELEASES, releases_of, split_name
 from timm_robust.robustbench_zoo import LINF, entry_of, to_ours, to_theirs
 from timm_robust.threat_model import ThreatModel
 
@@ -53,6 +53,11 @@ def x():
 
 
 @NEEDS
+def test_every_entry_has_a_name_of_ours():
+    names = [door.release_name(name, entry) for name, entry in LINF.items()]
+    assert len(set(names)) == len(LINF) == 44 and all(split_name(name) for name in names)
+
+
 @pytest.mark.parametrize('name', LINF)
 def test_every_entry_has_the_weights_of_robustbenchs_definition(name):
     entry = entry_of(name)

@@ -11,6 +11,7 @@ from torch import nn
 from timm_robust.activations import PSSiLU, get_activation
 from timm_robust.recipe import Recipe
 from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+from timm_robust.watchdog import Diverged
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,16 +124,39 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(study, tmp_p
     assert capsys.readouterr().err.count('5/5 ') == 2
 
 
+def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(study, tmp_path, capsys, monkeypatch):
+    train = study.train
+
+    def diverge(point, *args):
+        if point.name == 'psilu-alpha8-frozen-pgd_at-s0':
+            raise Diverged('the loss is nan at step 1; the run stops')
+        return train(point, *args)
+
+    monkeypatch.setattr(study, 'train', diverge)
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('[clean, pgd_at]', 'pgd_at'))
+    arguments = [str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]
+    assert study.main(arguments) == 0
+    assert '2/4 psilu-alpha8-frozen-pgd_at-s0: diverged' in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / 'out/results.csv').open()))
+    assert [row['clean_acc'] != '' for row in rows] == [True, False, True, True]
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('eps: 0.1', 'eps: 0.2'))
+    assert study.main(arguments) == 2
+    assert 'was measured with other settings; name another folder with -o' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         ('parameter: alpha, values: [2, 8]', 'psilu has no parameter'),
         ('seeds: [0]', 'unknown key seed; allowed: recipe, measure, seeds, sweeps'),
         ('loss: [clean, pgd_at]', 'unknown key los of a sweep; allowed: act, parameter'),
+        ('attack: pgd', "attack 'fab' is unknown; allowed: autoattack, apgd, pgd"),
+        ('values: [2, 8]}', 'needs act, and parameter and values together or neither'),
     ],
 )
 def test_what_a_study_cannot_mean_is_refused(study, tmp_path, capsys, change, message):
-    wrong = {'parameter: alpha, values: [2, 8]': 'parameter: gamma, values: [2, 8]', 'seeds: [0]': 'seed: [0]'}
+    wrong = {'parameter: alpha, values: [2, 8]': 'parameter: gamma, values: [2, 8]', 'seeds: [0]': 'seed: [0]',
+             'attack: pgd': 'attack: fab', 'values: [2, 8]}': 'value: 2}'}  # fmt: skip
     text = STUDY.replace(change, wrong.get(change, 'los: [clean, pgd_at]'))
     (tmp_path / 'study.yaml').write_text(text)
     assert study.main([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]) == 2

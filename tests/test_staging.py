@@ -216,6 +216,14 @@ def test_the_table_follows_the_weights(copy):
     assert read_table(table)[NAME].commit is None  # the commit held other weights
 
 
+def test_releases_without_a_folder_here_stay_in_the_table(copy):
+    table = copy / 'releases.json'
+    entries = json.loads(table.read_text())
+    table.write_text(json.dumps(entries | {'wrn28_10_pssilu.at_cifar10_linf': entries[NAME]}))
+    render(copy / 'model_cards', table)
+    assert set(read_table(table)) == {NAME, 'wrn28_10_pssilu.at_cifar10_linf'}
+
+
 @pytest.fixture
 def released(copy, monkeypatch):
     """The staged model, released: in the table that the registry asks."""

@@ -102,6 +102,7 @@ def autoattack(
     world = world or World(x.device)
     if state_dir is not None:
         facts = {'version': version, 'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
+        facts |= {'eps': threat_model.eps}
         facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
         store = BatchStore(state_dir, facts)
     with undisturbed(model):

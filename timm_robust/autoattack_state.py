@@ -102,7 +102,8 @@ class BatchStore:
 def identity(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, str]:
     """SHA-256 of weights, images and labels, and the versions of what attacks them."""
     hashes = {'weights': hashlib.sha256(), 'images': hashlib.sha256()}
-    for name, tensor in model.state_dict().items():
+    hashes['weights'].update(repr(model).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # mean and std too
         hashes['weights'].update(name.encode())
         hashes['weights'].update(_bytes(tensor))
     for part in (*x.split(1000), y):

@@ -73,8 +73,8 @@ def model_card(folder: Path) -> str:
     papers = [_PAPERS[key] for key in [*methods, 'autoattack'] if key in _PAPERS]
     lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
-    lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in [0, 1] in, logits out", '```']
-    lines += ['', 'Mean and standard deviation are 0 and 1: do not normalise.', '', '## Results', '']
+    lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in, logits out", '```']
+    lines += ['', _input(folder, hyper), '', '## Results', '']
     lines += _measurements(record)
     if (folder / 'adversarial.png').is_file():
         lines += ['', '![adversarial examples](adversarial.png)']
@@ -89,6 +89,17 @@ def model_card(folder: Path) -> str:
     ]
     lines += [f'SHA-256 `{weights["sha256"]}`. Licence: Apache-2.0.', '']
     return '\n'.join(lines)
+
+
+def _input(folder: Path, hyper: dict[str, Any]) -> str:
+    """What images the network takes."""
+    path = folder / 'config.json'
+    config = json.loads(path.read_text(encoding='utf-8'))['pretrained_cfg'] if path.is_file() else {}
+    mean, std = config.get('mean') or (0,), config.get('std') or (1,)
+    text = 'Images are in [0, 1]. Mean and standard deviation are 0 and 1: do not normalise.'
+    if set(mean) != {0} or set(std) != {1}:
+        text = f'Images are in [0, 1], then normalised by mean {tuple(mean)} and standard deviation {tuple(std)}.'
+    return text + (f' They are resized to {hyper["img_size"]} pixels.' if hyper.get('img_size') else '')
 
 
 def results_page(cards: Path, recipes: Path | None = None) -> str:
@@ -216,8 +227,10 @@ def _measurements(record: dict[str, Any]) -> list[str]:
     for item in record['measurements']:
         result = item['result']
         threat = f' --norm {result["norm"]} --eps {result["eps_text"]}' if result['attack'] != 'none' else ''
+        data = '' if result['dataset'] == 'cifar10' else f' --dataset {result["dataset"]}'
+        data += '' if result['split'] == 'test' else f' --split {result["split"]}'
         lines.append(
-            f'python -m timm_robust.evaluate {record["model"]} --data-dir DIR --attack {result["attack"]} '
+            f'python -m timm_robust.evaluate {record["model"]} --data-dir DIR{data} --attack {result["attack"]} '
             f'-n {result["n"]}{threat} --batch-size {result["batch_size"]} --seed {result["seed"]}'
         )
     lines.append('```')
@@ -304,11 +317,17 @@ def _question(cards: Path, records: list[dict[str, Any]]) -> list[str]:
             continue
         others = [by_name[other] for other in by_name if other.startswith(f'{family}_') and other != name]
         for other in (record for record in others if record['model'].partition('.')[2] == tag):
-            theirs = {item['key'] for item in other['measurements']}
+            theirs = {item['key']: item['result'] for item in other['measurements']}
             for item in record['measurements']:
-                if item['result']['attack'] != 'none' and item['key'] in theirs:
+                if item['result']['attack'] != 'none' and _alike(item['result'], theirs.get(item['key'])):
                     rows.append(_pair(cards, name, other['model'], item))
     return lines + (rows or ['| none yet | | | | | | |'])
+
+
+def _alike(result: dict[str, Any], other: dict[str, Any] | None) -> bool:
+    """Whether two measurements are of the same images by the same attack."""
+    keys = ('attack', 'n', 'data_sha256', 'split', 'norm', 'eps', 'steps', 'restarts', 'batch_size', 'seed')
+    return other is not None and all(result[key] == other[key] for key in keys)
 
 
 def _pair(cards: Path, name: str, other: str, item: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -43,9 +44,12 @@ def save_compact(folder: str | Path, state: dict[str, Any], part_bytes: int = PA
         parts[-1][str(index)] = tensor
         size += tensor.nbytes
     with atomic_folder(folder) as new:
-        save_checkpoint(new / _PLAIN, {'parts': len(parts), 'state': plain})
+        save_checkpoint(new / _PLAIN, {'parts': len(parts), 'step': state.get('step'), 'state': plain})
         for number, part in enumerate(parts):
-            safetensors.torch.save_file(part, new / _part(number))
+            try:
+                safetensors.torch.save_file(part, new / _part(number), {'step': str(state.get('step'))})
+            except Exception as error:  # safetensors has its own kind for a full disk
+                raise OSError(f'cannot write {folder}: {error}') from error
     return sorted(Path(folder).iterdir())
 
 
@@ -54,7 +58,7 @@ def load_compact(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: naming the file that is missing.
-        ValueError: if a file is damaged.
+        ValueError: if a file is damaged, or from another moment of the run.
     """
     folder = Path(folder)
     record = load_checkpoint(folder / _PLAIN)
@@ -64,9 +68,13 @@ def load_compact(folder: str | Path) -> dict[str, Any]:
         if not path.is_file():
             raise FileNotFoundError(f'{path} is missing; the state is {record["parts"]} such files and {_PLAIN}')
         try:
-            tensors |= safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, 'pt') as file:
+                step = (file.metadata() or {}).get('step')
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:
             raise ValueError(f'{path} is damaged: {error}; copy it again') from error
+        if step != str(record['step']):
+            raise ValueError(f'{path} is of step {step}, the state of step {record["step"]}; copy the folder again')
     return dict(_give(record['state'], tensors))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,19 +21,22 @@ class World:
         device: where it computes.
         rank: its number.
         size: how many there are.
+        patient: a group of all processes, over the CPU, that waits for days: one may work while the others are done.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    patient: Any = None
 
     @classmethod
     def join(cls, device: str | None) -> World:
         """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one."""
         if dist.is_initialized():
-            return cls(torch.device(device or 'cpu'), dist.get_rank(), dist.get_world_size())
+            return cls(torch.device(device or 'cpu'), dist.get_rank(), dist.get_world_size(), _patient_group())
         info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        return cls(torch.device(info['device']), info['global_rank'], info['world_size'])
+        group = _patient_group() if info['world_size'] > 1 else None
+        return cls(torch.device(info['device']), info['global_rank'], info['world_size'], group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes."""
@@ -66,7 +70,7 @@ class World:
         every = [items]
         if self.size > 1:
             every = [{} for _ in range(self.size)]
-            dist.all_gather_object(every, items)
+            dist.all_gather_object(every, items, group=self.patient)
         return dict(sorted((entry for part in every for entry in part.items()), key=lambda entry: entry[0]))
 
     def leave(self) -> None:
@@ -78,3 +82,8 @@ class World:
         """Wait for all."""
         if self.size > 1:
             dist.barrier()
+
+
+def _patient_group() -> Any:
+    """All processes, over the CPU; every process must ask for it at the same point."""
+    return dist.new_group(backend='gloo', timeout=timedelta(days=7))

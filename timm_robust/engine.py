@@ -18,7 +18,7 @@ from timm.utils import distribute_bn
 
 from .activations import Activation
 from .attacks import pgd
-from .checkpoint import latest_checkpoint
+from .checkpoint import LAST, latest_checkpoint
 from .logs import RunLog
 from .losses import cross_entropy
 from .recipe import Recipe
@@ -54,8 +54,8 @@ def fit(run: Run) -> dict[str, Any]:
     with RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings) as log:
         if run.clock.budget is not None:
             run.clock.keep(closing_seconds(run))
-        if run.step == 0:
-            save(run, -1, numbered=False)  # what a rollback in the first epoch goes back to
+        if run.step == 0 or not (run.folder / LAST).is_file():  # what a rollback in the first epoch goes back to
+            save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
         while progress(run) < 1:
             try:
                 row = train_epoch(run, log)

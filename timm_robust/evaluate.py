@@ -131,7 +131,7 @@ def evaluate(
     x, pixels = data.pixels(), pixel_input(model, img_size)
     facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
     facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
-    facts['data_sha256'] = data.sha256()
+    facts['data_sha256'], facts['img_size'] = data.sha256(), img_size
     facts |= {
         'model': name or _name(model),
         'norm': threat_model.norm,
@@ -174,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         record = RobustnessResult.from_json(args.repeat) if args.repeat else None
         if record is not None:
             _take_settings(args, record)
+        args.dataset = args.dataset or 'cifar10'
         for file in filter(None, (args.results_file, args.flags_file)):
             if not Path(file).parent.is_dir() or Path(file).is_dir():
                 raise FileNotFoundError(
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threat_model = ThreatModel(args.norm, args.eps)
         world = World.join(args.device)
         model = load_model(args.model, device=world.device, **args.model_kwargs)
-        data = _read_data(args, model).to(world.device)
+        data = _read_data(args, model, world).to(world.device)
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)
     if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
@@ -214,13 +215,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(1, 'not repeated: ' + '; '.join(differences) + '\n')
 
 
-def _read_data(args: argparse.Namespace, model: nn.Module) -> ImageData:
+def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> ImageData:
     """The images to measure on; of a streamed data set n at the model's size, evenly from first to last."""
     if not is_stream(args.dataset):
         return load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
     config = dict(getattr(model, 'pretrained_cfg', None) or {})
     size = args.img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
-    stream = StreamData(args.dataset, args.data_dir, args.split, size, download=args.dataset_download)
+    options = {'num_classes': getattr(model, 'num_classes', None), 'download': args.dataset_download}
+    stream = StreamData(args.dataset, args.data_dir, args.split, size, **options)
+    if stream.iterable and world.size > 1:
+        raise ValueError(
+            f'{args.dataset} has an order, not numbers, so it is measured in one process, without torchrun'
+        )
     n = min(_DEFAULT_N, len(stream)) if args.n is None else args.n
     first = stream.first(n)
     if not stream.iterable:  # folders come class by class: the first images would all be of one
@@ -230,9 +236,10 @@ def _read_data(args: argparse.Namespace, model: nn.Module) -> ImageData:
 
 def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
-    keys = ('dataset', 'split', 'n', 'norm', 'attack', 'batch_size', 'seed')
-    given = {'dataset': args.dataset} if is_stream(args.dataset) else {}  # the record has the folder's name
-    vars(args).update({key: getattr(record, key) for key in keys} | {'eps': record.eps_text} | given)
+    keys = ('split', 'n', 'norm', 'attack', 'batch_size', 'seed', 'eps', 'img_size')
+    vars(args).update({key: getattr(record, key) for key in keys})
+    if args.dataset is None and record.dataset in DATASETS:  # of folders and files the record has the name alone
+        args.dataset = record.dataset
     args.search, args.screen = record.search != 'model', record.screen
     if record.steps is not None:
         args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
@@ -393,7 +400,7 @@ def _parser() -> _Parser:
     add = parser.add_argument
     add('model', metavar='MODEL', help='registry name (NAME.TAG for trained weights), checkpoint file or folder')
     add('--data-dir', help='folder that holds the data')
-    add('--dataset', default='cifar10', help=', '.join(DATASETS) + ', folder, torch/..., hfds/..., wds/...')
+    add('--dataset', help='cifar10 if not given; ' + ', '.join(DATASETS[1:]) + ', folder, torch/..., hfds/..., wds/...')
     add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
     add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
     add(

@@ -51,6 +51,10 @@ class Resized(nn.Module):
         super().__init__()
         self.model, self.img_size = model, img_size
 
+    def extra_repr(self) -> str:
+        """The size, which is part of what the model is."""
+        return f'img_size={self.img_size}'
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of images [B, C, H, W]."""
         if x.shape[-2:] != (self.img_size, self.img_size):

@@ -425,8 +425,9 @@ def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recip
 
     What is wrong is printed with the usage, without a traceback, and the exit code is 2.
     """
-    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...]; {prog} --help lists the flags'
-    parser = argparse.ArgumentParser(prog, usage, 'Train a robust model.', allow_abbrev=False)
+    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...] [--plan]; {prog} --help lists the flags'
+    about = 'Train a robust model. With --plan, measure a few steps, print time and memory of the run, and end.'
+    parser = argparse.ArgumentParser(prog, usage, about, allow_abbrev=False)
     add_arguments(parser)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:

@@ -53,6 +53,7 @@ class RobustnessResult:
         commit: git commit of the code, with '+dirty' where it was changed; None outside a checkout.
         date: start, UTC, ISO 8601.
         data_sha256: SHA-256 of the n images (bytes of [n, C, H, W]) and their labels (int64); None if not known.
+        img_size: side that images were resized to inside the attacked function, if asked for; None: the model's own.
         attack_version: version of AutoAttack, 'standard' or 'apgd'; None without it.
         search: what AutoAttack searched on: 'model', or 'folded', an equal copy with batch norm folded into the
             convolutions, every find confirmed by the model; None without it.
@@ -90,6 +91,7 @@ class RobustnessResult:
     commit: str | None
     date: str
     data_sha256: str | None = None
+    img_size: int | None = None
     attack_version: str | None = None
     search: str | None = None
     screen: str | None = None

@@ -38,14 +38,12 @@ from .data import ImageData, load_dataset
 from .pixels import pixel_input
 from .releases import RELEASES, STAGED
 from .results import atomic_file
-from .robustbench_report import compare, submission, write_entries
+from .robustbench_report import EPS, compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
 from .staging import write_model
 from .threat_model import parse_eps
 
 _INSTALL = "type: pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1"
-EPS = {'Linf': '8/255', 'L2': '0.5'}
-"""The radii of RobustBench's CIFAR-10 leaderboards."""
 
 
 def robustbench() -> Any:
@@ -367,7 +365,12 @@ def _run_compare(args: argparse.Namespace) -> None:
 
 
 def _run_submission(args: argparse.Namespace) -> dict[str, Any]:
-    info = yaml.safe_load(Path(args.paper).read_text(encoding='utf-8'))
+    try:
+        info = yaml.safe_load(Path(args.paper).read_text(encoding='utf-8'))
+    except yaml.YAMLError as error:
+        raise ValueError(f'{args.paper} is not YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(info, dict):
+        raise ValueError(f'{args.paper} holds no paper; write link, name, authors and venue, each as KEY: VALUE')
     return {'written': str(submission(args.cards / args.name, args.target, args.data_dir, info))}
 
 

@@ -15,9 +15,12 @@ import torchvision
 from .cards import FLAGS, attack_title, percent, read_results, robust_acc
 from .data import load_dataset
 from .releases import sha256
-from .results import atomic_file
+from .results import atomic_file, atomic_folder
+from .threat_model import parse_eps
 
 TABLE = Path(__file__).with_name('robustbench.json')
+EPS = {'Linf': '8/255', 'L2': '0.5'}
+"""The radii of RobustBench's CIFAR-10 leaderboards."""
 _MANDATORY = (
     *('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture'),
     *('eps', 'clean_acc', 'reported'),
@@ -88,6 +91,10 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
         raise ValueError(
             f'{record["model"]} has no AutoAttack measurement; type: python -m timm_robust.staging measure'
         )
+    tolerance = 0.003  # 128/255 counts as 0.5 there
+    results = [one for one in results if abs(one['eps'] - parse_eps(EPS[one['norm']])) < tolerance]
+    if not results:
+        raise ValueError(f'{record["model"]} was measured at another eps than the leaderboard, {EPS}')
     ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
     entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
@@ -194,18 +201,18 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         'unreliable': False,
     }
     model_info |= {'footnote': info['footnote']} if info.get('footnote') else {}
-    target.mkdir(parents=True)
-    where = target / 'model_info' / result['dataset'] / result['norm']
-    where.mkdir(parents=True)
-    (where / f'{record["model"]}.json').write_text(json.dumps(model_info, indent=2) + '\n')
-    (target / 'issue.md').write_text(_issue(record, result, model_info))
-    (target / 'zoo_entry.md').write_text(_zoo_entry(record, result))
-    (target / 'autoattack.log').write_text(_log(result))
-    shutil.copyfile(folder / FLAGS / 'autoattack_10000.npz', target / 'flags.npz')
-    shutil.copyfile(folder / 'results.json', target / 'results.json')
-    names = sorted(path for path in target.rglob('*') if path.is_file())
-    text = ''.join(f'{sha256(path)}  {path.relative_to(target).as_posix()}\n' for path in names)
-    (target / 'SHA256SUMS').write_text(text)
+    with atomic_folder(target) as new:
+        where = new / 'model_info' / result['dataset'] / result['norm']
+        where.mkdir(parents=True)
+        (where / f'{record["model"]}.json').write_text(json.dumps(model_info, indent=2) + '\n')
+        (new / 'issue.md').write_text(_issue(record, result, model_info))
+        (new / 'zoo_entry.md').write_text(_zoo_entry(record, result))
+        (new / 'autoattack.log').write_text(_log(result))
+        shutil.copyfile(folder / FLAGS / 'autoattack_10000.npz', new / 'flags.npz')
+        shutil.copyfile(folder / 'results.json', new / 'results.json')
+        names = sorted(path for path in new.rglob('*') if path.is_file())
+        text = ''.join(f'{sha256(path)}  {path.relative_to(new).as_posix()}\n' for path in names)
+        (new / 'SHA256SUMS').write_text(text)
     return target
 
 

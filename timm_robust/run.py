@@ -23,7 +23,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
+from .checkpoint import BEST, latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
 from .clock import Clock, parse_duration
 from .compact import load_compact, save_compact
 from .data import (
@@ -406,6 +406,8 @@ def restore(run: Run, path: Path) -> None:
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
+    if not (run.folder / BEST).is_file():  # a compact state travels without it
+        run.best = -1.0
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]
     run.sums = None

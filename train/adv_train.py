@@ -8,7 +8,6 @@ held-out images) and the newest checkpoints. The last line of the output is the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import signal
@@ -26,25 +25,23 @@ from timm_robust.watchdog import Diverged
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe of the command line; 0 if it ended well, 1 if it diverged, 2 bad input, 128 + n signal n."""
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument(
-        '--plan', action='store_true', help='measure a few steps, print time and memory of the run, and end'
-    )
-    args, rest = own.parse_known_args(sys.argv[1:] if argv is None else argv)
-    recipe = parse_recipe(rest)
+    rest = list(sys.argv[1:] if argv is None else argv)
+    planned = '--plan' in rest
+    recipe = parse_recipe([word for word in rest if word != '--plan'])
     keep_freed_memory()
     run = None
     try:
         run = build(recipe)
-        if args.plan:
-            return print_plan(plan(run))
+        if planned:
+            line = plan(run)
+            return 0 if run.world.rank else print_plan(line)
         signals: list[int] = []
         listen(run, signals)
         logging.info('timm_robust %s, output in %s', timm_robust.__version__, run.folder)
         line = fit(run)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + signals[0]
+        return 128 + (signals or [signal.SIGTERM])[0]  # another process may have got it
     except Diverged as error:
         print(f'error: {error}', file=sys.stderr)
         return 1

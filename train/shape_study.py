@@ -9,6 +9,7 @@ so that a study that was stopped goes on where it was. OUT gets results.csv, env
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -33,8 +34,15 @@ from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
 from timm_robust.results import atomic_file, environment, git_commit
 from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+from timm_robust.watchdog import Diverged
 
-_TITLES = {'autoattack_acc': 'AutoAttack accuracy (%)', 'radius': 'mean minimal radius (pixels)'}
+_TITLES = {
+    'autoattack': 'AutoAttack accuracy (%)',
+    'apgd': 'APGD-CE + APGD-T accuracy (%)',
+    'pgd': 'PGD-10 accuracy (%)',
+    'radius': 'mean minimal radius (pixels)',
+}
+_MEASURE = ('n', 'attack', 'split', 'square_queries')
 _CLAIMS = (
     ('best at 4 to 10 (Yu et al. 2026, arXiv:2603.23860)', 4, 10),
     ('low is better (Singla et al. 2021, arXiv:2102.07861)', None, 1),
@@ -75,11 +83,27 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Point]]
     Raises:
         ValueError: naming the unknown key or value.
     """
-    study = yaml.safe_load(path.read_text(encoding='utf-8'))
+    try:
+        study = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
+    if not isinstance(study, dict):
+        raise ValueError(f'{path} holds no study; it needs recipe, seeds and sweeps')
     if unknown := set(study) - {'recipe', 'measure', 'seeds', 'sweeps'}:
         raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))}; allowed: recipe, measure, seeds, sweeps')
+    if missing := [key for key in ('recipe', 'seeds', 'sweeps') if not study.get(key)]:
+        raise ValueError(f'{path} lacks {", ".join(missing)}')
+    options = study.get('measure', {})
+    if unknown := set(options) - set(_MEASURE):
+        raise ValueError(
+            f'{path}: unknown key {", ".join(sorted(unknown))} under measure; allowed: {", ".join(_MEASURE)}'
+        )
+    if options.get('attack', 'autoattack') not in _TITLES or options.get('attack') == 'radius':
+        raise ValueError(f'{path}: attack {options["attack"]!r} is unknown; allowed: autoattack, apgd, pgd')
     points = []
     for sweep in study['sweeps']:
+        if 'act' not in sweep or ('parameter' in sweep) != ('values' in sweep):
+            raise ValueError(f'{path}: sweep {sweep} needs act, and parameter and values together or neither')
         if unknown := set(sweep) - {'act', 'parameter', 'values', 'learned', 'loss'}:
             allowed = 'act, parameter, values, learned, loss'
             raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))} of a sweep; allowed: {allowed}')
@@ -91,7 +115,7 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Point]]
             for learned in _list(sweep.get('learned', False)):
                 for loss in _list(sweep.get('loss', 'pgd_at')):
                     points += [Point(sweep['act'], parameter, value, learned, loss, seed) for seed in study['seeds']]
-    return study['recipe'], study.get('measure', {}), points
+    return study['recipe'], options, points
 
 
 def _list(value: Any) -> list[Any]:
@@ -114,10 +138,11 @@ def train(point: Point, settings: dict[str, Any], output: Path) -> dict[str, Any
 
 def measure(point: Point, settings: dict[str, Any], options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that is measured of a trained point."""
-    model = load_model(folder)
     recipe = Recipe(**{key: value for key, value in settings.items() if key != 'model'})
+    device = torch.device(recipe.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    model = load_model(folder, device=device)
     data = load_dataset(recipe.dataset, recipe.data_dir, options.get('split', 'test')).first(options.get('n', 100))
-    generator, net = torch.Generator().manual_seed(0), pixel_input(model)
+    data, generator, net = data.to(device), torch.Generator(device).manual_seed(0), pixel_input(model)
     attack = options.get('attack', 'autoattack')
     result, _ = evaluate(model, data, recipe.threat_model, attack=attack, name=point.name)
     x, y, eps = data.pixels(), data.labels, recipe.threat_model.eps
@@ -129,7 +154,7 @@ def measure(point: Point, settings: dict[str, Any], options: dict[str, Any], fol
     act: Any = model.act
     return {
         **{key: getattr(point, key) for key in (field.name for field in fields(point))},
-        **{key: getattr(result, key) for key in ('clean_acc', 'pgd_acc', 'autoattack_acc', 'n')},
+        **{key: getattr(result, key) for key in ('attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'n')},
         'radius': float(radii[right].mean()) if right.any() else 0.0,
         'square_success': square_success(net, x, y, eps, options.get('square_queries', 1000)),
         'lipschitz': local_lipschitz(net, x, eps, generator=generator),
@@ -157,11 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             settings['data_dir'] = args.data_dir
         rows = []
         for number, point in enumerate(points, 1):
-            kept = args.output / f'{point.name}.json'
-            if not kept.is_file():
-                train(point, settings, args.output)
-                write_json(kept, measure(point, settings, options, args.output / point.name))
-            rows.append(json.loads(kept.read_text()))
+            rows.append(run_point(point, settings, options, args.output))
             print(f'{number}/{len(points)} {describe(rows[-1])}', file=sys.stderr, flush=True)
         report(rows, args.study, args.publish or args.output)
     except (ValueError, OSError, ImportError) as error:
@@ -170,23 +191,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_point(point: Point, settings: dict[str, Any], options: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Train and measure a point, unless that is done; a training that diverged for good is a result too.
+
+    Raises:
+        ValueError: if what is kept comes from other settings.
+    """
+    kept = output / f'{point.name}.json'
+    digest = hashlib.sha256(json.dumps([settings, options], sort_keys=True).encode()).hexdigest()[:16]
+    if not kept.is_file():
+        try:
+            train(point, settings, output)
+            row = measure(point, settings, options, output / point.name)
+        except Diverged as error:
+            row = {field.name: getattr(point, field.name) for field in fields(point)} | {'diverged': str(error)}
+        write_json(kept, row | {'settings': digest})
+    row = json.loads(kept.read_text())
+    if row.get('settings') != digest:
+        raise ValueError(f'{kept} was measured with other settings; name another folder with -o, or delete it')
+    return row
+
+
 def describe(row: dict[str, Any]) -> str:
     """A point in a line."""
     name = Point(*(row[field.name] for field in fields(Point))).name
-    robust = row['autoattack_acc'] if row['autoattack_acc'] is not None else row['pgd_acc']
-    return f'{name}: clean {row["clean_acc"]:.1%}, robust {robust:.1%}, radius {row["radius"]:.4f}'
+    if 'diverged' in row:
+        return f'{name}: diverged'
+    robust = row[f'{row["attack"]}_acc']
+    return f'{name}: clean {row["clean_acc"]:.1%}, {row["attack"]} {robust:.1%}, radius {row["radius"]:.4f}'
 
 
 def report(rows: list[dict[str, Any]], study: Path, folder: Path) -> None:
     """Table, environment and plots."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ('path', 'warnings')]
+    left_out = ('path', 'warnings', 'settings', 'diverged')
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in left_out]
     with atomic_file(folder / 'results.csv') as file:
         lines = [','.join(columns)]
         lines += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
         file.write(('\n'.join(lines) + '\n').encode())
     facts = {'study': study.name, 'timm_robust': timm_robust.__version__, 'commit': git_commit(Path(__file__).parent)}
     write_json(folder / 'environment.json', facts | environment())
+    rows = [row for row in rows if 'diverged' not in row]
+    if not rows:
+        return
     plot_curves(rows, folder / 'curves.png')
     plot_curvature(rows, folder / 'curvature.png')
     plot_paths(rows, folder / 'paths.png')
@@ -209,10 +257,10 @@ def groups(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], list[dict[str, A
 
 
 def robustness(row: dict[str, Any]) -> tuple[str, float]:
-    """What a point's robustness is judged by: AutoAttack after adversarial training, the radius after standard."""
+    """What a point's robustness is judged by: the attack after adversarial training, the radius after standard."""
     if row['loss'] == 'clean':
         return 'radius', row['radius']
-    return 'autoattack_acc', 100 * (row['autoattack_acc'] if row['autoattack_acc'] is not None else row['pgd_acc'])
+    return row['attack'], 100 * row[f'{row["attack"]}_acc']
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
