@@ -94,7 +94,7 @@ def test_the_attacks_gradient_is_that_of_the_plain_network(tmp_path):
 def test_bf16_trains_as_well_as_fp32(tmp_path):
     found = {}
     for amp in (False, True):
-        changes = {'model_kwargs': {'width': 8}, 'attack': 'fgsm', 'epochs': 8, 'max_steps': None, 'batch_size': 64}
+        changes = {'model_kwargs': {'width': 8}, 'attack': 'fgsm', 'epochs': 5, 'max_steps': None, 'batch_size': 64}
         changes |= {'val_size': 200, 'val_batch_size': 200, 'lr': 0.1, 'eval_steps': 10, 'amp': amp}
         found[amp] = fit(build(dataclasses.replace(TINY, output=str(tmp_path / str(amp)), **changes)))
     clean, robust = (abs(found[True][key] - found[False][key]) for key in ('val_clean_acc', 'val_pgd_acc'))

@@ -327,7 +327,7 @@ def _question(cards: Path, records: list[dict[str, Any]]) -> list[str]:
 def _alike(result: dict[str, Any], other: dict[str, Any] | None) -> bool:
     """Whether two measurements are of the same images by the same attack."""
     keys = ('attack', 'n', 'data_sha256', 'split', 'norm', 'eps', 'steps', 'restarts', 'batch_size', 'seed')
-    return other is not None and all(result[key] == other[key] for key in keys)
+    return other is not None and all(result.get(key) == other.get(key) for key in keys)
 
 
 def _pair(cards: Path, name: str, other: str, item: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
             f'{record["model"]} has no AutoAttack measurement; type: python -m timm_robust.staging measure'
         )
     tolerance = 0.003  # 128/255 counts as 0.5 there
-    results = [one for one in results if abs(one['eps'] - parse_eps(EPS[one['norm']])) < tolerance]
+    results = [one for one in results if abs(parse_eps(one['eps_text']) - parse_eps(EPS[one['norm']])) < tolerance]
     if not results:
         raise ValueError(f'{record["model"]} was measured at another eps than the leaderboard, {EPS}')
     ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))

@@ -85,7 +85,10 @@ def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> 
     """A ResNet whose learnable activation is one for the network, but SmoothReLU's, which SAT has in each place."""
     shared = bool(ACTIVATIONS[act].initial) and act != 'smoothrelu'
     model_cls = partial(_shared_resnet, act) if shared else ResNet
-    layer = {} if shared else {'act_layer': GELUTanh if act == 'gelu' else ACTIVATIONS[act]}
+    layer: Dict[str, Any] = {}
+    if not shared:
+        place = {key: kwargs[key] for key in ('device', 'dtype') if ACTIVATIONS[act].initial and key in kwargs}
+        layer['act_layer'] = GELUTanh if act == 'gelu' else partial(ACTIVATIONS[act], **place)
     feature_cfg = {'feature_cls': 'getter'} if shared else None
     settings = {'block': Bottleneck, **_SIZES[size], **layer, **kwargs}
     return build_model_with_cfg(model_cls, name, pretrained, feature_cfg=feature_cfg, **settings)

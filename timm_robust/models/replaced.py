@@ -29,7 +29,10 @@ _KINDS: Tuple[Type[nn.Module], ...] = (
 
 
 class SharedAct(nn.Module):
-    """A place that applies the network's one activation, which its root owns: no parameter stands twice."""
+    """A place that applies the network's one activation, which its root owns: no parameter stands twice.
+
+    torch.compile and torch.export read it; the deprecated torch.jit.script cannot.
+    """
 
     def __init__(self, act: Activation) -> None:
         super().__init__()
