@@ -87,13 +87,13 @@ def test_saved_for_the_hub_and_loaded_again(name, shared, x, tmp_path):
         for module in model.modules():
             if isinstance(module, PSSiLU):
                 module.alpha.fill_(1.7)
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    save_for_hf(model, tmp_path, safe_serialization=True, model_args=model._model_args)
     assert len(load_file(tmp_path / 'model.safetensors')) == len(model.state_dict())
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(x), model(x))
     by_name = timm.create_model('act_swapped', model=name, act='pssilu', shared=shared, num_classes=5)
     by_name.load_state_dict(model.state_dict())
-    save_for_hf(by_name.eval(), tmp_path / 'two', safe_serialization=True)
+    save_for_hf(by_name.eval(), tmp_path / 'two', safe_serialization=True, model_args=by_name._model_args)
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).eval()(x), model(x))
 
 

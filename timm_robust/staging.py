@@ -134,7 +134,14 @@ def stage(
     return folder
 
 
-def write_model(model: nn.Module, folder: Path, name: str, half: bool = True, **provenance: str) -> None:
+def write_model(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    half: bool = True,
+    model_args: dict[str, Any] | None = None,
+    **provenance: str,
+) -> None:
     """Write a model as a folder that timm loads with 'local-dir:': weights and config.json, or nothing.
 
     Args:
@@ -142,6 +149,7 @@ def write_model(model: nn.Module, folder: Path, name: str, half: bool = True, **
         folder: to be made.
         name: '<arch>.<tag>'.
         half: store matrices and convolutions in fp16.
+        model_args: what timm.create_model was given beside the name, for config.json; timm before 1.0.31 does not know.
         provenance: further entries of the file's metadata.
 
     Raises:
@@ -152,7 +160,7 @@ def write_model(model: nn.Module, folder: Path, name: str, half: bool = True, **
     weights = dict(model.state_dict())
     content = weights_content(stored(weights) if half else weights, name, **provenance)
     with atomic_folder(folder) as new:
-        _write_model(new, model, content, split_name(name)[1])
+        _write_model(new, model, content, split_name(name)[1], model_args)
 
 
 def weights_content(weights: dict[str, torch.Tensor], name: str, **provenance: str) -> bytes:
@@ -160,10 +168,12 @@ def weights_content(weights: dict[str, torch.Tensor], name: str, **provenance: s
     return canonical(save(weights, {'format': 'pt', 'model': name, **provenance}))
 
 
-def _write_model(folder: Path, model: nn.Module, content: bytes, tag: str) -> None:
+def _write_model(
+    folder: Path, model: nn.Module, content: bytes, tag: str, model_args: dict[str, Any] | None = None
+) -> None:
     """Weights and configuration."""
     (folder / WEIGHTS).write_bytes(content)
-    (folder / 'config.json').write_text(_config(model, tag))
+    (folder / 'config.json').write_text(_config(model, tag, model_args))
 
 
 def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -337,14 +347,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(model: nn.Module, tag: str) -> str:
+def _config(model: nn.Module, tag: str, model_args: dict[str, Any] | None) -> str:
     """The config.json of timm, with the tag of these weights, and the size of the images that they were trained on."""
     config = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore[arg-type]
     if side := config.pop('img_size', None):  # ours, which timm refuses
         config['input_size'] = (config['input_size'][0], side, side)
     model.pretrained_cfg = config  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, safe_serialization=True)
+        save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None)
         return (Path(folder) / 'config.json').read_text()
 
 

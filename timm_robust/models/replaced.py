@@ -57,6 +57,9 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
     Returns:
         The same model.
 
+    timm's save_for_hf stores what builds the network again; before 1.0.31 it has to be told:
+    model_args=model._model_args.
+
     Raises:
         ValueError: if there is no such activation, or the network has no place for it (it may call functions).
     """
@@ -140,10 +143,14 @@ def act_swapped(
     kwargs.pop('pretrained_model_args', None)
     if kwargs.get('features_only') and shared:
         kwargs.setdefault('feature_cls', 'getter')  # keeps the network whole
+    cfg: Dict[str, Any] = {}
+    if own:
+        cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+        if cfg.get('num_classes') is not None:  # timm before 1.0.31 leaves it to those that read the configuration
+            kwargs.setdefault('num_classes', cfg['num_classes'])
     net = timm.create_model(model, pretrained=pretrained and not own, **kwargs)
     replace_activations(net, act, shared)
     if own:
-        cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         net.pretrained_cfg = net.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
         if pretrained:
             classes: Any = net.num_classes
