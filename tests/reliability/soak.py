@@ -4,8 +4,7 @@
 
 Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must
 be those of an undisturbed run, bit for bit. Faults: see test_faults.py. Fuzzed: see fuzz.py. Soaked: training and
-attacks run on, and memory, open
-files and the log must not grow.
+attacks run on, and memory, open files and the log must not grow.
 """
 
 from __future__ import annotations
