@@ -26,12 +26,12 @@ OLD_CLIENT = Path(os.environ.get('HUB_CLIENT_1', ROOT / '.venv/hub1'))
 """Where huggingface_hub 1.33 is installed, for those who still use it."""
 
 
-def fake_run(folder, seed=0):
+def fake_run(folder, seed=0, arch='resnet18_relu'):
     """What a finished training leaves, without the training."""
     torch.manual_seed(seed)
-    model, recipe = timm.create_model('resnet18_relu'), Recipe(model='resnet18_relu', dataset='digits', eps=0.1)
+    model, recipe = timm.create_model(arch), Recipe(model=arch, dataset='digits', eps=0.1)
     row = {'epoch': 0, 'step': 1, 'images': 16, 'train_loss': 2.0, 'val_pgd_acc': 0.5, 'images_per_s': 9.0}
-    state = {'arch': 'resnet18_relu', 'num_classes': 10, 'recipe': dataclasses.asdict(recipe), 'epoch': 0, 'step': 1}
+    state = {'arch': arch, 'num_classes': 10, 'recipe': dataclasses.asdict(recipe), 'epoch': 0, 'step': 1}
     state |= {'history': [row], 'seconds': 2.0, 'rollbacks': 0, 'origins': [], 'state_dict': model.state_dict()}
     folder.mkdir(parents=True)
     for name in ('model_best.pth.tar', 'last.pth.tar'):
@@ -42,9 +42,9 @@ def fake_run(folder, seed=0):
     return folder
 
 
-def make_staged(root, seed=0):
+def make_staged(root, seed=0, name=NAME):
     (root / 'releases.json').write_text('{}')
-    stage(fake_run(root / 'run', seed), NAME, cards=root / 'cards')
+    stage(fake_run(root / 'run', seed, name.partition('.')[0]), name, cards=root / 'cards')
     render(root / 'cards', root / 'releases.json')
     return root
 
@@ -138,6 +138,26 @@ def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, cl
         _, [again] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE, client=client)
         assert again['status'] == 'unchanged' and again['commit'] == outcome['commit'] and not again['changes']
         assert len(repo.commits) == commits and (staged / 'releases.json').read_bytes() == table
+
+
+@pytest.mark.parametrize('xet', [False, True], ids=['lfs', 'xet'])
+def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path, xet):
+    name, code = (
+        'wrn28_10_relu.fgsm_digits_linf',
+        """
+from timm_robust.download import weights_file
+from timm_robust.releases import RELEASES, sha256
+[release] = RELEASES.values()
+print(sha256(weights_file(release)))
+""",
+    )
+    (tmp_path / 'big').mkdir()
+    root = make_staged(tmp_path / 'big', name=name)
+    file = root / 'cards' / name / 'model.safetensors'
+    with hub_server.HubServer(xet=xet) as hub:
+        run, [outcome] = upload(hub, root, token=hub_server.WRITE, names=(name,))
+        assert run.returncode == 0 and outcome['status'] == 'published', run.stderr
+        assert file.stat().st_size > 73_000_000 and stranger(hub, root, tmp_path, code) == sha256(file)
 
 
 @pytest.fixture
