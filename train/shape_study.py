@@ -319,7 +319,9 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
             y = bottom - (0.06 + 0.09 * level) * (top - bottom)
             ends = left or min(finite), right or max(finite)
             axis.plot(ends, [y, y], color='0.4', linewidth=3, solid_capstyle='butt')
-            axis.annotate(text, (ends[0], y), fontsize=6, va='bottom', xytext=(0, 2), textcoords='offset points')
+            end, side = (ends[1], 'right') if level == 0 else (ends[0], 'left')  # inside the axes
+            place = {'va': 'bottom', 'ha': side, 'xytext': (0, 2), 'textcoords': 'offset points'}
+            axis.annotate(text, (end, y), fontsize=6, **place)
         axis.set_xlabel("max |f''| (kinks at the right; stars: learned)")
         some = next(row for row in rows if row['loss'] == loss)
         axis.set_ylabel(f'{_TITLES[robustness(some)[0]]}, mean and range of seeds')
