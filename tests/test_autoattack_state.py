@@ -117,7 +117,7 @@ def test_a_screened_run_is_never_kinder(version):
     screened = autoattack(model, x, y, LINF, screen=Bf16(model), **settings)
     attacks = list(plain.per_attack)
     assert list(screened.per_attack) == ['screen-apgd-ce', 'screen-apgd-t', *attacks]
-    assert 0 < plain.robust.sum() < screened.per_attack['screen-apgd-ce'] * 6 < 6
+    assert 0 < plain.robust.sum() <= round(screened.per_attack['screen-apgd-ce'] * 6) < 6
     assert (screened.robust <= plain.robust).all()
     assert screened.per_attack[attacks[-1]] == screened.robust.double().mean()
     assert (model(screened.x_adv).argmax(1) != y).equal(~screened.robust) and LINF.contains(screened.x_adv, x).all()

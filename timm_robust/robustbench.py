@@ -76,6 +76,8 @@ def _pkg_resources() -> types.ModuleType:
         return str(importlib.resources.files(package.rpartition('.')[0] or package).joinpath(name))
 
     module.resource_filename = resource_filename  # type: ignore[attr-defined]
+    # pytest's monkeypatch.syspath_prepend calls it wherever the module is there
+    module.fixup_namespace_packages = lambda path, parent=None: None  # type: ignore[attr-defined]
     return module
 
 
