@@ -13,10 +13,10 @@ from timm_robust.attacks import input_gradient
 from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
 from timm_robust.engine import Stopped, build, fit, plan, validate
-from timm_robust.evaluate import evaluate
 from timm_robust.losses import cross_entropy
 from timm_robust.pixels import pixel_input
 from timm_robust.recipe import Recipe
+from timm_robust.robustness import evaluate
 from timm_robust.run import make_scheduler
 from timm_robust.watchdog import Diverged
 

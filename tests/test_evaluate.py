@@ -12,11 +12,12 @@ import timm
 import torch
 from torch import nn
 
-from timm_robust import evaluate as module
+from timm_robust import robustness as module
 from timm_robust.data import ImageData, load_dataset
-from timm_robust.evaluate import SeededStart, evaluate, main
+from timm_robust.evaluate import main
 from timm_robust.pixels import PixelInput, pixel_input
 from timm_robust.results import RobustnessResult
+from timm_robust.robustness import SeededStart, evaluate
 from timm_robust.threat_model import ThreatModel
 
 LINF = ThreatModel('Linf', 0.02)

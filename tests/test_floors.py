@@ -45,6 +45,7 @@ FLOORS = {
     'shape': 3.5,
     'run': 4,
     'engine': 4.5,
+    'robustness': 3.75,
     'evaluate': 4,
     '__init__': 6,
 }

@@ -13,10 +13,10 @@ from timm_robust import robustbench as door
 from timm_robust import robustbench_report as report
 from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData
-from timm_robust.evaluate import evaluate
 from timm_robust.pixels import pixel_input
 from timm_robust.releases import RELEASES, releases_of, split_name
 from timm_robust.robustbench_zoo import LINF, entry_of, to_ours, to_theirs
+from timm_robust.robustness import evaluate
 from timm_robust.threat_model import ThreatModel
 
 NEEDS = pytest.mark.skipif(

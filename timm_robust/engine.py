@@ -180,7 +180,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     row.update(activation_state(run.model))
     check_epoch(row, run.history)
     check_weights(run.model)
-    if not run.folder.is_dir():
+    if not (run.world.rank or run.folder.is_dir()):  # other nodes may never have had it
         logger.warning('%s has vanished; it is made anew', run.folder)
         make_folder(run)
     run.history.append(row)

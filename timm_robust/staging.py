@@ -34,11 +34,11 @@ from .cards import FLAGS, RESULTS, model_card, read_results, results_page, stron
 from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_hyper_parameters, read_weights
 from .data import DATASETS, SPLITS, load_dataset
 from .engine import activation_state
-from .evaluate import evaluate
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
 from .results import ATTACKS, atomic_file, atomic_folder
+from .robustness import evaluate
 from .threat_model import ThreatModel
 
 ORGANISATION = 'timm-robust'

@@ -23,10 +23,10 @@ import timm_robust
 from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData, load_dataset
 from timm_robust.engine import build, fit
-from timm_robust.evaluate import evaluate
 from timm_robust.losses import cross_entropy
 from timm_robust.plots import adversarial_figure
 from timm_robust.recipe import Recipe
+from timm_robust.robustness import evaluate
 from timm_robust.threat_model import ThreatModel
 
 ROBUST = Recipe(

@@ -28,11 +28,11 @@ from timm_robust.activations import get_activation
 from timm_robust.checkpoint import load_model
 from timm_robust.data import load_dataset
 from timm_robust.engine import build, fit
-from timm_robust.evaluate import evaluate
 from timm_robust.pixels import pixel_input
 from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
 from timm_robust.results import atomic_file, environment, git_commit
+from timm_robust.robustness import evaluate
 from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
 from timm_robust.watchdog import Diverged
 
