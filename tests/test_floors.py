@@ -24,6 +24,7 @@ FLOORS = {
     'distributed': 0,
     'watchdog': 0,
     'folding': 0,
+    'packing': 0,
     'pixels': 0,
     'logs': 1,
     'attacks': 1,

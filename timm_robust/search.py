@@ -11,6 +11,7 @@ from torch import nn
 from .activations import PSiLU, PSSiLU
 from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
+from .packing import pack_convolutions
 from .pssilu import cpu_kernels, using
 
 _TOLERANCE = 1e-4  # of the logits' largest value
@@ -52,6 +53,8 @@ class Bf16(nn.Module):
 def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Module | None:
     """An equal network for the attacks: batch norm folded into the convolutions, channels-last; None if there is none.
 
+    On a CPU the convolutions keep their weights packed (`packing`), for they are called with few images, too.
+
     Args:
         model: images in [0, 1] -> logits, in fp32; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
@@ -64,6 +67,7 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     model.eval()
     try:
         folded = FoldedNet(model, x[:2])
+        pack_convolutions(folded.net)
         with torch.no_grad():
             started = time.perf_counter()
             expected = model(x)
