@@ -44,6 +44,7 @@ from timm_robust.threat_model import ThreatModel, parse_eps
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 ATTACKS = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+PEERS = ('peer', 'peer, our network')
 
 
 class Clock(logging.Handler):
@@ -186,7 +187,7 @@ def report(found: dict[str, list[dict[str, Any]]], attacks: Sequence[str], n: in
             row['seconds'][attack] = spread([one['seconds'].get(attack, 0.0) for one in turns])
         total = row['seconds']['total']
         row['images_per_s'] = n / total['median']
-        pairs = list(zip(turns, found['peer'], strict=True))
+        pairs = list(zip(turns, next(iter(found.values())), strict=True))
         row['x_peer'] = spread([other['seconds']['total'] / one['seconds']['total'] for one, other in pairs])['median']
         row['robust'] = [sum(one['robust']) for one in turns]
         row['differing'] = [differing(one['robust'], other['robust']) for one, other in pairs]
@@ -212,7 +213,7 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     np.savez(folder / 'images.npz', x=x.numpy(), y=y.numpy())
     case |= {'images': str(folder / 'images.npz'), 'eps': args.eps, 'attacks': args.attacks}
     case |= {'batch_size': args.batch_size}
-    sides = ['peer', 'peer, our network', *(f'ours {variant}' for variant in args.variants)]
+    sides = [*args.peers, *(f'ours {variant}' for variant in args.variants)]
     found = take_turns(__file__, {side: case | {'side': side} for side in sides}, args.repeats)
     about = {'model': public_name(args.model), 'width': args.width, 'train_steps': args.train_steps}
     about |= {'dataset': args.dataset or 'random', 'n': args.n, 'norm': 'Linf', 'eps': args.eps}
@@ -232,6 +233,7 @@ def main() -> None:
     add('-n', type=int, default=32, help='images, the first of the test split')
     add('--eps', default='8/255', help='radius of the Linf ball, in pixels on the [0, 1] scale')
     add('--attacks', nargs='+', default=list(ATTACKS), choices=ATTACKS)
+    add('--peers', nargs='+', default=list(PEERS), choices=PEERS, help='the first is what ours is set against')
     add('--variants', nargs='+', default=['folded'], choices=('folded', 'model'), help='what ours searches on')
     add('--batch-size', type=int, default=250)
     add('--repeats', type=int, default=1)
