@@ -3,8 +3,9 @@
     python tests/reliability/soak.py --kills 50 --count 250 --minutes 60
 
 Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must
-be those of an undisturbed run, bit for bit. Faults: see test_faults.py. Fuzzed: see fuzz.py. Soaked: training and
-attacks run on, and memory, open files and the log must not grow.
+be those of an undisturbed run, bit for bit. An evaluation likewise: its verdicts. Faults: see test_faults.py. Fuzzed:
+see fuzz.py. Soaked: a training and, in a process beside it, AutoAttack run on, and memory, open files and the log must
+not grow.
 """
 
 from __future__ import annotations
@@ -17,12 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import torch
 
-from timm_robust.checkpoint import load_checkpoint
+from timm_robust.autoattack import autoattack
+from timm_robust.checkpoint import load_checkpoint, load_model
+from timm_robust.data import load_dataset
+from timm_robust.pixels import pixel_input
+from timm_robust.search import search_model
+from timm_robust.threat_model import ThreatModel
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TRAINING = [
@@ -44,29 +53,54 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f'{part}.{k}': v for part in ('state_dict', 'state_dict_ema') for k, v in state[part].items()}
 
 
-def killed(kills: int, seed: int) -> dict[str, object]:
-    """Kill a training `kills` times, resuming each time, and compare its end with an undisturbed run's."""
-    rng, quiet = random.Random(seed), {'stderr': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL}
-    epochs = ['--epochs', str(max(2, kills // 4))]
+def evaluation(folder: Path, run: Path, **options) -> subprocess.Popen:
+    """The evaluation as its user starts it; the verdicts go to a file."""
+    settings = ['--dataset', 'digits', '-n', '24', '--eps', '0.1', '--batch-size', '4', '--state-dir', str(folder)]
+    command = [sys.executable, '-m', 'timm_robust.evaluate', str(run), *settings, '--flags-file', f'{folder}.npz']
+    return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, **options)
+
+
+def verdicts(folder: Path) -> dict[str, np.ndarray]:
+    """What an evaluation ended with."""
+    with np.load(f'{folder}.npz') as file:
+        return dict(file)
+
+
+def interrupted(begin: Callable[[Path], subprocess.Popen], whole: Path, broken: Path, kills: int, seed: int) -> int:
+    """Run a job undisturbed, then kill it at random moments, beginning it again each time; how often that was."""
+    rng, began, hits = random.Random(seed), time.perf_counter(), 0
+    assert begin(whole).wait() == 0
+    seconds = time.perf_counter() - began
+    while True:
+        process = begin(broken)
+        try:
+            status = process.wait(timeout=rng.uniform(4.0, 4.0 + 3 * seconds / kills) if hits < kills else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            hits += 1
+            continue
+        assert status == 0, f'it ended with {status}'
+        return hits
+
+
+def killed(kills: int, seed: int) -> dict[str, dict[str, object]]:
+    """Kill a training `kills` times and an evaluation half as often; whether they end as undisturbed ones do."""
+    quiet = {'stderr': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL}
+    epochs = ['--epochs', str(max(2, kills // 4)), '--resume', 'auto']
     with tempfile.TemporaryDirectory() as name:
         whole, broken = Path(name) / 'whole', Path(name) / 'broken'
-        began = time.perf_counter()
-        assert start(whole, *epochs, **quiet).wait() == 0
-        seconds, hits = time.perf_counter() - began, 0
-        while True:
-            process = start(broken, *epochs, '--resume', 'auto', **quiet)
-            try:
-                process.wait(timeout=rng.uniform(4.0, 4.0 + 3 * seconds / kills) if hits < kills else None)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                hits += 1
-                continue
-            break
-        assert process.returncode == 0, process.returncode
+        hits = interrupted(lambda folder: start(folder, *epochs, **quiet), whole, broken, kills, seed)
         a, b = weights(whole), weights(broken)
-        equal = a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
-    return {'kills': hits, 'same bits at the end': equal}
+        same = a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+        states, run = (Path(name) / 'state', Path(name) / 'broken-state'), whole / 'run'
+        stops = interrupted(lambda folder: evaluation(folder, run, **quiet), *states, kills // 2, seed)
+        ours, theirs = (verdicts(state) for state in states)
+        equal = ours.keys() == theirs.keys() and all((value == theirs[key]).all() for key, value in ours.items())
+    return {
+        'SIGKILL of a training, then the same weights': {'tried': hits, 'lost': 0 if same else hits},
+        'SIGKILL of an evaluation, then the same verdicts': {'tried': stops, 'lost': 0 if equal else stops},
+    }
 
 
 def fuzzed(count: int, seed: int) -> dict[str, dict]:
@@ -96,60 +130,86 @@ def faults() -> dict[str, dict[str, int]]:
     return {name: row for name, row in found.items() if row['tried']}
 
 
-def soaked(minutes: float) -> dict[str, object]:
-    """Train for so long; memory and open files at a tenth of the time and at the end, and the size of the log."""
-    with tempfile.TemporaryDirectory() as name, open(Path(name) / 'log', 'w') as log:
-        process = start(Path(name), '--budget', f'{60 * minutes:.0f}s', '--epochs', '100000', stderr=log, stdout=log)
-        began, samples = time.perf_counter(), []
-        while process.poll() is None:
-            time.sleep(max(0.5, 0.6 * minutes))
+def attack_on(folder: Path, minutes: float) -> None:
+    """The soak's second process: the standard AutoAttack on a trained network, with one seed after another."""
+    model = pixel_input(load_model(str(folder))).eval()
+    data = load_dataset('digits', None, 'test').first(20)
+    ends, seed = time.monotonic() + 60 * minutes, 0
+    while time.monotonic() < ends:
+        search = search_model(model, data.pixels(), len(data))
+        found = autoattack(model, data.pixels(), data.labels, ThreatModel('Linf', 0.1), seed=seed, search=search)
+        print(f'seed {seed}: {int(found.robust.sum())} of {len(data)} resist', flush=True)
+        seed += 1
+
+
+def watch(processes: dict[str, subprocess.Popen], minutes: float) -> dict[str, dict[str, Any]]:
+    """By how much the memory and the open files of each process grew after a tenth of the time."""
+    began, samples = time.perf_counter(), {name: list[tuple[float, int, int]]() for name in processes}
+    while any(process.poll() is None for process in processes.values()):
+        time.sleep(max(0.5, 0.6 * minutes))
+        for name, process in processes.items():
             try:
                 pages = int(Path(f'/proc/{process.pid}/statm').read_text().split()[1])
-                samples.append((time.perf_counter() - began, pages, len(os.listdir(f'/proc/{process.pid}/fd'))))
-            except (FileNotFoundError, ProcessLookupError, IndexError):
-                break
-        assert process.returncode in (0, None) and process.wait() == 0
-        size = (Path(name) / 'log').stat().st_size
-        rows = len((Path(name) / 'run/summary.csv').read_text().splitlines()) - 1
-    early = [sample for sample in samples if sample[0] > 6 * minutes] or samples
-    growth = early[-1][1] / early[0][1] - 1
-    return {
-        'minutes': minutes,
-        'epochs': rows,
-        'memory grew by': f'{growth:+.2%}',
-        'open files grew by': early[-1][2] - early[0][2],
-        'log bytes an epoch': round(size / max(rows, 1)),
-    }
+                files = len(os.listdir(f'/proc/{process.pid}/fd'))
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
+            if pages:
+                samples[name].append((time.perf_counter() - began, pages, files))
+    found = {}
+    for name, process in processes.items():
+        assert process.returncode == 0, f'{name} ended with {process.returncode}'
+        settled = [sample for sample in samples[name] if sample[0] > 6 * minutes] or samples[name]
+        (_, pages, files), (_, last, open_now) = settled[0], settled[-1]
+        found[name] = {'memory': last / pages - 1, 'files': open_now - files}
+    return found
+
+
+def soaked(minutes: float) -> dict[str, dict[str, Any]]:
+    """Train, and beside it attack, for so long: what was done, and what grew."""
+    quiet = {'stderr': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL}
+    with tempfile.TemporaryDirectory() as name, open(Path(name) / 'log', 'w') as log:
+        folder, settings = Path(name), ['--budget', f'{60 * minutes:.0f}s', '--epochs', '100000']
+        assert start(folder / 'before', '--epochs', '4', **quiet).wait() == 0
+        attack = [sys.executable, __file__, '--attack', str(folder / 'before/run'), '--minutes', str(minutes)]
+        environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+        with open(folder / 'attacks', 'w') as attacks:
+            training = start(folder, *settings, stderr=log, stdout=log)
+            attacking = subprocess.Popen(attack, env=environment, stdout=attacks)
+            found = watch({'training': training, 'AutoAttack': attacking}, minutes)
+        epochs = len((folder / 'run/summary.csv').read_text().splitlines()) - 1
+        found['training']['done'] = f'{epochs} epochs, {(folder / "log").stat().st_size / epochs:.0f} bytes of log each'
+        found['AutoAttack']['done'] = f'{len((folder / "attacks").read_text().splitlines())} attacks on 20 images'
+        return found
 
 
 def main() -> int:
-    """Print the table; 0 if nothing was lost, nothing crashed and memory stayed within 2 %."""
+    """Print the tables; 0 if nothing was lost, nothing crashed and memory grew by 2 % at most."""
     parser = argparse.ArgumentParser()
     parser.add_argument('--kills', type=int, default=50)
     parser.add_argument('--count', type=int, default=250)
     parser.add_argument('--minutes', type=float, default=60)
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--attack', type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    kills = killed(args.kills, args.seed) if args.kills else None
+    if args.attack:
+        attack_on(args.attack, args.minutes)
+        return 0
+    provoked = {**(killed(args.kills, args.seed) if args.kills else {}), **faults()}
     fuzz = fuzzed(args.count, args.seed) if args.count else {}
-    soak = soaked(args.minutes) if args.minutes else None
-    provoked = faults()
+    soak = soaked(args.minutes) if args.minutes else {}
     print('| fault | tried | survived | lost |\n|---|---|---|---|')
-    if kills:
-        same = bool(kills['same bits at the end'])
-        print(
-            f'| SIGKILL of a training | {kills["kills"]} | {kills["kills"] if same else "?"} | {0 if same else "yes"} |'
-        )
     for name, row in provoked.items():
         print(f'| {name} | {row["tried"]} | {row["tried"] - row["lost"]} | {row["lost"]} |')
     print('\n| damaged and hostile files | tried | read | refused | crashed |\n|---|---|---|---|---|')
     for kind, found in fuzz.items():
         tried = found['read'] + found['refused'] + len(found['crashed'])
         print(f'| {kind} | {tried} | {found["read"]} | {found["refused"]} | {len(found["crashed"])} |')
-    print('\n' + json.dumps({'killed': kills, 'soaked': soak, 'crashes': {k: v['crashed'] for k, v in fuzz.items()}}))
-    flat = soak is None or abs(float(str(soak['memory grew by']).rstrip('%'))) <= 2
-    fine = kills is None or kills['same bits at the end']
-    fine = fine and not any(v['crashed'] for v in fuzz.values()) and not any(v['lost'] for v in provoked.values())
+    print('\n| soak | minutes | done | memory grew by | open files grew by |\n|---|---|---|---|---|')
+    for name, row in soak.items():
+        print(f'| {name} | {args.minutes:g} | {row["done"]} | {row["memory"]:+.2%} | {row["files"]} |')
+    print('\n' + json.dumps({'faults': provoked, 'files': fuzz, 'soak': soak}))
+    fine = not any(row['crashed'] for row in fuzz.values()) and not any(row['lost'] for row in provoked.values())
+    flat = all(row['memory'] <= 0.02 and row['files'] <= 0 for row in soak.values())
     return 0 if fine and flat else 1
 
 
