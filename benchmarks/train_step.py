@@ -215,14 +215,17 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
         'width': [8, 16] if args.toy else [16, 32, 64],
         'extra_rows': [0, 10_000] if args.toy else [0, 1_000_000, 20_000_000],
     }
-    tables: dict[str, Any] = {}
+    tables: dict[str, dict[str, Any]] = {}
     for what, values in grids.items():
         small = {'width': 4, 'steps_a_turn': 20, 'k': 1} if what == 'extra_rows' else {}
         cases = {f'{what} {value:,}': base | small | {what: value} for value in values}
         found = take_turns(__file__, cases, args.repeats)
-        tables[what] = {name: spread([one['images_per_s'] for one in turns]) for name, turns in found.items()}
-        for name, row in tables[what].items():
-            print(f'{name:24s}{row["median"]:10.1f} images/s ({row["min"]:.1f} to {row["max"]:.1f})')
+        tables[what] = {}
+        for name, turns in found.items():
+            row = tables[what][name] = spread([one['images_per_s'] for one in turns])
+            row['mib'] = turns[-1]['memory'] / 2**20
+            between = f'({row["min"]:.1f} to {row["max"]:.1f})'
+            print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB')
     return tables
 
 
@@ -240,9 +243,8 @@ def imagenet(args: argparse.Namespace) -> dict[str, Any]:
     }
     found, rows = take_turns(__file__, cases, args.repeats), dict[str, Any]()
     for name, turns in found.items():
-        rows[name] = spread([one['images_per_s'] for one in turns])
-        rows[name]['mib_per_image'] = turns[-1]['memory'] / 2**20 / shared['batch']
-        row = rows[name]
+        row = rows[name] = spread([one['images_per_s'] for one in turns])
+        row['mib_per_image'] = turns[-1]['memory'] / 2**20 / shared['batch']
         print(
             f'{name:36s}{row["median"]:10.2f} images/s ({row["min"]:.2f} to {row["max"]:.2f})'
             f'{row["mib_per_image"]:10.1f} MiB/image'
@@ -261,7 +263,7 @@ def main() -> None:
     peers = ['fp32'] if DEVICE.type == 'cpu' else ['fp32', 'bf16']
     add('--peer-variants', nargs='+', default=peers, help='fp32; bf16: autocast and channels-last')
     add('--repeats', type=int, default=5)
-    add('--sizes', action='store_true', help='how the rate changes with batch, attack steps, width, generated images')
+    add('--sizes', action='store_true', help='how rate and memory change with batch, attack steps, width, extra images')
     add('--imagenet', action='store_true', help='ImageNet networks at 224 pixels')
     add('--toy', action='store_true', help='tiny networks, to see that it runs')
     add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")

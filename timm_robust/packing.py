@@ -13,6 +13,9 @@ import torch
 from torch import nn
 from torch.nn.grad import conv2d_input
 
+_WORTH_PACKING = 1 << 17
+"""Weights from which it pays: below, the copy costs less than the call of a function of ours."""
+
 
 class PackedConv2d(nn.Module):
     """A convolution of fixed weights, differentiable with respect to its input alone; equal to the given one.
@@ -69,11 +72,12 @@ def _convolve(x: torch.Tensor, arguments: tuple[Any, ...]) -> torch.Tensor:
     return torch.ops.mkldnn._convolution_pointwise(x, *arguments, 'none', [], '')
 
 
-def pack_convolutions(net: nn.Module) -> int:
-    """Exchange a network's convolutions for packed ones, where that is possible.
+def pack_convolutions(net: nn.Module, least: int = _WORTH_PACKING) -> int:
+    """Exchange a network's convolutions for packed ones, where that is possible and pays.
 
     Args:
         net: in fp32, its weights final; changed in place.
+        least: smallest number of weights of a convolution to exchange.
 
     Returns:
         How many were exchanged; 0 where PyTorch has no oneDNN or not the two operators that Inductor, too, calls.
@@ -82,7 +86,7 @@ def pack_convolutions(net: nn.Module) -> int:
         return 0
     count = 0
     for name, conv in list(net.named_modules()):
-        if name and type(conv) is nn.Conv2d and _packable(conv):
+        if name and type(conv) is nn.Conv2d and conv.weight.numel() >= least and _packable(conv):
             try:
                 net.set_submodule(name, PackedConv2d(conv))
             except (AttributeError, NotImplementedError):  # another version of PyTorch

@@ -200,7 +200,9 @@ class Recipe:
         if self.budget is not None:
             parse_duration(self.budget)
             if self.max_steps is not None:
-                raise ValueError(f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one')
+                raise ValueError(
+                    f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one (--budget none)'
+                )
         if self.loss == 'mart' and (self.mixup or self.cutmix):
             raise ValueError('MART needs one class an image; use it with mixup 0 and cutmix 0')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
