@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -66,35 +67,56 @@ def verdicts(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def interrupted(begin: Callable[[Path], subprocess.Popen], whole: Path, broken: Path, kills: int, seed: int) -> int:
-    """Run a job undisturbed, then kill it at random moments, beginning it again each time; how often that was."""
-    rng, began, hits = random.Random(seed), time.perf_counter(), 0
-    assert begin(whole).wait() == 0
-    seconds = time.perf_counter() - began
-    while True:
-        process = begin(broken)
-        try:
-            status = process.wait(timeout=rng.uniform(4.0, 4.0 + 3 * seconds / kills) if hits < kills else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            hits += 1
-            continue
-        assert status == 0, f'it ended with {status}'
-        return hits
+def at_work(process: subprocess.Popen, log: Path, sign: str) -> float:
+    """Seconds until a process has written its first sign of work, or has ended."""
+    began = time.perf_counter()
+    while process.poll() is None and sign not in log.read_text():
+        time.sleep(0.02)
+    return time.perf_counter() - began
 
 
-def killed(kills: int, seed: int) -> dict[str, dict[str, object]]:
+def interrupted(
+    begin: Callable[..., subprocess.Popen], sign: str, whole: Path, broken: Path, kills: int, seed: int
+) -> int:
+    """Run a job undisturbed, then kill it at random moments and begin it again; how often it was killed.
+
+    Three in four are killed while they work, so early that the job outlives all kills; the others as they start.
+    """
+    rng, log = random.Random(seed), whole.with_suffix('.log')
+    with open(log, 'w') as file:
+        process = begin(whole, stderr=file, stdout=file)
+        starting = at_work(process, log, sign)
+        began = time.perf_counter()
+        assert process.wait() == 0, log.read_text()
+        work = time.perf_counter() - began
+    for hits in range(kills + 1):
+        with open(log, 'w') as file:
+            process = begin(broken, stderr=file, stdout=file)
+            patience = None if hits == kills else rng.uniform(0, starting)
+            if patience and rng.random() < 0.75:
+                at_work(process, log, sign)
+                patience = rng.uniform(0, 2 * work / kills)
+            try:
+                assert process.wait(timeout=patience) == 0, log.read_text()
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    return hits
+
+
+def killed(kills: int, seed: int) -> dict[str, dict[str, int]]:
     """Kill a training `kills` times and an evaluation half as often; whether they end as undisturbed ones do."""
-    quiet = {'stderr': subprocess.DEVNULL, 'stdout': subprocess.DEVNULL}
-    epochs = ['--epochs', str(max(2, kills // 4)), '--resume', 'auto']
+    epochs = ['--epochs', str(max(4, kills // 2)), '--resume', 'auto']
     with tempfile.TemporaryDirectory() as name:
         whole, broken = Path(name) / 'whole', Path(name) / 'broken'
-        hits = interrupted(lambda folder: start(folder, *epochs, **quiet), whole, broken, kills, seed)
+        hits = interrupted(
+            lambda folder, **files: start(folder, *epochs, **files), '  step ', whole, broken, kills, seed
+        )
         a, b = weights(whole), weights(broken)
         same = a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
-        states, run = (Path(name) / 'state', Path(name) / 'broken-state'), whole / 'run'
-        stops = interrupted(lambda folder: evaluation(folder, run, **quiet), *states, kills // 2, seed)
+        states = Path(name) / 'state', Path(name) / 'broken-state'
+        stops = interrupted(partial(evaluation, run=whole / 'run'), 'PGD-10', *states, kills // 2, seed)
         ours, theirs = (verdicts(state) for state in states)
         equal = ours.keys() == theirs.keys() and all((value == theirs[key]).all() for key, value in ours.items())
     return {
