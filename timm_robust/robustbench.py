@@ -20,6 +20,7 @@ import re
 import sys
 import tempfile
 import types
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,8 +58,10 @@ def robustbench() -> Any:
     if _absent('autoattack'):
         sys.modules |= _autoattack_modules()
     try:
-        package = importlib.import_module('robustbench')
-        importlib.import_module('robustbench.eval')
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)  # it imports from timm's old places
+            package = importlib.import_module('robustbench')
+            importlib.import_module('robustbench.eval')
     except ImportError as error:
         raise ImportError(f'RobustBench cannot be imported ({error}); {_INSTALL}') from error
     return package

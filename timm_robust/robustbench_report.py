@@ -89,7 +89,8 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     results = [item['result'] for item in record['measurements'] if item['result']['attack'] in ('autoattack', 'apgd')]
     if not results:
         raise ValueError(
-            f'{record["model"]} has no AutoAttack measurement; type: python -m timm_robust.staging measure'
+            f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
+            f'python -m timm_robust.staging measure {record["model"]} --data-dir DIR --attack apgd -n 1000'
         )
     tolerance = 0.003  # 128/255 counts as 0.5 there
     results = [one for one in results if abs(parse_eps(one['eps_text']) - parse_eps(EPS[one['norm']])) < tolerance]
