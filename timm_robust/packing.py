@@ -89,7 +89,7 @@ def pack_convolutions(net: nn.Module, least: int = _WORTH_PACKING) -> int:
         if name and type(conv) is nn.Conv2d and conv.weight.numel() >= least and _packable(conv):
             try:
                 net.set_submodule(name, PackedConv2d(conv))
-            except (AttributeError, NotImplementedError):  # another version of PyTorch
+            except (AttributeError, RuntimeError):  # another version of PyTorch
                 break
             count += 1
     return count
