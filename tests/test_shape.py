@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,6 +123,21 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(study, tmp_p
     assert study.main(arguments) == 0
     assert kept.stat().st_mtime_ns == before and (tmp_path / 'out/relu-frozen-clean-s0.json').is_file()
     assert capsys.readouterr().err.count('5/5 ') == 2
+
+
+def test_two_points_at_a_time_give_the_same_table(study, tmp_path):
+    (tmp_path / 'study.yaml').write_text(STUDY)
+    tables = []
+    for jobs in ('1', '2'):
+        script, out = str(ROOT / 'train/shape_study.py'), tmp_path / jobs
+        command = [sys.executable, script, str(tmp_path / 'study.yaml'), '-o', str(out), '--jobs', jobs]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stderr
+        assert '5/5 relu-frozen-pgd_at-s0: clean' in run.stderr
+        rows = list(csv.DictReader((out / 'results.csv').open()))
+        tables.append([[row[key] for key in ('act', 'value', 'loss', 'n', 'f(-1)', 'max_curvature')] for row in rows])
+    assert tables[0] == tables[1] and len(tables[0]) == 5
+    assert study.main([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out'), '--jobs', '0']) == 2
 
 
 def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(study, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,8 @@
 
 A study is a YAML file: settings of the recipe that all points share, and sweeps, each of one activation with one
 parameter frozen at, or learned from, several values. Every point is trained, measured and kept in a folder of its own,
-so that a study that was stopped goes on where it was. OUT gets results.csv, environment.json and three plots.
+so that a study that was stopped goes on where it was. `--jobs 2` runs two points at a time, each on its share of the
+cores: networks as small as these use no more than one. OUT gets results.csv, environment.json and three plots.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -172,6 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, table and plots')
     parser.add_argument('--data-dir', help='folder that holds the data')
     parser.add_argument(
+        '--jobs', type=int, default=1, metavar='N', help='points at a time, each in a process of its own'
+    )
+    parser.add_argument(
         '--publish', type=Path, metavar='DIR', help='put table, environment and plots there, without runs'
     )
     args = parser.parse_args(argv)
@@ -181,14 +188,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.data_dir:
             settings['data_dir'] = args.data_dir
         rows = []
-        for number, point in enumerate(points, 1):
-            rows.append(run_point(point, settings, options, args.output))
-            print(f'{number}/{len(points)} {describe(rows[-1])}', file=sys.stderr, flush=True)
+        for row in run_points(points, settings, options, args.output, args.jobs):
+            rows.append(row)
+            print(f'{len(rows)}/{len(points)} {describe(row)}', file=sys.stderr, flush=True)
         report(rows, args.study, args.publish or args.output)
     except (ValueError, OSError, ImportError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
+
+
+def run_points(
+    points: Sequence[Point], settings: dict[str, Any], options: dict[str, Any], output: Path, jobs: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of all points, in their order, `jobs` of them at a time.
+
+    Raises:
+        ValueError: for no jobs at all, and as run_point does.
+    """
+    if jobs < 1:
+        raise ValueError(f'--jobs {jobs} is no number of processes; allowed: 1 and more')
+    if jobs == 1:
+        for point in points:
+            yield run_point(point, settings, options, output)
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        futures = [pool.submit(run_point, point, settings, options, output) for point in points]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def run_point(point: Point, settings: dict[str, Any], options: dict[str, Any], output: Path) -> dict[str, Any]:
