@@ -217,15 +217,17 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
     }
     tables: dict[str, dict[str, Any]] = {}
     for what, values in grids.items():
-        small = {'width': 4, 'steps_a_turn': 20, 'k': 1} if what == 'extra_rows' else {}
+        small = {'width': 4, 'steps_a_turn': 20 if args.toy else 100, 'k': 1} if what == 'extra_rows' else {}
         cases = {f'{what} {value:,}': base | small | {what: value} for value in values}
         found = take_turns(__file__, cases, args.repeats)
         tables[what] = {}
         for name, turns in found.items():
             row = tables[what][name] = spread([one['images_per_s'] for one in turns])
             row['mib'] = turns[-1]['memory'] / 2**20
+            row['of_first'] = ratio(found, name, next(iter(cases)))
             between = f'({row["min"]:.1f} to {row["max"]:.1f})'
-            print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB')
+            of_first = f'{row["of_first"]:8.2f} of the first'
+            print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB{of_first}')
     return tables
 
 
