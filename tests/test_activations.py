@@ -153,6 +153,53 @@ def test_compiled_cpu_kernels_equal_the_formula(monkeypatch):
     torch.testing.assert_close(psilu(x, alpha), x * torch.sigmoid(alpha * x), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+@pytest.mark.parametrize('beta', [None, 0.3])
+def test_where_parameters_are_fixed_the_slope_is_made_in_the_forward_pass(monkeypatch, beta):
+    monkeypatch.setattr(module, '_kernels', None)
+    module.compile_cpu_kernels()
+    calls = [0, 0, 0]
+
+    def counted(number, kernel):
+        def call(*args):
+            calls[number] += 1
+            return kernel(*args)
+
+        return call
+
+    monkeypatch.setattr(module, '_kernels', tuple(counted(*pair) for pair in enumerate(module._kernels)))
+    alpha, beta = torch.tensor([-1.7]), None if beta is None else torch.tensor([beta])
+
+    def f(x):
+        return psilu(x, alpha) if beta is None else pssilu(x, alpha, beta)
+
+    def formula(x):
+        return _pssilu_formula(x, alpha, torch.zeros(1) if beta is None else beta)
+
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x = torch.randn(4, 256, 8, 8).to(dtype, memory_format=torch.channels_last).requires_grad_()
+        exact = x.detach().double().requires_grad_()
+        direction = torch.randn(4, 256, 8, 8).to(dtype)
+        (ours,) = torch.autograd.grad(f(x), x, direction, create_graph=True)
+        (theirs,) = torch.autograd.grad(formula(exact), exact, direction.double(), create_graph=True)
+        close = {'rtol': tolerance, 'atol': tolerance, 'check_dtype': False}
+        torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(*pair, direction)[0].double() for pair in ((ours, x), (theirs, exact))), **close
+        )
+        (slope,) = torch.autograd.grad(f(x), x, direction)
+        assert slope.dtype == dtype and slope.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(slope, theirs, **close)
+    assert calls == [0, 0, 4]
+    with torch.no_grad():
+        f(x)
+    assert calls == [1, 0, 4]
+    flat = torch.randn(1 << 16)
+    torch.testing.assert_close(
+        torch.func.grad(lambda v: f(v).sum())(flat), torch.func.grad(lambda v: formula(v).sum())(flat)
+    )
+
+
 def test_a_missing_compiler_is_said(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError('no compiler')

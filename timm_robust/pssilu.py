@@ -46,7 +46,7 @@ def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.T
     else:
         if torch.compiler.is_compiling():
             return _pssilu_formula(x, alpha, beta)
-        return _FusedPSSiLU.apply(x, alpha, beta)
+        return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
 
 
 @torch.fx.wrap
@@ -57,7 +57,7 @@ def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     else:
         if torch.compiler.is_compiling():
             return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
-        return _FusedPSSiLU.apply(x, alpha, None)
+        return (_SlopedPSSiLU if _sloped(x, alpha, None) else _FusedPSSiLU).apply(x, alpha, None)
 
 
 def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -69,8 +69,11 @@ def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) ->
 _COMPILED_FROM = 1 << 16
 """Elements from which compiled kernels run: the compiler makes one thread of what it first sees small."""
 
-_kernels: tuple[Any, Any] | None = None
-"""Compiled forward and backward over flat tensors, where they are in use."""
+Kernels = tuple[Any, Any, Any]
+"""Compiled forward, backward, and forward with the slope, over flat tensors."""
+
+_kernels: Kernels | None = None
+"""Those in use."""
 
 
 def compile_cpu_kernels() -> None:
@@ -86,7 +89,7 @@ def compile_cpu_kernels() -> None:
 
 
 @contextmanager
-def using(kernels: tuple[Any, Any] | None) -> Iterator[None]:
+def using(kernels: Kernels | None) -> Iterator[None]:
     """Run PSSiLU and PSiLU by these kernels in the body, and its gradients whenever they are asked for."""
     global _kernels
     kept, _kernels = _kernels, kernels
@@ -97,24 +100,26 @@ def using(kernels: tuple[Any, Any] | None) -> Iterator[None]:
 
 
 @cache
-def cpu_kernels() -> tuple[Any, Any]:
-    """Compiled forward and backward of PSSiLU and PSiLU on a CPU, over flat tensors.
+def cpu_kernels() -> Kernels:
+    """PSSiLU and PSiLU compiled for a CPU.
 
     Raises:
         RuntimeError: if there is no working C++ compiler, with what to type.
     """
-    kernels = torch.compile(_forward_kernel, dynamic=True), torch.compile(_backward_kernel, dynamic=True)
+    forward, backward, sloped = (
+        torch.compile(kernel, dynamic=True) for kernel in (_forward_kernel, _backward_kernel, _sloped_kernel)
+    )
     x, one = torch.ones(_COMPILED_FROM), torch.ones(1)
     try:
         with torch.no_grad():
-            kernels[0](x, one, None)
+            forward(x, one, None)
     except Exception as error:
         reason = str(error).strip().partition('\n')[0][:200]
         raise RuntimeError(
             f'cannot compile for the CPU ({reason}); install a C++ compiler (apt-get install g++), or train without '
             '--torchcompile'
         ) from error
-    return kernels
+    return forward, backward, sloped
 
 
 def _forward_kernel(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
@@ -133,15 +138,30 @@ def _backward_kernel(
     wide = torch.promote_types(x.dtype, torch.float32)
     v, g, a = x.to(wide), grad.to(wide), alpha.abs()
     s = torch.sigmoid(a * v)
-    slope = s * (1 + a * v * (1 - s))
-    if beta is not None:
-        b = _bounded(beta)
-        slope = (slope - b) / (1 - b)
-    grad_x = (g * slope).to(x.dtype)
+    grad_x = (g * _slope(v, s, a, beta)).to(x.dtype)
     if not sums:
         return (grad_x,)
     h = g * v * (1 - s)
     return grad_x, h.sum(), (h * v * s).sum()
+
+
+def _sloped_kernel(
+    x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula and its derivative, of flat tensors, in x's dtype."""
+    v, a = x.to(torch.promote_types(x.dtype, torch.float32)), alpha.abs()
+    s = torch.sigmoid(a * v)
+    out = v * s if beta is None else v * (s - _bounded(beta)) / (1 - _bounded(beta))
+    return out.to(x.dtype), _slope(v, s, a, beta).to(x.dtype)
+
+
+def _slope(v: torch.Tensor, s: torch.Tensor, a: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """Derivative at v, where s = sigmoid(a v)."""
+    slope = s * (1 + a * v * (1 - s))
+    if beta is None:
+        return slope
+    b = _bounded(beta)
+    return (slope - b) / (1 - b)
 
 
 class _FusedPSSiLU(torch.autograd.Function):
@@ -202,6 +222,43 @@ class _FusedPSSiLU(torch.autograd.Function):
                     torch.ops.aten.silu_backward(g, z), g, weight, out=o
                 )
         return grad_x, *_parameter_gradients((grad_b, grad_a), alpha, beta, needs)
+
+
+class _SlopedPSSiLU(torch.autograd.Function):
+    """PSSiLU where the gradient of x alone is asked for, as in attacks: the slope is made beside the value.
+
+    Backward is one product then, without another exponential. x is kept too, for gradients of gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        flat = _flat(x)
+        assert flat is not None and _kernels is not None  # `_sloped` has seen to it
+        out, slope = _kernels[2](*_detached(*flat, alpha, beta))
+        ctx.save_for_backward(x, alpha, beta, slope.as_strided(x.shape, x.stride()))
+        return out.as_strided(x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        x, alpha, beta, slope = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _pssilu_backward_formula(grad, x, alpha, beta, ctx.needs_input_grad)
+        return slope * grad, None, None  # in this order, for x's layout
+
+
+def _sloped(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> bool:
+    """Whether `_SlopedPSSiLU` can be used, and pays."""
+    return (
+        _kernels is not None
+        and x.requires_grad
+        and torch.is_grad_enabled()
+        and not alpha.requires_grad
+        and not (beta is not None and beta.requires_grad)
+        and x.numel() >= _COMPILED_FROM
+        and x.dtype != torch.float64
+        and _flat(x) is not None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _parameter_gradients(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,7 @@ from .activations import PSiLU, PSSiLU
 from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
 from .packing import pack_convolutions
-from .pssilu import cpu_kernels, using
+from .pssilu import Kernels, cpu_kernels, using
 
 _TOLERANCE = 1e-4  # of the logits' largest value
 _LEAST_FORWARDS = 300  # that AutoAttack takes for an image
@@ -27,7 +26,7 @@ class ChannelsLast(nn.Module):
         kernels: of `pssilu.cpu_kernels`, by which its PSSiLU runs; None for eager mode.
     """
 
-    def __init__(self, net: nn.Module, kernels: tuple[Any, Any] | None = None) -> None:
+    def __init__(self, net: nn.Module, kernels: Kernels | None = None) -> None:
         super().__init__()
         self.net, self.kernels = net, kernels
 
@@ -80,7 +79,7 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     return None if not folded.pairs or differ else search
 
 
-def _kernels(model: nn.Module, device: torch.device) -> tuple[Any, Any] | None:
+def _kernels(model: nn.Module, device: torch.device) -> Kernels | None:
     """Compiled PSSiLU for a network on a CPU that has one; None without a compiler."""
     if device.type != 'cpu' or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
         return None
