@@ -3,6 +3,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,35 @@ def test_what_a_study_cannot_mean_is_refused(study, tmp_path, capsys, change, me
     (tmp_path / 'study.yaml').write_text(text)
     assert study.main([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.skipif(not Path('/proc/self').exists(), reason='looks for processes in /proc')
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('epochs: 2, max_steps: 3', 'epochs: 10000'))
+    command = [sys.executable, str(ROOT / 'train/shape_study.py'), str(tmp_path / 'study.yaml'), '--jobs', '2', '-o']
+    with (tmp_path / 'log').open('w') as log:
+        run = subprocess.Popen([*command, str(tmp_path / 'out')], stderr=log)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob('out/*/args.yaml'))) == 2, run)
+    finally:
+        workers = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()
+        run.kill()
+        run.wait()
+    assert len(workers) >= 2
+    wait_for(lambda: not any(alive(pid) for pid in workers))
+
+
+def wait_for(happened, run=None):
+    for _ in range(1200):
+        if happened():
+            return
+        assert run is None or run.poll() is None, 'the study ended'
+        time.sleep(0.1)
+    raise AssertionError('it did not happen in two minutes')
+
+
+def alive(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except (FileNotFoundError, ProcessLookupError):
+        return False

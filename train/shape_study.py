@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
@@ -214,13 +215,20 @@ def run_points(
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context('spawn')
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker, initargs=(threads,)) as pool:
         futures = [pool.submit(run_point, point, settings, options, output) for point in points]
         try:
             for future in futures:
                 yield future.result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def start_worker(threads: int) -> None:
+    """A process for points: it has so many threads, and ends when the one that started it is gone, killed or not."""
+    torch.set_num_threads(threads)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_point(point: Point, settings: dict[str, Any], options: dict[str, Any], output: Path) -> dict[str, Any]:
