@@ -32,6 +32,7 @@ import torch
 import yaml
 from torch import nn
 
+from .allocator import keep_freed_memory
 from .autoattack_runner import upstream
 from .checkpoint import load_model as load_any
 from .checkpoint import read_weights
@@ -342,6 +343,7 @@ def fetch(name: str, target: str | Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 if it ended well, 2 for bad input."""
     args = _parser().parse_args(argv)
+    keep_freed_memory()
     try:
         answer = args.run(args)
         if answer is not None:

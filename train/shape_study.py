@@ -30,6 +30,7 @@ import yaml
 
 import timm_robust
 from timm_robust.activations import get_activation
+from timm_robust.allocator import keep_freed_memory
 from timm_robust.checkpoint import load_model
 from timm_robust.data import load_dataset
 from timm_robust.engine import build, fit
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--publish', type=Path, metavar='DIR', help='put table, environment and plots there, without runs'
     )
     args = parser.parse_args(argv)
+    keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr, force=True)
     try:
         settings, options, points = read_study(args.study)
@@ -226,6 +228,7 @@ def run_points(
 
 def start_worker(threads: int) -> None:
     """A process for points: it has so many threads, and ends when the one that started it is gone, killed or not."""
+    keep_freed_memory()
     torch.set_num_threads(threads)
     parent: Any = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
