@@ -58,6 +58,19 @@ def test_standard_is_the_library_bit_for_bit(threat_model):
     assert result.rejected == 0 and result.wall_time_s > 0 and result.version == 'standard'
 
 
+def test_square_draws_the_same_positions_and_keeps_them_on_the_cpu():
+    model = conv_net()
+    report = autoattack_runner.Report(None)
+    square = autoattack_runner.Runner(model, images(model)[0], LINF, 7, 0, None, report).runner.square
+    torch.manual_seed(0)
+    theirs = [type(square).random_int(square, 1, high) for high in range(2, 40)]
+    torch.manual_seed(0)
+    square.device = 'meta'
+    assert type(square).random_int(square).is_meta  # what it does by itself
+    torch.manual_seed(0)
+    assert [square.random_int(1, high) for high in range(2, 40)] == theirs
+
+
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_apgd_is_the_first_half_of_standard(threat_model):
     model = conv_net()

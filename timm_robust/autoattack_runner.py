@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Runner:
         norm, eps = threat_model.norm, threat_model.eps
         runner = library.AutoAttack(self.logits, norm=norm, eps=eps, seed=seed, device=self.device, version='standard')
         runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = self.targets
+        runner.square.random_int = _random_int_on_host
         runner.logger = runner.apgd.logger = runner.apgd_targeted.logger = report.logger
         self.runner = runner
 
@@ -142,6 +143,11 @@ class Fp32Logits(nn.Module):
         if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
             output = output + 0 * x.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: gradient 0, no crash
         return output
+
+
+def _random_int_on_host(low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> torch.Tensor:
+    """Square's positions, as upstream draws them, but left on the CPU: it slices by them, and would wait for a GPU."""
+    return (low + (high - low) * torch.rand(shape)).long()
 
 
 def device_of(model: nn.Module, x: torch.Tensor) -> torch.device:
