@@ -46,7 +46,7 @@ def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.T
     else:
         if torch.compiler.is_compiling():
             return _pssilu_formula(x, alpha, beta)
-        return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
+        return _eager(x, alpha, beta)
 
 
 @torch.fx.wrap
@@ -57,7 +57,11 @@ def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     else:
         if torch.compiler.is_compiling():
             return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
-        return (_SlopedPSSiLU if _sloped(x, alpha, None) else _FusedPSSiLU).apply(x, alpha, None)
+        return _eager(x, alpha, None)
+
+
+def _eager(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
 
 
 def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
