@@ -16,6 +16,7 @@ FLOORS = {
     'hub': 5.5,
     'robustbench_zoo': 2,
     'robustbench_report': 2.5,
+    'robustbench_package': 2.5,
     'robustbench': 5.5,
     'plots': 1,
     'activations': 0.5,  # stands on pssilu alone
@@ -31,6 +32,7 @@ FLOORS = {
     'gradients': 1.5,
     'data': 1,
     'recipe': 1,
+    'recipe_flags': 1.5,
     'checkpoint': 1,
     'compact': 1.5,
     'losses': 2,

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from timm_robust.recipe import Recipe, add_arguments, parse_recipe
+from timm_robust.recipe import Recipe
+from timm_robust.recipe_flags import add_arguments, parse_recipe
 from timm_robust.threat_model import ThreatModel
 
 DEFAULTS = {

@@ -234,7 +234,7 @@ def test_an_unknown_name_is_refused():
 
 
 def test_a_missing_package_says_what_to_type(monkeypatch):
-    monkeypatch.setattr(door.importlib, 'import_module', lambda name: (_ for _ in ()).throw(ImportError('no geotorch')))
+    monkeypatch.setattr(importlib, 'import_module', lambda name: (_ for _ in ()).throw(ImportError('no geotorch')))
     with pytest.raises(
         ImportError, match=r"no geotorch\); type: pip install 'timm-robust\[robustbench\]' && pip install"
     ):

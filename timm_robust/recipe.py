@@ -1,18 +1,16 @@
-"""The recipe of a training run: every setting with its default, in timm's spelling, as YAML file and as command line.
+"""The recipe of a training run: every setting with its default, in timm's spelling, as YAML file.
 
 A recipe file holds only what differs from the defaults below. Precedence: default < file < command line.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
 import dataclasses
 import difflib
 import math
 import os
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -33,7 +31,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     '> 0 and <= 1': lambda v: 0 < v <= 1,
 }
 _GRADS = ('exact', 'smooth')
-_KINDS = {
+KINDS = {
     bool: 'true or false',
     int: 'a whole number',
     float: 'a number',
@@ -192,7 +190,7 @@ class Recipe:
         Raises:
             ValueError: naming the key, the value and what is allowed.
         """
-        for name in _SETTINGS:
+        for name in SETTINGS:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
         _ = self.threat_model
         for name in ('step_size', 'eval_step_size'):
@@ -257,8 +255,8 @@ class Recipe:
         path, values = Path(path), {}
         for key, value, line in _read_yaml(path):
             name = str(key).replace('-', '_')
-            if name not in _SETTINGS:
-                near = difflib.get_close_matches(name, _SETTINGS, 1)
+            if name not in SETTINGS:
+                near = difflib.get_close_matches(name, SETTINGS, 1)
                 hint = f'did you mean {near[0]!r}? ' if near else ''
                 raise ValueError(f'{path}:{line}: unknown key {key!r}; {hint}timm_robust.recipe.Recipe lists the keys')
             if name in values:
@@ -275,7 +273,7 @@ class Recipe:
     def to_yaml(self, path: str | Path, full: bool = False) -> None:
         """Write what differs from the defaults (full: every setting), atomically: never half a file."""
         path, default = Path(path), type(self)()
-        values = {name: getattr(self, name) for name in _SETTINGS}
+        values = {name: getattr(self, name) for name in SETTINGS}
         if not full:
             values = {name: value for name, value in values.items() if value != getattr(default, name)}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -284,11 +282,11 @@ class Recipe:
             file.write(text.encode())
 
 
-_SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
+SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
 _HINTS = typing.get_type_hints(Recipe)
 
 
-def _kinds(name: str) -> tuple[type, ...]:
+def kinds_of(name: str) -> tuple[type, ...]:
     """The types that a setting allows: (float, NoneType) for `float | None`, (list,) for `list[int]`."""
     hint = _HINTS[name]
     origin = typing.get_origin(hint)
@@ -297,10 +295,10 @@ def _kinds(name: str) -> tuple[type, ...]:
 
 def _read_value(name: str, value: Any) -> Any:
     """The value brought to the type of the setting, checked against its choices or range."""
-    kinds, allowed = _kinds(name), _SETTINGS[name].metadata['allowed']
+    kinds, allowed = kinds_of(name), SETTINGS[name].metadata['allowed']
     read = _convert(value, kinds)
     if read is _convert:
-        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {" or ".join(_KINDS[k] for k in kinds)}')
+        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {" or ".join(KINDS[k] for k in kinds)}')
     if isinstance(allowed, tuple) and read not in allowed:
         raise ValueError(f'{name} {value!r} is unknown; allowed: {", ".join(allowed)}')
     if isinstance(allowed, str) and allowed and read is not None and not _RANGES[allowed](read):
@@ -369,76 +367,3 @@ def _read_yaml(path: Path) -> list[tuple[Any, Any, int]]:
             seen.add(key.value)
             lines.setdefault(key.value, line)
     return [(key, value, lines.get(str(key), 1)) for key, value in values.items()]
-
-
-class _KeyValue(argparse.Action):
-    """Reads `key=value ...` into a dict, each value as a Python literal where it is one (timm's --model-kwargs)."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-        read = {}
-        for item in values:
-            key, equals, value = item.partition('=')
-            if not equals or not key:
-                parser.error(f'argument {option}: {item!r} is not of the form key=value')
-            try:
-                read[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                read[key] = value
-        setattr(namespace, self.dest, read)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add -c/--config and one flag for each setting; a flag that is not given leaves nothing in the namespace."""
-    parser.add_argument('-c', '--config', metavar='FILE.yaml', default=None, help='recipe file; flags override it')
-    groups: dict[str, Any] = {}
-    for name, field in _SETTINGS.items():
-        title = field.metadata['group']
-        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
-        kinds, allowed = _kinds(name), field.metadata['allowed']
-        default = 'none' if field.default in (None, dataclasses.MISSING) else field.default
-        options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {default})'.replace('%', '%%')}
-        if kinds == (bool,):
-            options['action'] = argparse.BooleanOptionalAction
-        elif kinds == (dict,):
-            options |= {'nargs': '*', 'action': _KeyValue, 'metavar': 'KEY=VALUE'}
-        elif kinds == (list,):
-            options |= {'nargs': '*', 'type': int, 'metavar': 'N'}
-        elif isinstance(allowed, tuple):
-            options['choices'] = allowed
-        else:
-            options |= {'type': _reader(kinds), 'metavar': {int: 'N', float: 'X'}.get(kinds[0], 'TEXT')}
-        flags = ['-b'] * (name == 'batch_size') + ['--' + name.replace('_', '-')]
-        group.add_argument(*flags, **options).default = argparse.SUPPRESS
-
-
-def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
-    """What turns the text of a flag into a value; `none` unsets a setting that may be None."""
-    kind = next(kind for kind in (str, int, float) if kind in kinds)
-
-    def read(text: str) -> Any:
-        return None if NoneType in kinds and text.lower() == 'none' else kind(text)
-
-    read.__name__ = _KINDS[kind].removeprefix('a ')  # argparse: invalid whole number value: 'x'
-    return read
-
-
-def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recipe:
-    """The recipe of a command line (without the program's name): default < --config file < flags.
-
-    What is wrong is printed with the usage, without a traceback, and the exit code is 2.
-    """
-    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...] [--plan]; {prog} --help lists the flags'
-    about = 'Train a robust model. With --plan, measure a few steps, print time and memory of the run, and end.'
-    parser = argparse.ArgumentParser(prog, usage, about, allow_abbrev=False)
-    add_arguments(parser)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split('=')[0], parser._option_string_actions, 1)
-        parser.error(f'unknown argument {unknown[0]!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
-    given = vars(namespace)
-    config = given.pop('config')
-    try:
-        recipe = Recipe.from_yaml(config) if config else Recipe()
-        return dataclasses.replace(recipe, **given)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))

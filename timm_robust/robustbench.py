@@ -5,25 +5,18 @@
     python -m timm_robust.robustbench convert Dai2021Parameterizing FILE.pt OUT
     python -m timm_robust.robustbench compare NAME
 
-RobustBench 1.1.1 asks for a timm of 2024 and imports two modules that a fresh environment lacks: pkg_resources, and
-autoattack, which the package index does not have. Both are stood in for, in this process alone.
+How its package is imported beside the timm of today: robustbench_package.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.resources
-import importlib.util
 import json
 import re
 import sys
 import tempfile
-import types
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,96 +26,17 @@ import yaml
 from torch import nn
 
 from .allocator import keep_freed_memory
-from .autoattack_runner import upstream
 from .checkpoint import load_model as load_any
 from .checkpoint import read_weights
 from .data import ImageData, load_dataset
 from .pixels import pixel_input
 from .releases import RELEASES, STAGED
 from .results import atomic_file
+from .robustbench_package import SETTINGS, robustbench
 from .robustbench_report import EPS, compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
 from .staging import write_model
 from .threat_model import parse_eps
-
-_INSTALL = "type: pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1"
-
-
-def robustbench() -> Any:
-    """The package, importable.
-
-    Raises:
-        ImportError: if it, or something that it needs, is missing, with what to type.
-    """
-    if _absent('pkg_resources'):
-        sys.modules['pkg_resources'] = _pkg_resources()
-    if _absent('autoattack'):
-        sys.modules |= _autoattack_modules()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', FutureWarning)  # it imports from timm's old places
-            package = importlib.import_module('robustbench')
-            importlib.import_module('robustbench.eval')
-    except ImportError as error:
-        raise ImportError(f'RobustBench cannot be imported ({error}); {_INSTALL}') from error
-    return package
-
-
-def _absent(name: str) -> bool:
-    return name not in sys.modules and importlib.util.find_spec(name) is None
-
-
-def _pkg_resources() -> types.ModuleType:
-    """What RobustBench uses of setuptools' former module: where a package keeps its files."""
-    module = types.ModuleType('pkg_resources')
-
-    def resource_filename(package: str, name: str) -> str:
-        return str(importlib.resources.files(package.rpartition('.')[0] or package).joinpath(name))
-
-    module.resource_filename = resource_filename  # type: ignore[attr-defined]
-    # pytest's monkeypatch.syspath_prepend calls it wherever the module is there
-    module.fixup_namespace_packages = lambda path, parent=None: None  # type: ignore[attr-defined]
-    return module
-
-
-@dataclass
-class _Settings:
-    """What RobustBench does not let its user choose, and what it does not hand out."""
-
-    seed: int = 0
-    x_adv: list[torch.Tensor] = field(default_factory=list)
-
-
-_SETTINGS = _Settings()
-
-
-class AutoAttack:
-    """The interface of the autoattack package of 2021, over pyautoattack, with a fixed seed."""
-
-    def __init__(self, model: nn.Module, norm: str = 'Linf', eps: float = 8 / 255, **options: Any) -> None:
-        options = {key: options[key] for key in ('version', 'device') if options.get(key) is not None}
-        self.runner = upstream().AutoAttack(model, norm=norm, eps=eps, seed=_SETTINGS.seed, **options)
-
-    def run_standard_evaluation(
-        self, x: torch.Tensor, y: torch.Tensor, bs: int = 250, state_path: Any = None
-    ) -> torch.Tensor:
-        """Adversarial images [N, C, H, W]; those that resist come back as they were."""
-        if state_path is not None:
-            raise ValueError('RobustBench cannot resume; use python -m timm_robust.evaluate --state-dir')
-        x_adv, _ = self.runner.run_standard_evaluation(x, y, batch_size=bs)
-        _SETTINGS.x_adv.append(x_adv)
-        return torch.as_tensor(x_adv)
-
-
-class EvaluationState:
-    """Imported by RobustBench; never used without a state path."""
-
-
-def _autoattack_modules() -> dict[str, types.ModuleType]:
-    package, state = types.ModuleType('autoattack'), types.ModuleType('autoattack.state')
-    package.AutoAttack, state.EvaluationState = AutoAttack, EvaluationState  # type: ignore[attr-defined]
-    package.state = state  # type: ignore[attr-defined]
-    return {'autoattack': package, 'autoattack.state': state}
 
 
 def load_model(name: str, dataset: str = 'cifar10', threat_model: str = 'Linf', **options: Any) -> nn.Module:
@@ -193,7 +107,7 @@ def benchmark(
         'clean_acc' and 'autoattack_acc' as RobustBench computes them, and 'robust', the verdict on every image [n].
     """
     package, n = robustbench(), len(data) if n is None else n
-    _SETTINGS.seed, _SETTINGS.x_adv = seed, []
+    SETTINGS.seed, SETTINGS.x_adv = seed, []
     model = model.to(device).eval()
     with _images(package, data):
         clean, robust = package.eval.benchmark(
@@ -207,7 +121,7 @@ def benchmark(
         )
     y = data.labels[:n]
     with torch.no_grad():
-        verdicts = [model(part.to(device)).argmax(1).cpu() for part in _SETTINGS.x_adv[-1].split(batch_size)]
+        verdicts = [model(part.to(device)).argmax(1).cpu() for part in SETTINGS.x_adv[-1].split(batch_size)]
     return {'clean_acc': clean, 'autoattack_acc': robust, 'robust': torch.cat(verdicts) == y.cpu()}
 
 
