@@ -1,6 +1,7 @@
 import csv
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -180,7 +181,9 @@ def test_what_a_study_cannot_mean_is_refused(study, tmp_path, capsys, change, me
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.skipif(not Path('/proc/self').exists(), reason='looks for processes in /proc')
+@pytest.mark.skipif(
+    not Path(f'/proc/self/task/{os.getpid()}/children').is_file(), reason='needs /proc/PID/task/PID/children'
+)
 def test_workers_end_with_a_study_that_is_killed(tmp_path):
     (tmp_path / 'study.yaml').write_text(STUDY.replace('epochs: 2, max_steps: 3', 'epochs: 10000'))
     command = [sys.executable, str(ROOT / 'train/shape_study.py'), str(tmp_path / 'study.yaml'), '--jobs', '2', '-o']

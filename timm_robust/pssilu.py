@@ -129,10 +129,7 @@ def cpu_kernels() -> Kernels:
 def _forward_kernel(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
     """The formula, of flat tensors, in fp32 at least."""
     v, a = x.to(torch.promote_types(x.dtype, torch.float32)), alpha.abs()
-    if beta is None:
-        return (v * torch.sigmoid(a * v)).to(x.dtype)
-    b = _bounded(beta)
-    return (v * (torch.sigmoid(a * v) - b) / (1 - b)).to(x.dtype)
+    return _value(v, torch.sigmoid(a * v), beta).to(x.dtype)
 
 
 def _backward_kernel(
@@ -155,8 +152,15 @@ def _sloped_kernel(
     """The formula and its derivative, of flat tensors, in x's dtype."""
     v, a = x.to(torch.promote_types(x.dtype, torch.float32)), alpha.abs()
     s = torch.sigmoid(a * v)
-    out = v * s if beta is None else v * (s - _bounded(beta)) / (1 - _bounded(beta))
-    return out.to(x.dtype), _slope(v, s, a, beta).to(x.dtype)
+    return _value(v, s, beta).to(x.dtype), _slope(v, s, a, beta).to(x.dtype)
+
+
+def _value(v: torch.Tensor, s: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    """The formula at v, where s = sigmoid(a v)."""
+    if beta is None:
+        return v * s
+    b = _bounded(beta)
+    return v * (s - b) / (1 - b)
 
 
 def _slope(v: torch.Tensor, s: torch.Tensor, a: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
