@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -172,6 +173,19 @@ def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
     assert files == {file: file.stat().st_mtime_ns for file in state.iterdir()}
 
 
+def test_the_whole_attack_goes_on_where_its_first_half_ended_and_counts_its_time(tmp_path):
+    model = conv_net()
+    x, y = images(model)
+    expected = autoattack(model, x, y, LINF, batch_size=5)
+    half = autoattack(model, x, y, LINF, version='apgd', batch_size=5, state_dir=tmp_path)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    whole = autoattack(model, x, y, LINF, batch_size=5, state_dir=tmp_path)
+    assert same(whole, expected) and files == {file: file.stat().st_mtime_ns for file in files}
+    taken = [float(json.loads(str(np.load(file)['about']))['seconds']) for file in files if file.suffix == '.npz']
+    assert half.earlier_s == 0 < whole.earlier_s < half.wall_time_s
+    assert whole.earlier_s == pytest.approx(sum(taken)) and whole.wall_time_s > whole.earlier_s
+
+
 def test_another_measurements_folder_is_refused(tmp_path):
     model = conv_net()
     x, y = images(model)
@@ -188,10 +202,11 @@ def test_another_measurements_folder_is_refused(tmp_path):
 
 def test_damaged_files_are_named(tmp_path):
     store, part = BatchStore(tmp_path, {'seed': 0}), torch.arange(4)
-    found = Found(torch.tensor([1]), torch.rand(1, 3, 2, 2), torch.tensor([7]), 2, ['a warning'])
+    found = Found(torch.tensor([1]), torch.rand(1, 3, 2, 2), torch.tensor([7]), 2, ['a warning'], 1.5)
     store.save('fab-t', 3, part, found)
     back = store.load('fab-t', 3, part)
-    assert torch.equal(back.x_adv, found.x_adv) and (back.rejected, back.messages) == (2, ['a warning'])
+    assert torch.equal(back.x_adv, found.x_adv)
+    assert (back.rejected, back.messages, back.seconds) == (2, ['a warning'], 1.5)
     assert store.load('fab-t', 4, part) is None
     with pytest.raises(ValueError, match='other images'):
         store.load('fab-t', 3, part + 1)

@@ -39,7 +39,8 @@ class AutoAttackResult:
         per_attack: attack -> share of images still robust after it, in the order they ran.
         warnings: AutoAttack's own warnings, alike ones counted, and departures from its standard settings.
         rejected: adversarial images that an attack claimed and re-checking did not confirm.
-        wall_time_s: duration in seconds.
+        wall_time_s: duration in seconds, with that of the batches found in state_dir.
+        earlier_s: the part of it that these took when they were run.
         version: 'standard' or 'apgd'.
     """
 
@@ -51,6 +52,7 @@ class AutoAttackResult:
     warnings: list[str]
     rejected: int
     wall_time_s: float
+    earlier_s: float
     version: str
 
 
@@ -86,7 +88,8 @@ def autoattack(
             adversarial image that the model does not confirm is looked for again on the model itself.
         screen: a coarser, faster network, such as `Bf16`. APGD-CE and APGD-T run on it first; what they find and the
             model confirms is broken, and whatever is left goes through the whole attack as without it.
-        state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was.
+        state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was, and
+            'standard' where 'apgd' ended.
         world: the processes that share the batches out; each gets the whole result, the same as one process alone.
 
     Raises:
@@ -101,7 +104,7 @@ def autoattack(
     report, store = Report(progress), None
     world = world or World(x.device)
     if state_dir is not None:
-        facts = {'version': version, 'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
+        facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
         facts |= {'eps': threat_model.eps}
         facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
         store = BatchStore(state_dir, facts)
@@ -141,8 +144,18 @@ def autoattack(
             report.say(f'{step.name}: {per_attack[step.name]:.2%} of {len(x)} images still robust')
         plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
-    seconds, warnings = time.perf_counter() - started, report.warnings()
-    return AutoAttackResult(robust, x_adv, y_pred_adv, clean_correct, per_attack, warnings, rejected, seconds, version)
+    return AutoAttackResult(
+        robust=robust,
+        x_adv=x_adv,
+        y_pred_adv=y_pred_adv,
+        clean_correct=clean_correct,
+        per_attack=per_attack,
+        warnings=report.warnings(),
+        rejected=rejected,
+        wall_time_s=time.perf_counter() - started + report.earlier_s,
+        earlier_s=report.earlier_s,
+        version=version,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,12 +187,13 @@ class _Batches:
             if self.store:
                 self.store.save(step.name, number, part, found)
         else:
-            self.report.resume(len(part) * step.work)
+            self.report.resume(len(part) * step.work, found.seconds)
         self.report.say(f'{step.name}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
         return found
 
     def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
         """One attack on one batch; not a screen's, but others again on the model for what the model did not confirm."""
+        started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
         claims, claimed = step.runner.run(step.attack, x, y)
         claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model, len(x))
@@ -194,7 +208,8 @@ class _Batches:
             broken[again], claimed[again] = fell & sure, sure
         said, self.report.messages = self.report.messages, messages
         index, rejected = broken.nonzero()[:, 0].cpu(), int((claimed & ~broken).sum())
-        return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said)
+        seconds = time.perf_counter() - started
+        return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said, seconds)
 
 
 @contextmanager

@@ -81,16 +81,17 @@ class Report:
         self.progress, self.messages = progress, list[str]()
         self.logger = logging.Logger('timm_robust.autoattack')  # unregistered: nobody's handlers and levels change
         self.logger.addFilter(self._take)
-        self.attack, self.plan, self.later, self.done, self.all_done = '', 0.0, 0.0, 0, 0
+        self.attack, self.plan, self.later, self.done, self.all_done, self.earlier_s = '', 0.0, 0.0, 0, 0, 0.0
         self.started = self.said = time.perf_counter()
 
     def start(self, attack: str, plan: float, later: float) -> None:
         """An attack begins; plan is its work in image forwards, later that of those after it, if all images survive."""
         self.attack, self.plan, self.later, self.done = attack, plan, later, 0
 
-    def resume(self, work: int) -> None:
-        """A batch was done before."""
+    def resume(self, work: int, seconds: float) -> None:
+        """A batch was done before, in that time."""
         self.plan -= work
+        self.earlier_s += seconds
 
     def count(self, x: torch.Tensor) -> None:
         """Note one forward of a batch."""

@@ -29,6 +29,7 @@ class Found:
         labels: the model's labels of these, [M].
         rejected: adversarial images that were claimed and not confirmed.
         messages: warnings.
+        seconds: how long it took.
     """
 
     broken: torch.Tensor
@@ -36,6 +37,7 @@ class Found:
     labels: torch.Tensor
     rejected: int
     messages: list[str]
+    seconds: float
 
 
 class BatchStore:
@@ -79,19 +81,21 @@ class BatchStore:
             return None
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                tensors = {key: torch.from_numpy(arrays[key]) for key in ('images', 'broken', 'x_adv', 'labels')}
-                about = json.loads(str(arrays['about']))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                keys = ('images', 'broken', 'x_adv', 'labels')
+                of, broken, x_adv, labels = (torch.from_numpy(arrays[key]) for key in keys)
+                found = Found(broken, x_adv, labels, **json.loads(str(arrays['about'])))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f'{path} is damaged ({error}); delete it, and this batch is run again') from None
-        if not torch.equal(tensors.pop('images'), images.cpu()):
+        if not torch.equal(of, images.cpu()):
             raise ValueError(f'{path} is of other images than this batch; delete the folder {self.folder}')
-        return Found(tensors['broken'], tensors['x_adv'], tensors['labels'], about['rejected'], about['messages'])
+        return found
 
     def save(self, attack: str, number: int, images: torch.Tensor, found: Found) -> None:
         """Keep what the attack found in this batch; images are its places in the data."""
         tensors = {'images': images, 'broken': found.broken, 'x_adv': found.x_adv, 'labels': found.labels}
         arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items()}
-        arrays['about'] = np.array(json.dumps({'rejected': found.rejected, 'messages': found.messages}))
+        about = {key: getattr(found, key) for key in ('rejected', 'messages', 'seconds')}
+        arrays['about'] = np.array(json.dumps(about))
         with atomic_file(self._path(attack, number)) as file:
             np.savez(file, **arrays)
 

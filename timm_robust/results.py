@@ -46,7 +46,7 @@ class RobustnessResult:
         seed: seed of every attack.
         batch_size: batch size; AutoAttack's random numbers depend on it.
         dtype: type the model computes in.
-        wall_time_s: duration of the whole measurement.
+        wall_time_s: duration of the whole measurement, with what an AutoAttack that was killed had done before.
         images_per_s: n / wall_time_s.
         hardware: CPU or GPU model, and CPU cores.
         versions: package -> version.
