@@ -1,3 +1,4 @@
+import itertools
 import math
 import subprocess
 import sys
@@ -165,9 +166,33 @@ def test_nothing_to_draw_and_no_matplotlib(tmp_path, monkeypatch):
         run_figure(tmp_path / 'a.png', {'run': rows()})
 
 
-@pytest.mark.parametrize(('norm', 'channels'), [('Linf', 3), ('L2', 1)])
-def test_adversarial_figure(tmp_path, norm, channels):
-    x, y = torch.rand(2, channels, 8, 8), torch.tensor([0, 1])
-    attempts = {'model': ((x + 0.01).clamp(0, 1), torch.tensor([0, 0]))}
-    adversarial_figure(tmp_path / 'a.png', x, y, attempts, ['cat', 'dog'], ThreatModel(norm, 0.05))
+@pytest.mark.parametrize(('norm', 'channels', 'magnified'), [('Linf', 3, 5), ('L2', 1, 10)])
+def test_the_adversarial_figure_names_every_image_and_no_two_names_touch(
+    tmp_path, monkeypatch, norm, channels, magnified
+):
+    figures, savefig = [], figure_module.Figure.savefig
+
+    def keep(self, *args, **options):
+        figures.append(self)
+        savefig(self, *args, **options)
+
+    monkeypatch.setattr(figure_module.Figure, 'savefig', keep)
+    x, y = torch.rand(3, channels, 8, 8) / 2, torch.tensor([0, 1, 1])
+    broken = torch.cat([x[:1] + 0.05, x[1:]])
+    attempts = {
+        'resnet18_pssilu.fgsm_cifar10_linf': (broken, torch.tensor([1, 1, 0])),
+        'resnet18_relu.trades_cifar10_linf': (x, y),
+    }
+    adversarial_figure(tmp_path / 'a.png', x, y, attempts, ['automobile', 'airplane'], ThreatModel(norm, 0.1))
     assert (tmp_path / 'a.png').read_bytes()[:4] == PNG
+    (figure,) = figures
+    panels = [part.get_axes() for part in figure.subfigs]
+    titles = [[axes.get_title() for axes in part] for part in panels]
+    assert titles == [
+        ['automobile', 'airplane', 'airplane'],
+        ['airplane', f'perturbation x {magnified}', 'airplane', 'resists', 'automobile', 'wrong unattacked'],
+        ['automobile', 'resists', 'airplane', 'resists', 'airplane', 'resists'],
+    ]
+    shown = [axes.title for part in panels for axes in part] + [part._suptitle for part in (figure, *figure.subfigs)]
+    boxes = [text.get_window_extent() for text in shown]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))

@@ -128,7 +128,7 @@ def adversarial_figure(
     classes: Sequence[str],
     threat_model: ThreatModel,
 ) -> None:
-    """Save a PNG: a row an image, the original first, then each model's adversarial image and perturbation.
+    """Save a PNG: a row an image, the original, then under each model's name its adversarial image and perturbation.
 
     Args:
         path: the PNG.
@@ -142,24 +142,21 @@ def adversarial_figure(
         ImportError: if matplotlib is missing, with what to type.
     """
     Figure = _matplotlib().figure.Figure
-    columns = 1 + 2 * len(attempts)
-    figure = Figure(figsize=(1.7 * columns, 1.95 * len(x) + 0.5), layout='constrained')
-    axes = figure.subplots(len(x), columns, squeeze=False)
-    for row in range(len(x)):
-        _show(axes[row][0], x[row], f'original: {classes[int(y[row])]}', 'black')
-        for column, (name, (x_adv, predicted)) in enumerate(attempts.items()):
-            fooled = bool(predicted[row] != y[row])
-            title = f'{name}: {classes[int(predicted[row])]}'
-            _show(axes[row][1 + 2 * column], x_adv[row], title, 'firebrick' if fooled else 'seagreen')
-            delta = x_adv[row] - x[row]
-            scale = threat_model.eps if threat_model.norm == 'Linf' else delta.abs().max().clamp_min(1e-12).item()
-            _show(
-                axes[row][2 + 2 * column],
-                (0.5 + 0.5 * delta / scale).clamp(0, 1),
-                f'perturbation x {0.5 / scale:.3g}',
-                'black',
-            )
+    figure = Figure(figsize=(1.7 * (1 + 2 * len(attempts)), 1.95 * len(x) + 0.7), layout='constrained')
     figure.suptitle(f'{threat_model}: red labels are wrong, green ones right', fontsize=10)
+    first, *others = figure.subfigures(1, 1 + len(attempts), width_ratios=[1] + [2] * len(attempts), squeeze=False)[0]
+    first.suptitle('original', fontsize=9)
+    for axes, image, label in zip(first.subplots(len(x), 1, squeeze=False), x, y, strict=True):
+        _show(axes[0], image, classes[int(label)], 'black')
+    for part, (name, (x_adv, predicted)) in zip(others, attempts.items(), strict=True):
+        part.suptitle(name, fontsize=9)
+        rows = part.subplots(len(x), 2, squeeze=False)
+        for axes, delta, image, label, right in zip(rows, x_adv - x, x_adv, predicted, predicted == y, strict=True):
+            _show(axes[0], image, classes[int(label)], 'seagreen' if right else 'firebrick')
+            scale = threat_model.eps if threat_model.norm == 'Linf' else delta.abs().max().clamp_min(1e-12).item()
+            unchanged = 'resists' if right else 'wrong unattacked'
+            title = f'perturbation x {0.5 / scale:.3g}' if delta.any() else unchanged
+            _show(axes[1], (0.5 + 0.5 * delta / scale).clamp(0, 1), title, 'black')
     figure.savefig(str(path), format='png', dpi=100)
 
 
