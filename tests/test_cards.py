@@ -47,6 +47,10 @@ def test_results_answer_the_question_as_far_as_the_flags_go(tmp_path):
     order = np.arange(200)
     record(tmp_path, 'net_pssilu.at_data_linf', order < 100, alpha=1.25, beta=1e-4, max_curvature=0.6)
     record(tmp_path, 'net_relu.at_data_linf', order < 60)
+    path = tmp_path / 'net_relu.at_data_linf/results.json'
+    content = json.loads(path.read_text())
+    content['training']['origins'] += [{'hardware': 'two abaci'}, {'hardware': 'abacus'}]
+    path.write_text(json.dumps(content))
     record(tmp_path, 'net_silu.at_data_linf', (order + 2) % 200 < 100)
     record(tmp_path, 'net_silu.trades_data_linf', order < 60)  # another recipe: not compared
     page = results_page(tmp_path)
@@ -57,6 +61,7 @@ def test_results_answer_the_question_as_far_as_the_flags_go(tmp_path):
     row = next(line for line in page.splitlines() if line.startswith('| [net_pssilu.at'))
     assert '50.00 ± 3.54 (n 200)' in row and '2.0 hours, abacus' in row and '| 1.25 | 0.0001 |' in row
     assert page.count('Handicapped.') == 1
+    assert '3 epochs, 2.0 hours, abacus and two abaci |' in page  # every piece of a training that was resumed
 
 
 RELEASED = [pytest.param(name, id=name) for name in RELEASES]

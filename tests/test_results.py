@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -106,9 +108,11 @@ def test_the_table_shows_what_was_measured():
     assert 'AutoAttack' not in result(autoattack_acc=None).table()
 
 
-def test_environment_names_hardware_and_versions():
+def test_environment_names_hardware_and_versions(monkeypatch):
     found = environment('cpu')
-    assert found['hardware'].endswith(' CPU cores')
+    assert re.search(r', \d+ CPU cores?$', found['hardware'])
+    monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: {3}, raising=False)
+    assert environment('cpu')['hardware'].endswith(', 1 CPU core')
     assert set(found['versions']) == {'python', 'torch', 'timm', 'timm_robust', 'pyautoattack'}
     assert found['versions']['timm'] and type(found['versions']['torch']) is str
     json.dumps(found)

@@ -14,12 +14,13 @@ from safetensors.torch import load, save
 
 import timm_robust.models._weights as resolver
 from timm_robust.cards import model_card, read_results, results_page, strongest
-from timm_robust.checkpoint import load_model
+from timm_robust.checkpoint import load_model, read_hyper_parameters
 from timm_robust.data import load_dataset
 from timm_robust.download import weights_file
 from timm_robust.engine import build, fit
 from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
+from timm_robust.recipe_flags import parse_recipe
 from timm_robust.releases import read_table, sha256
 from timm_robust.staging import canonical, check, main, measure, render, stage, stored
 
@@ -120,6 +121,11 @@ def test_the_card_is_generated_and_says_what_was_measured(staged):
     assert card.index('import timm_robust') < card.index(f"timm.create_model('{NAME}', pretrained=True)")
     assert read_results(folder)['weights']['sha256'] in card
     assert read_results(folder)['training']['origins'][0]['hardware'] in card
+    command = next(line for line in card.splitlines() if line.startswith('python train/adv_train.py'))
+    _, program, *argv = [word.replace('model_cards', str(staged / 'model_cards')) for word in command.split()]
+    again = parse_recipe(argv, program)
+    hyper = read_hyper_parameters(folder)
+    assert {key: getattr(again, key) for key in hyper} == hyper
 
 
 def test_the_metadata_of_the_card_goes_through_the_hubs_reader(staged):

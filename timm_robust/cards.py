@@ -256,14 +256,15 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     lines = [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
-        f'- {hours(training["seconds"])} on {origin.get("hardware", "unknown hardware")}, '
-        f'{training["images_per_s"]:g} images/s; versions: {_versions(origin)}; commit `{origin.get("commit")}`.',
+        f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
+        f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
-        '- Every setting: `train_hparams.yaml`; the course: `summary.csv`.',
+        f'- Every setting: `train_hparams.yaml`, which is `train/recipes/{record["model"]}.yaml` written out; the '
+        'course: `summary.csv`. To train it again:',
         '',
         '```bash',
-        f'python train/adv_train.py -c train/recipes/{record["model"]}.yaml --data-dir DIR',
+        f'python train/adv_train.py -c model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
         '```',
     ]
     return lines
@@ -290,11 +291,11 @@ def _row(record: dict[str, Any]) -> str:
         for m in record['measurements']
         if m['result']['attack'] != 'none'
     ]
-    hardware = training['origins'][-1]['hardware'] if training['origins'] else 'unknown hardware'
     shape = [f'{activation[key]:.4g}' if key in activation else '' for key in ('alpha', 'beta')]
     return (
         f'| [{record["model"]}]({record["model"]}) | {cell} | {"; ".join(robust)} | {training["epochs"]} epochs, '
-        f'{hours(training["seconds"])}, {hardware} | {training["images_per_s"]:g} | {shape[0]} | {shape[1]} |'
+        f'{hours(training["seconds"])}, {trained_on(training)} | {training["images_per_s"]:g} | {shape[0]} | '
+        f'{shape[1]} |'
     )
 
 
@@ -350,6 +351,11 @@ def percent(share: float | None, n: int) -> str:
     if share is None:
         return ''
     return f'{100 * share:.2f} ± {100 * math.sqrt(share * (1 - share) / n):.2f}'
+
+
+def trained_on(training: dict[str, Any]) -> str:
+    """The hardware of every piece of a training, each kind once."""
+    return ' and '.join(dict.fromkeys(origin['hardware'] for origin in training['origins'])) or 'unknown hardware'
 
 
 def hours(seconds: float) -> str:

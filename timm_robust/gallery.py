@@ -28,6 +28,7 @@ from .cards import (
     measurement_notes,
     percent,
     robust_acc,
+    trained_on,
 )
 from .gallery_chart import StagedModel, scatter
 from .releases import STAGED
@@ -214,8 +215,7 @@ def _cells(model: StagedModel) -> Iterator[tuple[Any, str]]:
     else:
         robust = robust_acc(attacked)
         yield robust, f'{_counted(robust, attacked["n"])}\n{attack_title(attacked)}'
-    hardware = training['origins'][-1]['hardware'] if training['origins'] else 'unknown hardware'
-    yield training['seconds'], f'{hours(training["seconds"])}, {training["epochs"]} epochs, {hardware}'
+    yield training['seconds'], f'{hours(training["seconds"])}, {training["epochs"]} epochs, {trained_on(training)}'
     yield training['images_per_s'], f'{training["images_per_s"]:g}'
     parameters = model.record['weights']['parameters']
     yield parameters, f'{parameters:,}'

@@ -233,7 +233,7 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = getattr(sys.modules.get(package), '__version__', None)  # run from a checkout
-    return {'hardware': f'{name}{cores} CPU cores', 'versions': versions}
+    return {'hardware': f'{name}{cores} CPU core{"s" * (cores != 1)}', 'versions': versions}
 
 
 def git_commit(folder: str | os.PathLike[str]) -> str | None:
