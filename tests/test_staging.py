@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -315,6 +316,22 @@ def test_recipes_without_weights_are_listed(staged, tmp_path):
     waiting = page.partition('## What has not run')[2]
     assert '-c train/recipes/resnet18_relu.fgsm_digits_linf.yaml' in waiting and NAME not in waiting
     assert f'[{NAME}]({NAME})' in page and '| none yet |' in page  # no pair to compare
+
+
+def test_two_processes_measure_a_release_and_one_keeps_the_record(copy):
+    folder, flags = copy / 'model_cards' / NAME, 'flags/apgd_6.npz'
+    where = ['--cards', str(folder.parent), '--table', str(copy / 'releases.json'), '--recipes', str(copy)]
+    where += ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '6', '--batch-size', '2']
+    assert main(['measure', NAME, *where]) == 0
+    alone = read_results(folder)['measurements'][0]['result'], dict(np.load(folder / flags))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command += ['-m', 'timm_robust.staging', 'measure', NAME, *where]
+    subprocess.run(command, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    shared = read_results(folder)['measurements'][0]['result'], dict(np.load(folder / flags))
+    assert [result['processes'] for result, _ in (alone, shared)] == [1, 2]
+    assert shared[0]['per_attack'] == alone[0]['per_attack']
+    assert all((shared[1][key] == alone[1][key]).all() for key in alone[1])
+    check(folder)
 
 
 def test_main_stages_measures_and_renders(run, tmp_path, capsys):

@@ -33,6 +33,7 @@ from .allocator import keep_freed_memory
 from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
 from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_hyper_parameters, read_weights
 from .data import DATASETS, SPLITS, load_dataset
+from .distributed import World
 from .engine import activation_state
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
@@ -205,6 +206,7 @@ def measure(
     note: str | None = None,
     progress: Any = None,
     device: torch.device | str = 'cpu',
+    world: World | None = None,
     **settings: Any,
 ) -> None:
     """Measure staged weights exactly as stored, and keep the record and the verdict on every image.
@@ -215,13 +217,16 @@ def measure(
         note: what the reader must know of these images.
         progress: called with lines of text.
         device: where the model runs.
+        world: the processes that share AutoAttack's batches out; the first keeps the record.
         settings: of `evaluate`; norm and eps are those of training.
     """
     name = read_results(folder)['model']
     hyper = read_hyper_parameters(folder)
     threat_model = ThreatModel(hyper['norm'], hyper['eps'])
     model = load_model(folder, device=device)
-    result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, **settings)
+    result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
+    if world is not None and world.rank:
+        return
     record = read_results(folder)  # another measurement may have ended meanwhile
     key = f'{result.attack}_{result.n}'
     (folder / FLAGS).mkdir(exist_ok=True)
@@ -306,9 +311,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == 'stage':
             stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
         elif args.command == 'measure':
-            data = load_dataset(args.dataset, args.data_dir, args.split).to(args.device)
+            world = World.join(args.device)
+            data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
             settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
-            measure(args.cards / args.name, data, ' '.join(args.note) or None, _print, device=args.device, **settings)
+            settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else _print}
+            measure(args.cards / args.name, data, ' '.join(args.note) or None, **settings)
+            world.leave()
+            if world.rank:
+                return 0
         for folder in render(args.cards, table, args.recipes):
             check(folder)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
