@@ -260,7 +260,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
-        f'- Every setting: `train_hparams.yaml`, which is `train/recipes/{record["model"]}.yaml` written out; the '
+        f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '
         'course: `summary.csv`. To train it again:',
         '',
         '```bash',
