@@ -40,7 +40,7 @@ class AutoAttackResult:
         warnings: AutoAttack's own warnings, alike ones counted, and departures from its standard settings.
         rejected: adversarial images that an attack claimed and re-checking did not confirm.
         wall_time_s: duration in seconds, with that of the batches found in state_dir.
-        earlier_s: the part of it that these took when they were run.
+        earlier_s: the part of it that these took when they were run; of several processes, this one's share.
         version: 'standard' or 'apgd'.
     """
 
