@@ -39,6 +39,7 @@ FLOORS = {
     'honesty': 2.5,
     'cards': 2,
     'staging': 5,
+    'model_files': 1.5,
     'awp': 2,
     'step': 3,
     'autoattack_state': 1,

@@ -19,11 +19,12 @@ from timm_robust.checkpoint import load_model, read_hyper_parameters
 from timm_robust.data import load_dataset
 from timm_robust.download import weights_file
 from timm_robust.engine import build, fit
+from timm_robust.model_files import canonical, stored
 from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
 from timm_robust.recipe_flags import parse_recipe
 from timm_robust.releases import read_table, sha256
-from timm_robust.staging import canonical, check, main, measure, render, stage, stored
+from timm_robust.staging import check, main, measure, render, stage
 
 NAME = 'resnet18_pssilu.fgsm_digits_linf'
 SMALL = Recipe(

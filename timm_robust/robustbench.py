@@ -29,13 +29,13 @@ from .allocator import keep_freed_memory
 from .checkpoint import load_model as load_any
 from .checkpoint import read_weights
 from .data import ImageData, load_dataset
+from .model_files import write_model
 from .pixels import pixel_input
 from .releases import RELEASES, STAGED
 from .results import atomic_file
 from .robustbench_package import SETTINGS, robustbench
 from .robustbench_report import EPS, compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
-from .staging import write_model
 from .threat_model import parse_eps
 
 

@@ -15,7 +15,6 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -25,9 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from safetensors.torch import save
-from timm.models import save_for_hf
-from torch import nn
 
 from .allocator import keep_freed_memory
 from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
@@ -35,6 +31,7 @@ from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_mode
 from .data import DATASETS, SPLITS, load_dataset
 from .distributed import World
 from .engine import activation_state
+from .model_files import stored, weights_content, write_files
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
@@ -120,7 +117,7 @@ def stage(
         elif not overwrite:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
     with atomic_folder(folder) as new:
-        _write_model(new, model, content, tag)
+        write_files(new, model, content, tag)
         (new / 'LICENSE').write_text(_license())
         (new / HYPER_PARAMETERS).write_text(_hyper_parameters(recipe))
         shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
@@ -133,71 +130,6 @@ def stage(
         if kept and (folder / 'adversarial.png').is_file():
             shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
     return folder
-
-
-def write_model(
-    model: nn.Module,
-    folder: Path,
-    name: str,
-    half: bool = True,
-    model_args: dict[str, Any] | None = None,
-    **provenance: str,
-) -> None:
-    """Write a model as a folder that timm loads with 'local-dir:': weights and config.json, or nothing.
-
-    Args:
-        model: one of timm's registry.
-        folder: to be made.
-        name: '<arch>.<tag>'.
-        half: store matrices and convolutions in fp16.
-        model_args: what timm.create_model was given beside the name, for config.json; timm before 1.0.31 does not know.
-        provenance: further entries of the file's metadata.
-
-    Raises:
-        ValueError: if the folder exists, or a weight is too large for fp16.
-    """
-    if folder.exists():
-        raise ValueError(f'{folder} exists; name a new folder, or remove it')
-    weights = dict(model.state_dict())
-    content = weights_content(stored(weights) if half else weights, name, **provenance)
-    with atomic_folder(folder) as new:
-        _write_model(new, model, content, split_name(name)[1], model_args)
-
-
-def weights_content(weights: dict[str, torch.Tensor], name: str, **provenance: str) -> bytes:
-    """The content of model.safetensors: the same for the same weights, name and provenance."""
-    return canonical(save(weights, {'format': 'pt', 'model': name, **provenance}))
-
-
-def _write_model(
-    folder: Path, model: nn.Module, content: bytes, tag: str, model_args: dict[str, Any] | None = None
-) -> None:
-    """Weights and configuration."""
-    (folder / WEIGHTS).write_bytes(content)
-    (folder / 'config.json').write_text(_config(model, tag, model_args))
-
-
-def stored(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights as a release stores them: matrices and convolutions in fp16, vectors and counters as they are.
-
-    Raises:
-        ValueError: if a weight is too large for fp16.
-    """
-    out = {}
-    for name, value in weights.items():
-        half = value.is_floating_point() and value.ndim > 1
-        out[name] = (value.half() if half else value).contiguous()
-        if half and not out[name].isfinite().all():
-            raise ValueError(f'{name} has values up to {value.abs().max():.3g}, too large for fp16 (65504)')
-    return out
-
-
-def canonical(content: bytes) -> bytes:
-    """A .safetensors file whose header lists its keys in order, so that equal weights give equal files."""
-    size = int.from_bytes(content[:8], 'little')
-    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(',', ':')).encode()
-    header += b' ' * (-len(header) % 8)
-    return len(header).to_bytes(8, 'little') + header + content[8 + size :]
 
 
 def measure(
@@ -355,17 +287,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
         command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
-
-
-def _config(model: nn.Module, tag: str, model_args: dict[str, Any] | None) -> str:
-    """The config.json of timm, with the tag of these weights, and the size of the images that they were trained on."""
-    config = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore[arg-type]
-    if side := config.pop('img_size', None):  # ours, which timm refuses
-        config['input_size'] = (config['input_size'][0], side, side)
-    model.pretrained_cfg = config  # type: ignore[assignment]
-    with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None)
-        return (Path(folder) / 'config.json').read_text()
 
 
 def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
