@@ -119,6 +119,17 @@ def test_n_fgsm_goes_beyond_the_ball_but_not_beyond_the_pixels(net, x):
     assert x_adv.min() >= 0 and x_adv.max() <= 1
 
 
+def test_n_fgsm_starts_at_its_radius_also_where_the_ball_is_wider_than_a_pixel():
+    x, threat_model, starts = torch.full((200, 3, 8, 8), 0.5), ThreatModel('L2', 1.5), []
+
+    def loss_fn(x):
+        starts.append(x.detach())
+        return x.flatten(1).sum(1)
+
+    n_fgsm(loss_fn, x, threat_model, noise=2.0)
+    assert 2.9 < threat_model.distance(starts[0], x).max() <= 3 + 1e-5
+
+
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_apgd_is_allowed_and_at_least_as_strong_as_pgd(net, x, threat_model):
     y = torch.arange(12) % 10

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from timm_robust import robustness as module
+from timm_robust.cards import attack_title, robust_acc
 from timm_robust.data import ImageData, load_dataset
 from timm_robust.evaluate import main
 from timm_robust.pixels import PixelInput, pixel_input
@@ -145,6 +146,41 @@ def test_what_only_pgd_broke_is_said(monkeypatch):
     result, _ = evaluate(model, data, ThreatModel('Linf', 1.0), attack='apgd')
     assert result.warnings == ['PGD broke 15 images that apgd left standing']
     assert result.pgd_acc == 0 and result.apgd_acc == 15 / 16 and result.autoattack_acc is None
+
+
+def test_a_copy_that_disagrees_is_not_searched_and_not_named(monkeypatch):
+    class Other(nn.Module):
+        def forward(self, x):
+            return -model(x)
+
+    model, said = linear_net(), []
+    data = fitted(model)
+    monkeypatch.setattr(module, 'search_model', lambda *args: Other())
+    result, _ = evaluate(model, data, LINF, attack='apgd', progress=said.append)
+    assert result.search == 'model' and any('searching on the model' in line for line in said)
+    monkeypatch.setattr(module, 'search_model', lambda *args: model)
+    assert evaluate(model, data, LINF, attack='apgd')[0].search == 'folded'
+
+
+def test_doubts_that_do_not_fit_into_memory_end_it_before_the_long_attack(monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(module, 'doubts', no_memory)
+    monkeypatch.setattr(module, 'autoattack', lambda *args, **kwargs: pytest.fail('attacked before the checks'))
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        evaluate(linear_net(), fitted(linear_net()), LINF, attack='autoattack')
+
+
+def test_with_two_classes_apgd_is_not_called_apgd_t():
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    data = image_data(num_classes=2)
+    data = dataclasses.replace(data, labels=model(data.pixels()).argmax(1))
+    result, _ = evaluate(model, data, LINF, attack='apgd')
+    record = dataclasses.asdict(result)
+    assert result.apgd_acc is None and attack_title(record) == 'APGD-CE'
+    assert robust_acc(record) == result.per_attack['apgd-ce'] < 1
 
 
 def test_the_model_is_left_as_it_was():

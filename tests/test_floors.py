@@ -36,7 +36,7 @@ FLOORS = {
     'checkpoint': 1,
     'compact': 1.5,
     'losses': 2,
-    'honesty': 2.5,
+    'honesty': 3.25,
     'cards': 2,
     'staging': 5,
     'model_files': 1.5,

@@ -45,6 +45,21 @@ def test_logits_and_input_gradients_are_the_networks(name, kwargs, folded):
     assert not any(p.requires_grad for p in net.parameters()) and all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.parametrize('shared', [True, False])
+def test_an_activation_of_its_own_inside_a_batch_norm_keeps_its_parameters(shared):
+    model = timm.create_model('act_swapped', model='mobilenetv3_small_050', act='pssilu', shared=shared, num_classes=10)
+    model = unsettle(model).double()
+    with torch.no_grad():
+        for place, (name, parameter) in enumerate(model.named_parameters()):
+            if name.endswith('alpha'):
+                parameter.fill_(1 + 0.01 * place)
+    x = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    net = FoldedNet(model, x)
+    assert net.pairs
+    for ours, theirs in zip(gradients(net, x), gradients(model, x), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+
+
 def test_refresh_takes_the_present_weights():
     torch.manual_seed(0)
     model, x = unsettle(timm.create_model('resnet18_pssilu', width=8)), torch.rand(4, 3, 32, 32)

@@ -93,6 +93,16 @@ def test_a_dishonest_one_is_caught(make, message):
     assert any(message in doubt for doubt in doubts(model, x, y, EPS)), doubts(model, x, y, EPS)
 
 
+@pytest.mark.parametrize('make', [Net, Softmax, Rounded, Shattered])
+def test_the_batch_size_bounds_every_pass_and_changes_no_doubt(make):
+    model, sizes = make().eval(), []
+    x, y = images(model)
+    at_once = doubts(model, x, y, EPS)
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    parts = doubts(model, x, y, EPS, batch_size=16)
+    assert max(sizes) == 16 and [doubt.split(':')[-1] for doubt in parts] == [doubt.split(':')[-1] for doubt in at_once]
+
+
 def test_a_surrogate_that_does_better_is_told():
     masked = Rounded().eval()
     x, y = images(masked)

@@ -226,10 +226,20 @@ def test_branches_and_pull_requests_leave_the_table_alone(hub, hub_server, stage
     assert (staged / 'releases.json').read_bytes() == table
 
 
+def test_a_branch_is_made_also_where_it_equals_main(hub, hub_server, staged):
+    upload(hub, staged, token=hub_server.WRITE)
+    _, [outcome] = upload(hub, staged, '--revision', 'next', token=hub_server.WRITE)
+    assert outcome['status'] == 'published' and hub.repo(REPO).branches['next'] == hub.repo(REPO).head
+    _, [outcome] = upload(hub, staged, '--revision', 'next', token=hub_server.WRITE)
+    assert outcome['status'] == 'unchanged'
+
+
 def test_private_repositories(hub, hub_server, staged):
     _, [outcome] = upload(hub, staged, '--private', '--org', 'ann', token=hub_server.WRITE)
     assert outcome['status'] == 'published' and hub.repo(f'ann/{NAME}').private
     assert read_table(staged / 'releases.json')[NAME].commit is None
+    _, [outcome] = upload(hub, staged, '--org', 'ann', token=hub_server.WRITE)  # it stays private without the flag
+    assert outcome['status'] == 'unchanged' and read_table(staged / 'releases.json')[NAME].commit is None
     hub.repo(f'ann/{NAME}').private = False
     _, [outcome] = upload(hub, staged, '--private', '--org', 'ann', token=hub_server.WRITE)
     assert 'exists and is public; --private does not change that' in outcome['message']
@@ -353,6 +363,8 @@ def test_a_damaged_cache_is_fetched_again(hub, published, tmp_path):
     content = bytearray(blob.read_bytes())
     content[-1] ^= 1
     blob.write_bytes(content)
+    message = stranger('http://127.0.0.1:9', published, tmp_path)
+    assert 'the cached file is damaged (' in message and 'cannot be reached' in message
     assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
 
 
@@ -400,7 +412,7 @@ try:
 except ConnectionError as error:
     print(error)
 """
-    assert 'is not in the cache, and HF_HUB_OFFLINE is set' in stranger(hub, published, tmp_path, code=code)
+    assert 'has to come from the Hub, but HF_HUB_OFFLINE is set' in stranger(hub, published, tmp_path, code=code)
 
 
 def test_other_ways_to_load(hub, published, tmp_path):

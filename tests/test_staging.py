@@ -24,7 +24,7 @@ from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
 from timm_robust.recipe_flags import parse_recipe
 from timm_robust.releases import read_table, sha256
-from timm_robust.staging import check, main, measure, render, stage
+from timm_robust.staging import check, files_of, main, measure, render, stage
 
 NAME = 'resnet18_pssilu.fgsm_digits_linf'
 SMALL = Recipe(
@@ -308,6 +308,41 @@ def test_weights_of_others_are_named_and_not_listed_until_fetched():
     assert (
         '1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv' in timm.get_pretrained_cfg('wrn28_10_pssilu.dai2021_cifar10_linf').notes[0]
     )
+
+
+def test_a_release_keeps_to_one_split_of_one_data_set(copy):
+    folder, digits = copy / 'model_cards' / NAME, load_dataset('digits', None, 'test')
+    before = (folder / 'results.json').read_bytes()
+    with pytest.raises(ValueError, match='was trained on such images; a release is measured with --split test'):
+        measure(folder, load_dataset('digits', None, 'train'), attack='pgd', n=10, split='train')
+    with pytest.raises(ValueError, match='was measured on digits test, and keeps to it: not noise test'):
+        measure(folder, dataclasses.replace(digits, name='noise'), attack='pgd', n=10)
+    assert (folder / 'results.json').read_bytes() == before
+
+
+def test_weights_that_change_under_a_measurement_do_not_get_its_number(copy, run, tmp_path):
+    cards = copy / 'model_cards'
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path), seed=1)))
+
+    def restage(line):
+        if not read_results(cards / NAME)['measurements']:
+            return
+        stage(tmp_path / 'run', NAME, cards=cards, overwrite=True)
+
+    with pytest.raises(ValueError, match='got other weights while these were measured'):
+        measure(cards / NAME, load_dataset('digits', None, 'test'), attack='pgd', n=4, progress=restage)
+    assert not read_results(cards / NAME)['measurements'] and not (cards / NAME / 'flags').exists()
+
+
+def test_what_a_killed_writer_leaves_is_neither_listed_nor_sent(copy):
+    folder = copy / 'model_cards' / NAME
+    sums = (folder / 'SHA256SUMS').read_text()
+    for name in ('.results.json.x1y2', 'flags/.pgd_10.npz.x1y2'):
+        (folder / name).write_text('half')
+    render(copy / 'model_cards', copy / 'releases.json')
+    check(folder)
+    assert (folder / 'SHA256SUMS').read_text() == sums
+    assert not any('x1y2' in path for path in files_of(folder))
 
 
 def test_recipes_without_weights_are_listed(staged, tmp_path):

@@ -86,6 +86,13 @@ def test_names():
     assert str(ThreatModel('Linf', '0.5/255')) == 'Linf 0.5/255'
     assert str(ThreatModel('L2', 0.5)) == 'L2 0.5'
     assert str(ThreatModel('Linf', 0.031)) == 'Linf 0.031'
+    assert str(ThreatModel('L2', '128/255')) == 'L2 128/255'
+
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+@pytest.mark.parametrize('eps', [0.0, 8 / 255, 0.5, 128 / 255, 0.0123456789, 1 / 3, 0.1 + 0.2])
+def test_the_text_is_read_back_as_the_same_radius(norm, eps):
+    assert parse_eps(ThreatModel(norm, eps).eps_text) == eps
 
 
 @pytest.mark.parametrize(

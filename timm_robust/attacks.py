@@ -101,7 +101,8 @@ def n_fgsm(
     de Jorge et al. 2022, https://arxiv.org/abs/2202.01181: the noise beyond eps is what keeps single-step training
     from collapsing. For training only: the result leaves the ball by up to `noise` eps, and stays within the bounds.
     """
-    wide = replace(threat_model, eps=min(noise * threat_model.eps, threat_model.bounds[1] - threat_model.bounds[0]))
+    radius, (low, high) = noise * threat_model.eps, threat_model.bounds
+    wide = replace(threat_model, eps=min(radius, high - low) if threat_model.norm == 'Linf' else radius)
     start = wide.random_start(x.detach(), generator)
     step_size = threat_model.eps if step_size is None else step_size
     return threat_model.step(start, input_gradient(loss_fn, start), step_size).clamp(*threat_model.bounds)

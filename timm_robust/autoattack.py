@@ -42,6 +42,7 @@ class AutoAttackResult:
         wall_time_s: duration in seconds, with that of the batches found in state_dir.
         earlier_s: the part of it that these took when they were run; of several processes, this one's share.
         version: 'standard' or 'apgd'.
+        searched: whether the search network was used; not if it labels an image otherwise than the model.
     """
 
     robust: torch.Tensor
@@ -54,6 +55,7 @@ class AutoAttackResult:
     wall_time_s: float
     earlier_s: float
     version: str
+    searched: bool
 
 
 def autoattack(
@@ -116,8 +118,12 @@ def autoattack(
         check_images(x, y, plain.num_classes)
         y_pred_adv = predict(plain.logits, x, batch_size)
         searcher = plain
-        if search is not None and torch.equal(predict(Fp32Logits(search), x, batch_size), y_pred_adv):
-            searcher = runner(search)
+        if search is not None:
+            differ = int((predict(Fp32Logits(search), x, batch_size) != y_pred_adv).sum())
+            if differ:
+                report.say(f'the faster copy labels {differ} images otherwise than the model; searching on the model')
+            else:
+                searcher = runner(search)
         steps = [_Step(attack, attack, searcher, work) for attack, work in plain.plan(version).items()]
         if screen is not None:
             coarse = runner(screen)
@@ -155,6 +161,7 @@ def autoattack(
         wall_time_s=time.perf_counter() - started + report.earlier_s,
         earlier_s=report.earlier_s,
         version=version,
+        searched=searcher is not plain,
     )
 
 

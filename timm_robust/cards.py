@@ -50,13 +50,15 @@ def strongest(record: dict[str, Any]) -> dict[str, Any] | None:
 def robust_acc(result: dict[str, Any]) -> float | None:
     """Share of images that resist the strongest attack of a measurement; None where none ran."""
     keys = {'autoattack': 'autoattack_acc', 'apgd': 'apgd_acc', 'pgd': 'pgd_acc'}
+    if result['attack'] == 'apgd' and result['apgd_acc'] is None:  # 2 or 3 classes: APGD-CE alone
+        return float(list(result['per_attack'].values())[-1])
     return result[keys[result['attack']]] if result['attack'] in keys else None
 
 
 def attack_title(result: dict[str, Any]) -> str:
     """What the strongest attack of a measurement is called; the first two of AutoAttack are never called AutoAttack."""
-    pgd = f'PGD-{result.get("steps")}'
-    return {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': pgd, 'none': 'clean'}[result['attack']]
+    pgd, apgd = f'PGD-{result.get("steps")}', 'APGD-CE' if result.get('apgd_acc') is None else 'APGD-CE + APGD-T'
+    return {'autoattack': 'AutoAttack', 'apgd': apgd, 'pgd': pgd, 'none': 'clean'}[result['attack']]
 
 
 def model_card(folder: Path) -> str:
@@ -203,7 +205,7 @@ def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
         result = best['result']
         text += (
             f' {attack_title(result)} accuracy {percent(robust_acc(result), result["n"])} %, '
-            f'clean {percent(result["clean_acc"], result["n"])} % (first {result["n"]} test images).'
+            f'clean {percent(result["clean_acc"], result["n"])} % (first {result["n"]} {result["split"]} images).'
         )
     return text
 

@@ -39,8 +39,12 @@ def weights_file(release: Release, staged: Path = STAGED) -> Path:
         )
     try:
         return release.check(_fetch(release))
-    except ValueError:  # a damaged cache is worth one more download
+    except ValueError as error:  # a damaged cache is worth one more download
+        damage = error
+    try:
         path = _fetch(release, force_download=True)
+    except ConnectionError as error:
+        raise ConnectionError(f'the cached file is damaged ({damage}), and cannot be fetched again: {error}') from None
     try:
         return release.check(path)
     except ValueError as error:
@@ -96,7 +100,7 @@ def _knock(where: str) -> None:
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError(f'{where} is not in the cache, and HF_HUB_OFFLINE is set; unset it, {_OWN}')
+        raise ConnectionError(f'{where} has to come from the Hub, but HF_HUB_OFFLINE is set; unset it, {_OWN}')
     try:
         get_session().head(constants.ENDPOINT, timeout=_CONNECT_S)
     except Exception as error:  # of requests, httpx or httpx2, by the client's version

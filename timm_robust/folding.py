@@ -9,7 +9,7 @@ w' = w s, b' = (b - mean) s + shift with s = scale / sqrt(var + eps). Equal to t
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
@@ -130,8 +130,10 @@ def _fold(net: nn.Module, pairs: dict[str, str]) -> None:
         norm: Any = net.get_submodule(norm_name)
         if conv.bias is None:
             conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels), requires_grad=False)
-        act = isinstance(norm, BatchNormAct2d)
-        net.set_submodule(norm_name, nn.Sequential(norm.drop, norm.act) if act else nn.Identity())
+        rest: nn.Module = nn.Identity()
+        if isinstance(norm, BatchNormAct2d):  # under their names, by which they find their weights
+            rest = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act))
+        net.set_submodule(norm_name, rest)
 
 
 @torch.no_grad()

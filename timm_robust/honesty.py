@@ -6,13 +6,15 @@ more robust than it is; passing them proves nothing.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from .attacks import input_gradient, pgd
-from .losses import cross_entropy
+from .autoattack import predict
+from .losses import cross_entropy_of
 from .threat_model import ThreatModel
 
 _ZERO_SHARE = 0.1
@@ -27,6 +29,7 @@ def doubts(
     *,
     surrogate: nn.Module | None = None,
     seed: int = 0,
+    batch_size: int = 50,
 ) -> list[str]:
     """What speaks against trusting an evaluation of this model, one sentence each; empty if nothing was found.
 
@@ -37,12 +40,13 @@ def doubts(
         threat_model: of the evaluation.
         surrogate: another model for the same task; its adversarial images should not beat the model's own.
         seed: of the attacks' starts.
+        batch_size: images a batch.
     """
-    found = inputs(x, threat_model) + outputs(model, x, y)
-    right = _right(model, x, y)
+    found = inputs(x, threat_model) + outputs(model, x, y, batch_size)
+    right = predict(model, x, batch_size) == y
     if not right.any():
         return found
-    return found + gradients(model, x[right], y[right], threat_model, surrogate, seed)
+    return found + gradients(model, x[right], y[right], threat_model, surrogate, seed, batch_size)
 
 
 def inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
@@ -54,9 +58,10 @@ def inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[str]:
+def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 50) -> list[str]:
     """A forward pass that is random, depends on the other images of the batch, gives probabilities, or is at chance."""
-    found, first, second = [], model(x), model(x)
+    found: list[str] = []
+    first, second = (torch.cat([model(part) for part in x.split(batch_size)]) for _ in range(2))
     size = first.abs().max().clamp_min(1e-12)
     random = bool((first - second).abs().max() > 1e-4 * size)
     if random:
@@ -85,6 +90,7 @@ def gradients(
     threat_model: ThreatModel,
     surrogate: nn.Module | None = None,
     seed: int = 0,
+    batch_size: int = 50,
 ) -> list[str]:
     """Gradients that mislead: zero, or attacks that do not get stronger with steps or radius, or lose to a surrogate.
 
@@ -95,10 +101,14 @@ def gradients(
         threat_model: of the evaluation.
         surrogate: another model, or None.
         seed: of the attacks' starts.
+        batch_size: images a batch.
     """
     found, n = [], len(x)
-    grad = input_gradient(lambda x: cross_entropy(model(x), y), x)
-    zero = int((grad.flatten(1) == 0).all(1).sum())
+    parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    zero = 0
+    for images, labels in parts:
+        grad = input_gradient(partial(cross_entropy_of, model, labels), images)
+        zero += int((grad.flatten(1) == 0).all(1).sum())
     if zero > _ZERO_SHARE * n:
         found.append(f'{zero} of {n} images have a gradient of exactly zero: gradients are masked')
 
@@ -107,8 +117,10 @@ def gradients(
         ball = ThreatModel(threat_model.norm, eps, threat_model.bounds)
         generator = torch.Generator(x.device).manual_seed(seed)
         settings: dict[str, Any] = {'steps': steps, 'step_size': 2.5 * eps / steps, 'generator': generator}
-        x_adv = pgd(lambda x: cross_entropy(source(x), y), x, ball, **settings)
-        return int(_right(model, x_adv, y).sum())
+        x_adv = torch.cat(
+            [pgd(partial(cross_entropy_of, source, labels), images, ball, **settings) for images, labels in parts]
+        )
+        return int((predict(model, x_adv, batch_size) == y).sum())
 
     eps, (low, high) = threat_model.eps, threat_model.bounds
     whole = (high - low) * (1.0 if threat_model.norm == 'Linf' else x[0].numel() ** 0.5)  # no bound but the pixels'
@@ -126,8 +138,3 @@ def gradients(
     if surrogate is not None and (transferred := left(surrogate, eps, 10)) < ten - _SLACK:
         found.append(f'images made for another model leave {transferred} of {n}, its own {ten}: gradients are masked')
     return found
-
-
-@torch.no_grad()
-def _right(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return model(x).argmax(1) == y

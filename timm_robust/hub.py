@@ -19,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 
 from .cards import read_results
 from .releases import TABLE, WEIGHTS, read_table, sha256, write_table
-from .staging import ORGANISATION, check
+from .staging import ORGANISATION, check, files_of
 
 _KEPT = ('.gitattributes',)
 """Files of the server's own, which a publication leaves alone."""
@@ -63,6 +63,8 @@ class Plan:
         head: the commit that the branch is at; None if the repository is new.
         files: path -> 'new', 'changed', 'same' or 'gone'.
         tagged: the commit that the wished tag is at; None if there is no such tag.
+        private: whether the repository is, or will be.
+        branch: whether the branch is there.
         notes: what else the reader should know.
     """
 
@@ -71,6 +73,8 @@ class Plan:
     head: str | None
     files: dict[str, str]
     tagged: str | None = None
+    private: bool = False
+    branch: bool = True
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -154,6 +158,9 @@ def publish(
         if options.create_pr:
             return replace(outcome, status='proposed', commit=commit.oid, url=commit.pr_url)
         outcome = replace(outcome, status='published', commit=commit.oid)
+    elif not plan.branch:
+        api.create_branch(repo, branch=options.revision, revision=plan.head, exist_ok=True)
+        outcome = replace(outcome, status='published')
     else:
         outcome = replace(outcome, status='unchanged')
     assert outcome.commit is not None  # a repository without a commit has everything to change
@@ -161,7 +168,7 @@ def publish(
     if options.tag and plan.tagged is None:
         api.create_tag(repo, tag=options.tag, revision=outcome.commit)
     outcome.tag, outcome.url = options.tag, f'{api.endpoint}/{repo}'
-    if options.revision == 'main' and not options.private:
+    if options.revision == 'main' and not plan.private:
         note_commit(folder, name, repo, outcome.commit, table)
     return outcome
 
@@ -201,12 +208,13 @@ def make_plan(api: HfApi, folder: Path, name: str, repo: str, options: Options) 
     except hub_errors.GatedRepoError:
         raise
     except hub_errors.RepositoryNotFoundError:
-        return Plan(name, repo, None, dict.fromkeys(files_of(folder), 'new'))
+        return Plan(name, repo, None, dict.fromkeys(files_of(folder), 'new'), private=options.private)
     refs = api.list_repo_refs(repo)
     heads = {branch.name: branch.target_commit for branch in refs.branches}
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     head = heads.get(options.revision, heads.get('main'))
     plan = Plan(name, repo, head, compare(api, folder, repo, head), tags.get(options.tag) if options.tag else None)
+    plan.private, plan.branch = bool(info.private), options.revision in heads
     if options.private and not info.private:
         plan.notes.append(f'{repo} exists and is public; --private does not change that.')
     if plan.files[WEIGHTS] == 'changed' and not options.overwrite:
@@ -216,11 +224,6 @@ def make_plan(api: HfApi, folder: Path, name: str, repo: str, options: Options) 
     if plan.tagged is not None and (plan.changes or plan.tagged != head):
         raise Refused(f'tag {options.tag} of {repo} is at {plan.tagged[:12]}; tags never move: choose another')
     return plan
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """Path on the Hub -> file, sorted."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob('*')) if path.is_file()}
 
 
 def compare(api: HfApi, folder: Path, repo: str, revision: str | None) -> dict[str, str]:

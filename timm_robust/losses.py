@@ -143,7 +143,12 @@ def make_loss(name: str, beta: float = 6.0, smoothing: float = 0.0) -> Loss:
 
 def climb_cross_entropy(model: Model, attack: Attack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Adversarial images that climb the cross-entropy."""
-    return attack(lambda x: cross_entropy(model(x), y), x)
+    return attack(partial(cross_entropy_of, model, y), x)
+
+
+def cross_entropy_of(model: Model, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What an attack on a model climbs: the cross-entropy of each image, [B]."""
+    return cross_entropy(model(x), y)
 
 
 def cross_entropy(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -37,9 +37,10 @@ def robustbench() -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', FutureWarning)  # it imports from timm's old places
             package = importlib.import_module('robustbench')
-            importlib.import_module('robustbench.eval')
+            evaluation = importlib.import_module('robustbench.eval')
     except ImportError as error:
         raise ImportError(f'RobustBench cannot be imported ({error}); {_INSTALL}') from error
+    evaluation.AutoAttack = AutoAttack  # type: ignore[attr-defined]  # also where an autoattack is installed: no seed there
     return package
 
 

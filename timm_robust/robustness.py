@@ -20,7 +20,7 @@ from .autoattack_runner import Fp32Logits, device_of, dtype_of, upstream
 from .data import ImageData
 from .distributed import World
 from .honesty import doubts
-from .losses import cross_entropy
+from .losses import cross_entropy_of
 from .pixels import pixel_input
 from .results import ATTACKS, SCREENS, RobustnessResult, environment, git_commit
 from .search import Bf16, search_model
@@ -129,15 +129,17 @@ def evaluate(
             facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
             facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
+        found: list[str] = []
+        if attack != 'none' and checks:
+            few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
+            found = doubts(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
         if attack in _VERSIONS:
-            found = search_model(pixels, x[:16], len(x)) if search else None
-            settings: dict[str, Any] = {'search': found, 'screen': Bf16(found or pixels) if screen else None}
+            faster = search_model(pixels, x[:16], len(x)) if search else None
+            settings: dict[str, Any] = {'search': faster, 'screen': Bf16(faster or pixels) if screen else None}
             settings |= {'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
-            facts |= {'search': 'model' if found is None else 'folded', 'screen': screen}
-            facts['processes'] = world.size if world else 1
-        if attack != 'none' and checks:
-            facts['warnings'] = facts.get('warnings', []) + _doubts(logits, x, data.labels, threat_model, seed)
+            facts |= {'screen': screen, 'processes': world.size if world else 1}
+        facts['warnings'] = facts.get('warnings', []) + found
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)
@@ -191,7 +193,7 @@ def _pgd(
             images, y = x[part].to(device), tensors['y'][part].to(device)
             keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
             start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
-            found = pgd(partial(_surrogate, logits, y), images, start, steps=steps, step_size=step_size)
+            found = pgd(partial(cross_entropy_of, logits, y), images, start, steps=steps, step_size=step_size)
             found, labels, broken = recheck(logits, found, images, y, threat_model, facts['batch_size'])
             rejected += int(((labels != y) & ~broken).sum())
             index = part[broken.to(x.device)]
@@ -200,11 +202,6 @@ def _pgd(
             pace(part)
     tensors |= {'pgd_robust': robust, 'robust': robust, 'x_adv': x_adv, 'y_pred_adv': y_pred_adv}
     return {'pgd_acc': share(robust), 'rejected': rejected}
-
-
-def _surrogate(logits: nn.Module, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What PGD climbs: the cross-entropy of each image, [B]."""
-    return cross_entropy(logits(x), y)
 
 
 def _autoattack(
@@ -225,15 +222,10 @@ def _autoattack(
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
     tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
     record: dict[str, Any] = {'attack_version': result.version, 'per_attack': result.per_attack, 'warnings': warnings}
-    record['apgd_acc'] = [value for name, value in result.per_attack.items() if name.startswith('apgd')][-1]
+    record['search'] = 'folded' if result.searched else 'model'
+    record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
     return record | {'rejected': facts['rejected'] + result.rejected, 'earlier_s': result.earlier_s}
-
-
-def _doubts(logits: nn.Module, x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, seed: int) -> list[str]:
-    """What speaks against trusting the result, looked for on the first images."""
-    device = device_of(logits, x)
-    return doubts(logits, x[:_CHECKED].to(device), y[:_CHECKED].to(device), threat_model, seed=seed)
 
 
 def _distances(x: torch.Tensor, tensors: dict[str, torch.Tensor], threat_model: ThreatModel) -> dict[str, float]:

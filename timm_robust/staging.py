@@ -151,15 +151,21 @@ def measure(
         device: where the model runs.
         world: the processes that share AutoAttack's batches out; the first keeps the record.
         settings: of `evaluate`; norm and eps are those of training.
+
+    Raises:
+        ValueError: for training images, for others than those measured before, and if the weights change meanwhile.
     """
-    name = read_results(folder)['model']
-    hyper = read_hyper_parameters(folder)
+    before = read_results(folder)
+    name, hyper = before['model'], read_hyper_parameters(folder)
+    _check_images(before, data.name, settings.get('split', 'test'))
     threat_model = ThreatModel(hyper['norm'], hyper['eps'])
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
     if world is not None and world.rank:
         return
     record = read_results(folder)  # another measurement may have ended meanwhile
+    if record['weights'] != before['weights']:
+        raise ValueError(f'{folder} got other weights while these were measured; type the same again')
     key = f'{result.attack}_{result.n}'
     (folder / FLAGS).mkdir(exist_ok=True)
     with atomic_file(folder / FLAGS / f'{key}.npz') as file:
@@ -206,11 +212,17 @@ def render(cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = Non
         )
         _add_robustness(folder, record)
         _write(folder / 'README.md', model_card(folder))
-        names = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != 'SHA256SUMS')
-        _write(folder / 'SHA256SUMS', ''.join(f'{sha256(p)}  {p.relative_to(folder).as_posix()}\n' for p in names))
+        files = {path: file for path, file in files_of(folder).items() if path != 'SHA256SUMS'}
+        _write(folder / 'SHA256SUMS', ''.join(f'{sha256(file)}  {path}\n' for path, file in files.items()))
     write_table(releases, table)
     _write(cards / 'RESULTS.md', results_page(cards, recipes))
     return folders
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """Path within a staged folder -> file, sorted; without hidden files, such as what a killed writer leaves."""
+    files = (path for path in sorted(folder.rglob('*')) if path.is_file() and not path.name.startswith('.'))
+    return {path.relative_to(folder).as_posix(): path for path in files}
 
 
 def check(folder: Path) -> None:
@@ -223,7 +235,7 @@ def check(folder: Path) -> None:
     for line in (folder / 'SHA256SUMS').read_text().splitlines():
         digest, _, name = line.partition('  ')
         listed[name] = digest
-    there = {path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()} - {'SHA256SUMS'}
+    there = set(files_of(folder)) - {'SHA256SUMS'}
     for name in sorted(there ^ set(listed)):
         what = 'is missing' if name in listed else 'is not listed in SHA256SUMS'
         raise ValueError(f'{folder / name} {what}; type: python -m timm_robust.staging render')
@@ -287,6 +299,17 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
         command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
+
+
+def _check_images(record: dict[str, Any], dataset: str, split: str) -> None:
+    """Refuse training images, and images of another data set or split than those measured before."""
+    if split == 'train':
+        raise ValueError(f'{record["model"]} was trained on such images; a release is measured with --split test')
+    for item in record['measurements']:
+        if (there := (item['result']['dataset'], item['result']['split'])) != (dataset, split):
+            raise ValueError(
+                f'{record["model"]} was measured on {" ".join(there)}, and keeps to it: not {dataset} {split}'
+            )
 
 
 def _add_robustness(folder: Path, record: dict[str, Any]) -> None:

@@ -121,11 +121,10 @@ class ThreatModel:
 
     @property
     def eps_text(self) -> str:
-        """Eps as the field writes it: n/255 for Linf where n is whole or a half, a decimal otherwise."""
-        n = self.eps * 255
-        if self.norm == 'Linf' and abs(2 * n - round(2 * n)) < 1e-6:
-            return f'{n:.4g}/255'
-        return f'{self.eps:.4g}'
+        """Eps as the field writes it: for Linf n/255 if that is exact, else a decimal; it is read back as this eps."""
+        texts = [f'{round(self.eps * 510) / 2:g}/255', f'{self.eps:.4g}']
+        texts = [text for text in texts[:: 1 if self.norm == 'Linf' else -1] if parse_eps(text) == self.eps]
+        return texts[0] if texts else repr(self.eps)
 
 
 def check_images(x: torch.Tensor, y: torch.Tensor | None = None, num_classes: int | None = None) -> None:
