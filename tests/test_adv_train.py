@@ -53,6 +53,9 @@ def test_default_flags_run(folder):
     assert 'images/s' in run.stderr and ' left' in run.stderr
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+
+
 @pytest.mark.parametrize(
     ('args', 'match'),
     [
@@ -60,6 +63,7 @@ def test_default_flags_run(folder):
         (['--bach-size', '8'], "did you mean '--batch-size'"),
         (['--data-dir', 'nowhere'], '--dataset-download'),
         (['-c', 'nowhere.yaml'], 'nowhere.yaml does not exist'),
+        pytest.param(['--device', 'cuda'], 'type --device cpu', marks=NO_GPU),
         (['--model', 'resnet18_pssil'], 'nearest: resnet18_pssilu'),
         (['--resume', 'broken.pth.tar'], 'broken.pth.tar is damaged or no checkpoint'),
     ],

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_robust import autoattack as door
 from timm_robust import autoattack_runner
-from timm_robust.autoattack import autoattack, undisturbed
+from timm_robust.autoattack import autoattack, predict, undisturbed
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -81,6 +81,18 @@ def test_apgd_is_the_first_half_of_standard(threat_model):
     assert torch.equal(result.robust, robust) and torch.equal(result.x_adv, x_adv)
     assert result.per_attack == {name: standard.per_attack[name] for name in ('apgd-ce', 'apgd-t')}
     assert (standard.robust <= result.robust).all()
+
+
+def test_verdicts_are_in_fp32_and_searching_as_the_user_has_it():
+    seen = []
+    model, flags = linear_net(), torch.backends.cudnn
+    x, y = images(model)
+    model.register_forward_pre_hook(lambda module, args: seen.append((flags.allow_tf32, torch.is_grad_enabled())))
+    predict(model, x, 250)
+    assert seen == [(False, False)] and flags.allow_tf32
+    seen.clear()
+    autoattack(model, x, y, ThreatModel('Linf', 0.05), version='apgd')
+    assert (True, True) in seen and flags.allow_tf32
 
 
 def test_a_linear_model_gets_its_exact_robust_accuracy():

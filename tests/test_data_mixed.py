@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,18 @@ def test_images_that_do_not_go_together(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             MixedBatches(*make(tmp_path, **change), 0.5, 10, 0)
+
+
+def test_what_is_pinned_has_memory_of_its_own(tmp_path, monkeypatch):
+    data, extra = make(tmp_path)
+    batches = MixedBatches(data, extra, 0.7, 10, 0)
+    # grey images, as ExtraImages gives them
+    batches.extra = type(
+        'Grey', (), {'__getitem__': lambda self, rows: (torch.zeros(7, 1, 8, 8).expand(7, 3, 8, 8),)}
+    )()
+    batches.data = SimpleNamespace(images=SimpleNamespace(is_cuda=True))
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda item: item)
+    assert all(item.is_contiguous() for item in batches._fetch(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')

@@ -4,20 +4,24 @@ import io
 import json
 import logging
 import sys
+import time
 
 import pytest
+import timm
 import torch
 import yaml
 
+from timm_robust import engine
+from timm_robust import run as module
 from timm_robust.attacks import input_gradient
 from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
-from timm_robust.engine import Stopped, build, fit, plan, validate
+from timm_robust.engine import Stopped, build, epoch_row, fit, plan, reestimate_batch_norm, result, validate
 from timm_robust.losses import cross_entropy
 from timm_robust.pixels import pixel_input
 from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
-from timm_robust.run import make_scheduler
+from timm_robust.run import Sums, make_scheduler, read_data, restore, save
 from timm_robust.watchdog import Diverged
 
 TINY = Recipe(
@@ -335,6 +339,73 @@ def test_nan_rolls_back_with_another_seed_and_the_run_ends_well(tmp_path):
     assert state['rollbacks'] == 1 and len(state['origins']) == 1 and state['origins'][0]['versions']['torch']
 
 
+class Spoiled:
+    """A train step that leaves weights that are not finite, once, at this step, and asks the run to stop if told so."""
+
+    def __init__(self, run, at, stop):
+        self.take, self.run, self.at, self.stop = run.train_step, run, at, stop
+
+    def __getattr__(self, name):
+        return getattr(self.take, name)
+
+    def __call__(self, x, y, number, progress):
+        out = self.take(x, y, number, progress)
+        if number == self.at:
+            self.at, self.run.stop = None, self.stop
+            with torch.no_grad():
+                self.run.model.fc.weight.fill_(float('nan'))
+        return out
+
+
+@pytest.mark.parametrize('stopped', [False, True])
+def test_spoiled_weights_are_never_saved_inside_an_epoch(tmp_path, stopped):
+    settings = {'batch_size': 100, 'max_steps': 12, 'log_interval': 20, 'save_interval': 3}
+    run = build(tiny(tmp_path, **settings))
+    run.train_step = Spoiled(run, at=5, stop=stopped)
+    if stopped:
+        with pytest.raises(Stopped):
+            fit(run)
+    else:
+        assert fit(run)['steps'] == 12
+    assert run.rollbacks == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path).values() if value.is_floating_point())
+
+
+def test_a_budget_that_ends_while_an_epoch_is_saved_still_validates_the_last_weights(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
+    done = [0.5]
+    run.clock.progress = lambda step: done[0]
+
+    def save_slowly(run, epoch, **settings):
+        save(run, epoch, **settings)
+        if epoch == 5:
+            done[0] = 1.0
+
+    monkeypatch.setattr(engine, 'save', save_slowly)
+    line = fit(run)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / 'run/summary.csv').read_text())))
+    assert [int(row['epoch']) for row in rows] == list(range(6)) and rows[-1]['val_pgd_acc']
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == line['steps'] == run.step and state['history'][-1]['val_pgd_acc'] == float(
+        rows[-1]['val_pgd_acc']
+    )
+
+
+def test_synchronised_batch_norms_keep_the_activations_inside_them():
+    model = timm.create_model('efficientnet_b0_silu', num_classes=10).eval()
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(module.convert_sync_batchnorm(model).eval()(x), expected) and expected.abs().max() > 0
+
+
+def test_the_result_is_that_of_the_saved_best(tmp_path):
+    run = build(tiny(tmp_path))
+    fit(run)
+    run.history.insert(0, {**run.history[0], 'epoch': -1, 'val_pgd_acc': 0.99})  # of a checkpoint that stayed elsewhere
+    assert result(run)['epoch'] == load_checkpoint(tmp_path / 'run/model_best.pth.tar')['epoch']
+
+
 def test_too_many_rollbacks_stop_the_run(tmp_path):
     run = build(tiny(tmp_path, max_rollbacks=1, lr=1e30, warmup_epochs=0.0))
     with pytest.raises(Diverged, match='stops after 1 rollbacks'):
@@ -357,6 +428,44 @@ def test_a_budget_counts_the_time_already_spent(tmp_path):
     again = build(tiny(tmp_path, max_steps=None, budget='100s', resume='auto'))
     assert again.clock.elapsed() > load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['seconds'] > 0
     assert again.clock.progress(again.step) > 0
+
+
+def test_a_resumed_budget_pays_for_reading_the_data_too(tmp_path, monkeypatch):
+    fit(build(tiny(tmp_path, max_steps=1)))
+    spent = load_checkpoint(tmp_path / 'run/last.pth.tar')['seconds']
+
+    def read_slowly(recipe, world):
+        time.sleep(1.0)
+        return read_data(recipe, world)
+
+    monkeypatch.setattr(module, 'read_data', read_slowly)
+    assert build(tiny(tmp_path, resume='auto')).clock.elapsed() > spent + 1
+
+
+def test_sums_of_an_epoch_survive_another_number_of_processes(tmp_path):
+    class Pair:
+        """Two processes whose sums are equal."""
+
+        size, rank, device = 2, 0, torch.device('cpu')
+
+        def sum(self, value):
+            return 2 * value
+
+        def gather(self, items):
+            return items
+
+    run = build(tiny(tmp_path))
+    fit(run)
+    run.sums = Sums(0, torch.tensor(6.0), torch.tensor(30.0))
+    row = epoch_row(run, run.sums, 0, 0.0)
+    save(run, 2, numbered=False)
+    for rank in (0, 1):
+        run.world, run.recipe = Pair(), tiny(tmp_path, batch_size=200)
+        run.world.rank = rank
+        restore(run, tmp_path / 'run/last.pth.tar')
+        assert [run.sums.loss.item(), run.sums.correct.item()] == ([12.0, 30.0] if rank == 0 else [0.0, 0.0])
+    loss, correct = 12.0, 30.0  # summed over the two
+    assert loss / run.step / 2 == pytest.approx(row['train_loss']) and correct / run.step / 400 == row['train_acc']
 
 
 def test_plan_measures_and_trains_nothing(tmp_path):
@@ -437,6 +546,8 @@ def test_averaged_statistics_are_re_estimated(tmp_path):
     means = [run.ema.module.bn1.running_mean, run.model.bn1.running_mean]
     conv = torch.nn.functional.conv2d(run.batches[0][0], run.ema.module.conv1.weight, padding=1)
     theirs = conv.mean((0, 2, 3))
+    run.forward.net = None  # compiled, it would be compiled anew for the momenta of this
+    reestimate_batch_norm(run)
     assert (means[0] - theirs).norm() < 0.2 * theirs.norm()
 
 

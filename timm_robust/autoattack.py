@@ -24,6 +24,7 @@ from .attacks import attacked
 from .autoattack_runner import VERSIONS, Fp32Logits, Report, Runner, device_of
 from .autoattack_state import BatchStore, Found, identity
 from .distributed import World
+from .precision import ieee_convolutions
 from .threat_model import ThreatModel, check_images
 
 
@@ -239,9 +240,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The model's label of each image, [N], on the images' device."""
+    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32."""
     device = device_of(model, x)
-    return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(batch_size)])
+    with ieee_convolutions():
+        return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(batch_size)])
 
 
 def recheck(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -21,22 +24,32 @@ class World:
         device: where it computes.
         rank: its number.
         size: how many there are.
+        local_rank: its number on its machine.
         patient: a group of all processes, over the CPU, that waits for days: one may work while the others are done.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
     patient: Any = None
 
     @classmethod
     def join(cls, device: str | None) -> World:
-        """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one."""
+        """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one.
+
+        Raises:
+            ValueError: for a CUDA device where there is none.
+        """
+        if str(device).startswith('cuda') and not torch.cuda.is_available():
+            raise ValueError(f'device {device!r}: PyTorch finds no CUDA device here; type --device cpu')
         if dist.is_initialized():
-            return cls(torch.device(device or 'cpu'), dist.get_rank(), dist.get_world_size(), _patient_group())
+            ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
+            return cls(torch.device(device or 'cpu'), *ranks, _patient_group())
         info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         group = _patient_group() if info['world_size'] > 1 else None
-        return cls(torch.device(info['device']), info['global_rank'], info['world_size'], group)
+        ranks = info['global_rank'], info['world_size'], info['local_rank']
+        return cls(torch.device(info['device']), *ranks, group)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes."""
@@ -46,20 +59,37 @@ class World:
         return value
 
     def first(self, value: float) -> float:
-        """The first process's number."""
+        """The first process's number; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.broadcast(tensor, 0)
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(tensor, 0, group=self.patient)
         return tensor.item()
 
     def largest(self, value: float) -> float:
-        """The largest of the processes' numbers."""
+        """The largest of the processes' numbers; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.patient)
         return tensor.item()
+
+    def agree(self, value: T) -> T:
+        """The first process's value, of any type."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self.patient)
+        return values[0]
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process of each machine does this before the others."""
+        if self.size > 1 and self.local_rank:
+            dist.barrier(group=self.patient)
+        yield
+        if self.size > 1 and not self.local_rank:
+            dist.barrier(group=self.patient)
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
         """This process's part of rows that are dealt out in turn."""

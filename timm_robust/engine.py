@@ -10,6 +10,7 @@ import logging
 import resource
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from .activations import Activation
 from .attacks import pgd
 from .checkpoint import LAST, latest_checkpoint
 from .logs import RunLog
-from .losses import cross_entropy
+from .losses import cross_entropy_of
+from .pixels import pixel_input
 from .recipe import Recipe
 from .run import TICKS, Run, Sums, build, change_seed, restore, save
-from .step import AttackForward, averaged_weights
+from .step import AttackForward, Forward, averaged_weights
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit', 'plan', 'validate']
@@ -54,12 +56,16 @@ def fit(run: Run) -> dict[str, Any]:
     with RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings) as log:
         if run.clock.budget is not None:
             run.clock.keep(closing_seconds(run))
-        if run.step == 0 or not (run.folder / LAST).is_file():  # what a rollback in the first epoch goes back to
+        if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):  # what a first rollback goes back to
             save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
-        while progress(run) < 1:
+        while (going := progress(run) < 1) or unvalidated(run):
             try:
-                row = train_epoch(run, log)
-                finish_epoch(run, row, log)
+                if going:
+                    finish_epoch(run, train_epoch(run, log), log)
+                else:  # the budget ended while an epoch was saved that was not to be validated
+                    row = run.history.pop()
+                    log.history = list(run.history)
+                    finish_epoch(run, row, log)
             except Diverged as error:
                 roll_back(run, error)
                 log.history = list(run.history)
@@ -100,6 +106,11 @@ def progress(run: Run) -> float:
     return done if run.clock.budget is None else run.world.first(done)
 
 
+def unvalidated(run: Run) -> bool:
+    """Whether the last epoch has not been validated, though there are images for it."""
+    return run.held_out is not None and bool(run.history) and metric_name(run.recipe) not in run.history[-1]
+
+
 def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
     """Steps up to the end of the epoch (a resumed run may start inside one); returns its row for summary.csv."""
     recipe, per_epoch = run.recipe, run.batches.steps_per_epoch
@@ -111,8 +122,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         zero = torch.zeros((), device=run.world.device)
         run.sums = Sums(run.step, zero, zero)
     sums, first, started = run.sums, run.step, time.perf_counter()
-    batch = recipe.batch_size * run.world.size
-    while run.step < end and (done := progress(run)) < 1:
+    while run.step < end and ((done := progress(run)) < 1 or run.step == first):  # an epoch has a step at least
         if run.scheduler is not None:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         x, y = run.batches[run.step]
@@ -120,22 +130,39 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
         run.step += 1
         if run.step % recipe.log_interval == 0 or run.step == end:
-            row = epoch_row(run, sums, (run.step - first) * batch / (time.perf_counter() - started))
-            check_loss(row['train_loss'], run.history, run.step)
-            show(run, log, row)
+            show(run, log, epoch_row(run, sums, first, started))
         stop_if_asked(run, epoch)
         if recipe.save_interval and run.step % recipe.save_interval == 0 and run.step < end:
-            save(run, epoch, numbered=False)
-    row = epoch_row(run, sums, (run.step - first) * batch / (time.perf_counter() - started))
-    check_loss(row['train_loss'], run.history, run.step)
-    return row
+            save_within(run, epoch)
+    return epoch_row(run, sums, first, started)
 
 
-def epoch_row(run: Run, sums: Sums, images_per_s: float) -> dict[str, Any]:
-    """The present epoch's numbers so far, over all processes; this waits for the device."""
+def save_within(run: Run, epoch: int) -> None:
+    """Write last.pth.tar inside an epoch, unless the weights went wrong.
+
+    Raises:
+        Diverged: if a weight is not finite.
+    """
+    check_weights(run.model)
+    save(run, epoch, numbered=False)
+
+
+def epoch_row(run: Run, sums: Sums, first: int, started: float) -> dict[str, Any]:
+    """The present epoch's numbers so far, over all processes; this waits for the device.
+
+    Args:
+        run: the run.
+        sums: of the epoch.
+        first: the step at which this session began the epoch.
+        started: when that was.
+
+    Raises:
+        Diverged: if the loss is not finite, or jumped.
+    """
     steps, world = max(run.step - sums.first_step, 1), run.world
     loss, correct = world.sum(torch.stack([sums.loss.double(), sums.correct.double()])).tolist()
-    batch = run.recipe.batch_size * world.size
+    batch, seconds = run.recipe.batch_size * world.size, time.perf_counter() - started
+    check_loss(loss / steps / world.size, run.history, run.step)
     return {
         'epoch': (run.step - 1) // run.batches.steps_per_epoch,
         'step': run.step,
@@ -143,7 +170,7 @@ def epoch_row(run: Run, sums: Sums, images_per_s: float) -> dict[str, Any]:
         'train_loss': loss / steps / world.size,
         'train_acc': correct / steps / batch,
         'lr': run.train_step.optimizer.param_groups[0]['lr'],
-        'images_per_s': images_per_s,
+        'images_per_s': (run.step - first) * batch / seconds,
         'seconds': run.clock.elapsed(),
     }
 
@@ -203,7 +230,7 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
     }
     with forward.ready('eval'):
         for x, y in data.batches(recipe.val_batch_size):
-            x_adv = pgd(lambda x, y=y: cross_entropy(forward(x), y), x, recipe.threat_model, **settings)  # type: ignore[misc]
+            x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
                 robust = right & (forward(x_adv).argmax(1) == y)
@@ -228,6 +255,8 @@ def reestimate_batch_norm(run: Run) -> None:
         step.draw_from(run.step + number)
         x, y = run.batches[run.step + number]
         inputs.append((x, step.perturb(x, y, done), y))
+    # not run.forward: other momenta would be compiled anew, and stay a burden
+    forward = Forward(pixel_input(model, recipe.img_size), recipe, run.world.device)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
@@ -235,7 +264,7 @@ def reestimate_batch_norm(run: Run) -> None:
     model.train()
     with torch.no_grad():
         for x, x_adv, y in inputs:
-            step.loss.descend(run.forward, x, x_adv, y)
+            step.loss.descend(forward, x, x_adv, y)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     if run.world.size > 1:
@@ -262,7 +291,7 @@ def roll_back(run: Run, error: Diverged) -> None:
         Diverged: if the recipe says to stop, or the run went back too often already.
     """
     recipe, count = run.recipe, run.rollbacks + 1
-    path = latest_checkpoint(run.folder)
+    path = run.world.agree(latest_checkpoint(run.folder))
     stop = recipe.on_divergence == 'stop' or count > recipe.max_rollbacks or path is None
     if stop:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''
@@ -283,10 +312,11 @@ def stop_if_asked(run: Run, epoch: int) -> None:
 
     Raises:
         Stopped: with what to type to go on.
+        Diverged: if a weight is not finite.
     """
     asked = run.world.largest(float(run.stop)) if run.world.size > 1 else run.stop
     if asked:
-        save(run, epoch, numbered=False)
+        save_within(run, epoch)
         raise Stopped(
             f'stopped by a signal at step {run.step}, and saved; go on with --resume {run.folder / "last.pth.tar"} '
             'and the same settings'
@@ -367,7 +397,8 @@ def _peak_memory(device: torch.device) -> int:
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
-    best = max(run.history, key=lambda row: row.get(metric_name(run.recipe), -1.0), default={})
+    rows = [row for row in run.history if row.get(metric_name(run.recipe)) == run.best]  # the one that was saved
+    best = (rows or run.history[-1:] or [{}])[0]
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
     line: dict[str, Any] = {
         'model': run.recipe.model,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         threat_model = ThreatModel(args.norm, args.eps)
         world = World.join(args.device)
         model = load_model(args.model, device=world.device, **args.model_kwargs)
-        data = _read_data(args, model, world).to(world.device)
+        with world.in_turn() if args.dataset_download else nullcontext():
+            data = _read_data(args, model, world).to(world.device)
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)
     if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter, strftime
@@ -17,6 +18,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -115,13 +117,14 @@ def build(recipe: Recipe) -> Run:
     started = perf_counter()
     world = World.join(recipe.device)
     torch.manual_seed(recipe.seed)
-    train, held_out = read_data(recipe, world)
+    with world.in_turn() if recipe.dataset_download else nullcontext():
+        train, held_out = read_data(recipe, world)
     model = create_model(recipe, train.num_classes).to(world.device)
     example = check_fit(model, recipe, train)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.sync_bn and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's own keeps the activations inside its batch norms
     ema = None
     if recipe.model_ema:
         ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
@@ -140,7 +143,7 @@ def build(recipe: Recipe) -> Run:
     budget = parse_duration(recipe.budget) if recipe.budget else None
     run = Run(
         recipe=recipe,
-        folder=output_folder(recipe),
+        folder=Path(world.agree(str(output_folder(recipe)))),
         world=world,
         model=model,
         ema=ema,
@@ -163,13 +166,13 @@ def build(recipe: Recipe) -> Run:
         total_steps=total,
         clock=Clock(total, budget),
     )
-    run.clock.started = started  # a budget pays for the reading of the data too
     if recipe.resume:
-        path = latest_checkpoint(run.folder) if recipe.resume == 'auto' else Path(recipe.resume)
+        path = world.agree(latest_checkpoint(run.folder)) if recipe.resume == 'auto' else Path(recipe.resume)
         if path is None:
             logger.info('nothing to resume in %s: starting afresh', run.folder)
         else:
             restore(run, path)
+    run.clock.started = started  # a budget pays for the reading of the data too
     where = {'step': run.step, 'processes': world.size, 'commit': git_commit(Path(__file__).parent)}
     run.origins.append(where | environment(world.device))
     return run
@@ -348,9 +351,11 @@ def output_folder(recipe: Recipe) -> Path:
 
 def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) -> None:
     """Write last.pth.tar, and at an epoch's end checkpoint-<epoch>.pth.tar and model_best.pth.tar; drop old ones."""
+    sums = None
+    if run.sums is not None:
+        sums = [run.sums.first_step, run.world.sum(run.sums.loss), run.world.sum(run.sums.correct)]
     if run.world.rank:
         return
-    sums = run.sums
     state = {
         'version': 1,
         'arch': architecture(run.recipe)[0],
@@ -359,7 +364,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'recipe': asdict(run.recipe),
         'epoch': epoch,
         'step': run.step,
-        'sums': None if sums is None else [sums.first_step, sums.loss, sums.correct],
+        'sums': sums,
         'seconds': run.clock.elapsed(),
         'best': run.best,
         'history': run.history,
@@ -412,10 +417,19 @@ def restore(run: Run, path: Path) -> None:
     run.origins = before + [origin for origin in run.origins if origin not in before]
     run.sums = None
     if state['sums'] is not None:
-        first, loss, correct = state['sums']
-        run.sums = Sums(first, loss.to(run.world.device), correct.to(run.world.device))
+        first, loss, correct = state['sums']  # over all processes, each of which adds the mean loss of its part
+        loss = loss if run.world.size == processes else loss * run.world.size / processes
+        sums = Sums(first, loss.to(run.world.device), correct.to(run.world.device))
+        run.sums = (
+            sums if run.world.rank == 0 else Sums(first, torch.zeros_like(sums.loss), torch.zeros_like(sums.correct))
+        )
     run.clock.restart(state['seconds'])
     change_seed(run, state['rollbacks'])
+    steps = run.world.gather({run.world.rank: run.step})
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f'{path} is not the same file for every process: they would go on from steps {list(steps.values())}'
+        )
     logger.info('resumed %s at step %d of %d', path, run.step, run.total_steps)
 
 

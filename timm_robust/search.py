@@ -11,6 +11,7 @@ from .activations import PSiLU, PSSiLU
 from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
 from .packing import pack_convolutions
+from .precision import ieee_convolutions
 from .pssilu import Kernels, cpu_kernels, using
 
 _TOLERANCE = 1e-4  # of the logits' largest value
@@ -67,7 +68,7 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     try:
         folded = FoldedNet(model, x[:2])
         pack_convolutions(folded.net)
-        with torch.no_grad():
+        with torch.no_grad(), ieee_convolutions():
             started = time.perf_counter()
             expected = model(x)
             seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)

@@ -12,8 +12,11 @@ import json
 import logging
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
+
+import torch
 
 import timm_robust
 from timm_robust.allocator import keep_freed_memory
@@ -45,10 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Diverged as error:
         print(f'error: {error}', file=sys.stderr)
         return 1
+    except torch.cuda.OutOfMemoryError:
+        print(
+            f'error: out of memory; type --batch-size {max(recipe.batch_size // 2, 1)}, or --grad-checkpointing',
+            file=sys.stderr,
+        )
+        return 2
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         advice = ''
-        if run is not None and run.step and isinstance(error, OSError):
+        if run is not None and run.step:
             advice = f'; when that is mended, go on with --resume {run.folder / "last.pth.tar"} and the same settings'
+            if isinstance(error, RuntimeError):  # of the device, the compiler or the other processes
+                traceback.print_exc()
         print(f'error: {error}{advice}', file=sys.stderr)
         return 2
     if not run.world.rank:

@@ -153,7 +153,7 @@ class MixedBatches(TrainBatches):
         """What the device needs for a batch, in pinned memory for a GPU: rows, order, extra images, their labels."""
         rows, extra_rows, shuffle = self._draw(step)
         fetched = [rows, shuffle, *self.extra[extra_rows]]
-        return [item.pin_memory() for item in fetched] if self.data.images.is_cuda else fetched
+        return [item.contiguous().pin_memory() for item in fetched] if self.data.images.is_cuda else fetched
 
 
 def _stream(order: ShuffledOrder, start: int, count: int) -> torch.Tensor:
