@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation
+from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation, reblu, smooth_relu
 from timm_robust.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
 
 module = sys.modules['timm_robust.pssilu']
@@ -315,3 +315,22 @@ def test_errors():
         get_activation('pssilu2')
     with pytest.raises(TypeError, match='PSSiLU has no parameter gamma; it has: alpha, beta'):
         PSSiLU(gamma=1.0)
+
+
+@pytest.mark.parametrize(('f', 'values'), [(reblu, (0.0, 0.5)), (smooth_relu, (2.0, 20.0))])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_small_values_and_large_ones(f, values, dtype):
+    generator = torch.Generator().manual_seed(0)
+    small, large = 0.1 * torch.randn(10_000, generator=generator), torch.tensor([300.0, 3e4])
+    for value in values:
+        for x in (small.to(dtype), large.to(dtype)):
+            parameter = torch.tensor([value], requires_grad=True)
+            exact = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+            ours, theirs = f(x, parameter), f(x.double(), exact)
+            assert ours.dtype == dtype
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-2, atol=1e-4)
+            slopes = [
+                torch.autograd.grad(y.double().sum(), p)[0].double() for y, p in ((ours, parameter), (theirs, exact))
+            ]
+            torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-2)
+            assert f(x, parameter.detach().to(dtype)).isfinite().all()

@@ -10,6 +10,7 @@ from torch import nn
 from timm_robust import autoattack as door
 from timm_robust import autoattack_runner
 from timm_robust.autoattack import autoattack, predict, undisturbed
+from timm_robust.precision import _FLAG
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -84,15 +85,32 @@ def test_apgd_is_the_first_half_of_standard(threat_model):
 
 
 def test_verdicts_are_in_fp32_and_searching_as_the_user_has_it():
-    seen = []
-    model, flags = linear_net(), torch.backends.cudnn
+    seen, (flags, name, exact) = [], _FLAG
+    model, before = linear_net(), getattr(flags, name)
     x, y = images(model)
-    model.register_forward_pre_hook(lambda module, args: seen.append((flags.allow_tf32, torch.is_grad_enabled())))
+    model.register_forward_pre_hook(
+        lambda module, args: seen.append((getattr(flags, name) == exact, torch.is_grad_enabled()))
+    )
     predict(model, x, 250)
-    assert seen == [(False, False)] and flags.allow_tf32
+    assert seen == [(True, False)] and before != exact and getattr(flags, name) == before
     seen.clear()
     autoattack(model, x, y, ThreatModel('Linf', 0.05), version='apgd')
-    assert (True, True) in seen and flags.allow_tf32
+    assert (False, True) in seen and getattr(flags, name) == before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='PyTorch before 2.9')
+@pytest.mark.parametrize('everywhere', ['ieee', 'tf32', 'none'])
+def test_verdicts_are_in_fp32_whatever_the_user_set(everywhere):
+    model = linear_net()
+    x, _ = images(model)
+    before, seen = torch.backends.fp32_precision, []
+    model.register_forward_pre_hook(lambda module, args: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    try:
+        torch.backends.fp32_precision = everywhere
+        predict(model, x, 250)
+    finally:
+        torch.backends.fp32_precision = before
+    assert seen == ['ieee']
 
 
 def test_a_linear_model_gets_its_exact_robust_accuracy():

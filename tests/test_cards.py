@@ -35,7 +35,14 @@ def record(root, name, robust, **activation):
     folder = root / name
     (folder / 'flags').mkdir(parents=True)
     np.savez(folder / 'flags/autoattack_200.npz', robust=robust)
-    result = {'attack': 'autoattack', 'n': len(robust), 'clean_acc': 0.8, 'autoattack_acc': float(robust.mean())}
+    result = {
+        'attack': 'autoattack',
+        'norm': 'Linf',
+        'eps_text': '8/255',
+        'n': len(robust),
+        'clean_acc': 0.8,
+        'autoattack_acc': float(robust.mean()),
+    }
     origins = [{'hardware': 'abacus', 'versions': {'torch': '9'}, 'commit': 'abc'}]
     training = {'epochs': 3, 'seconds': 7200.0, 'images_per_s': 99.5, 'activation': activation, 'origins': origins}
     measurements = [{'key': 'autoattack_200', 'note': None, 'result': result}]

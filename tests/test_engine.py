@@ -290,7 +290,8 @@ def test_regulariser_and_clip_rule_beta(tmp_path):
     assert free.model.act.beta.grad.item() - none.model.act.beta.grad.item() == pytest.approx(10, rel=1e-3)
 
 
-def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturbed, tmp_path):
+@pytest.mark.parametrize('number_of_step', [4, 5, 6], ids=['inside', 'end of an epoch', 'end of the run'])
+def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturbed, tmp_path, number_of_step):
     run = build(tiny(tmp_path))
     take = run.train_step.__call__
 
@@ -299,15 +300,16 @@ def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturb
             return getattr(run_step, name)
 
         def __call__(self, x, y, number, progress):
-            run.stop = number == 4  # in the middle of the second epoch
+            run.stop = number == number_of_step
             return take(x, y, number, progress)
 
     run_step, run.train_step = run.train_step, Signalled()
-    with pytest.raises(Stopped, match=r'stopped by a signal at step 5.*--resume .*last\.pth\.tar'):
+    with pytest.raises(Stopped, match=rf'stopped by a signal at step {number_of_step + 1}.*--resume .*last\.pth\.tar'):
         fit(run)
     again = build(tiny(tmp_path, resume='auto'))
-    assert again.step == 5
-    fit(again)
+    assert again.step == number_of_step + 1
+    line, expected = fit(again), undisturbed[1]
+    assert {**line, 'seconds': 0, 'output': ''} == {**expected, 'seconds': 0, 'output': ''}
     assert_same(weights(tmp_path), weights(undisturbed[0]))
     losses = [
         [row['train_loss'] for row in load_checkpoint(f / 'run' / 'last.pth.tar')['history']]
@@ -397,6 +399,61 @@ def test_synchronised_batch_norms_keep_the_activations_inside_them():
     with torch.no_grad():
         expected = model(x)
         assert torch.equal(module.convert_sync_batchnorm(model).eval()(x), expected) and expected.abs().max() > 0
+
+
+def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_path):
+    settings = {'max_steps': None, 'epochs': 80, 'budget': '1h', 'val_interval': 2}
+    run = build(tiny(tmp_path, **settings))
+    run.clock.progress = lambda step: 0.5
+    take = run.train_step
+
+    class Signalled:
+        def __getattr__(self, name):
+            return getattr(take, name)
+
+        def __call__(self, x, y, number, progress):
+            run.stop = number == 10
+            return take(x, y, number, progress)
+
+    run.train_step = Signalled()
+    with pytest.raises(Stopped):
+        fit(run)
+    again = build(tiny(tmp_path, resume='auto', **settings))
+    again.clock.progress = lambda step: 1.0
+    assert fit(again)['steps'] == 11
+    rows = [(row['epoch'], row['step'], 'val_pgd_acc' in row) for row in again.history]
+    assert rows == [(0, 3, False), (1, 6, True), (2, 9, False), (3, 11, True)]
+
+
+def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monkeypatch, caplog):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
+    done, found = [0.5], [0.8, 0.01]
+    run.clock.progress = lambda step: done[0]
+
+    def save_slowly(run, epoch, **settings):
+        save(run, epoch, **settings)
+        if epoch == 5:
+            done[0] = 1.0
+
+    monkeypatch.setattr(engine, 'save', save_slowly)
+    monkeypatch.setattr(engine, 'closing_seconds', lambda run: 0.0)
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.pop(0)})
+    line = fit(run)
+    assert line['epoch'] == 3 and line['rollbacks'] == 0 and not found
+    assert 'collapsed' in caplog.text and 'the best checkpoint stands' in caplog.text
+
+
+def test_a_fault_of_one_process_is_one_of_all(tmp_path):
+    class Other:
+        size, rank = 2, 0
+
+        def largest(self, value):
+            return 1.0
+
+    run = build(tiny(tmp_path))
+    run.world = Other()
+    with pytest.raises(Diverged, match='weights of another process are not finite'):
+        engine.save_within(run, 0)
 
 
 def test_the_result_is_that_of_the_saved_best(tmp_path):

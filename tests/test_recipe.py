@@ -324,7 +324,7 @@ def test_resolved_step_sizes(values, training, validation):
 
 def test_threat_model():
     assert Recipe().threat_model == ThreatModel('Linf', 8 / 255)
-    assert str(Recipe(norm='L2', eps='128/255').threat_model) == 'L2 0.502'
+    assert str(Recipe(norm='L2', eps='128/255').threat_model) == 'L2 128/255'
 
 
 def test_a_recipe_file_holds_only_what_differs(tmp_path):

@@ -97,6 +97,34 @@ def test_saved_for_the_hub_and_loaded_again(name, shared, x, tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path / "two"}', pretrained=True).eval()(x), model(x))
 
 
+def test_an_activation_that_stands_in_two_places_is_replaced_in_both():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            act = nn.ReLU()
+            self.body = nn.Sequential(nn.Conv2d(3, 4, 3), act, nn.Conv2d(4, 4, 3), act)
+
+        def forward(self, x):
+            return self.body(x)
+
+    for shared in (True, False):
+        assert not any(isinstance(m, nn.ReLU) for m in replace_activations(Net(), 'pssilu', shared).modules())
+
+
+def test_weights_of_the_users_own_win_and_features_take_them(x, tmp_path):
+    model = replace_activations(net('test_resnet'), 'pssilu').eval()
+    with torch.no_grad():
+        model.shared_act.alpha.fill_(2.5)
+    save_for_hf(model, tmp_path, safe_serialization=True, model_args=model._model_args)
+    own = {'file': str(tmp_path / 'model.safetensors'), 'num_classes': 5}
+    settings = {'model': 'test_resnet', 'act': 'pssilu', 'pretrained': True, 'pretrained_cfg_overlay': own}
+    assert torch.equal(timm.create_model('act_swapped', num_classes=5, **settings).eval()(x), model(x))
+    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    found = features(x)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected[-len(found) :], strict=True))
+
+
 def test_replacing_twice_leaves_the_second(x):
     model = replace_activations(replace_activations(net('test_resnet'), 'pssilu'), 'smoothrelu', shared=False)
     assert not hasattr(model, 'shared_act') and not any(isinstance(module, SharedAct) for module in model.modules())

@@ -59,10 +59,13 @@ def test_every_entry_has_a_name_of_ours():
         assert split_name(door.release_name(name, entry))[0] == entry.arch
 
 
+@NEEDS
 @pytest.mark.parametrize('name', LINF)
-def test_every_entry_has_the_weights_of_robustbenchs_definition(name):
+def test_every_entry_has_the_weights_of_robustbenchs_definition(name, monkeypatch):
     entry = entry_of(name)
     door.robustbench()
+    made = torch.tensor
+    monkeypatch.setattr(torch, 'tensor', lambda *args, **kwargs: made(*args, **{'device': 'cpu', **kwargs}))
     with torch.device('meta'):
         net = door.zoo_network(name)
         ours = timm.create_model(entry.arch, **entry.model_kwargs)
@@ -73,8 +76,9 @@ def test_every_entry_has_the_weights_of_robustbenchs_definition(name):
     assert converted == {key: value.shape for key, value in ours.state_dict().items()}
     for attribute, value in (('mean', entry.mean), ('std', entry.std)):
         buffer = getattr(net, {'mean': 'mu', 'std': 'sigma'}[attribute], getattr(net, attribute, None))
-        if buffer is not None and buffer.device.type != 'meta':
+        if buffer is not None:
             assert buffer.flatten().tolist() == pytest.approx(value)
+        assert buffer is not None or entry.kind != 'deepmind'
 
 
 @NEEDS
@@ -241,11 +245,11 @@ def test_a_missing_package_says_what_to_type(monkeypatch):
         door.robustbench()
 
 
-def record(root, attack='autoattack', n=1000, sha='a' * 64):
+def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255'):
     folder = root / 'resnet18_pssilu.at_cifar10_linf'
     (folder / 'flags').mkdir(parents=True)
     np.savez(folder / f'flags/{attack}_{n}.npz', robust=np.ones(n, bool))
-    result = {'attack': attack, 'n': n, 'dataset': 'cifar10', 'norm': 'Linf', 'eps_text': '8/255', 'clean_acc': 0.8}
+    result = {'attack': attack, 'n': n, 'dataset': 'cifar10', 'norm': 'Linf', 'eps_text': eps, 'clean_acc': 0.8}
     result |= {'autoattack_acc': 0.515, 'apgd_acc': 0.515, 'data_sha256': sha, 'seed': 0, 'batch_size': 250}
     result |= {'versions': {'pyautoattack': '0.2.0'}, 'commit': 'abc', 'per_attack': {'apgd-ce': 0.55}, 'warnings': []}
     result |= {'wall_time_s': 9.0, 'hardware': 'abacus', 'max_distance': 0.0313}
@@ -267,6 +271,16 @@ def test_compare_places_a_model_among_the_published(tmp_path):
     assert 'Trained on copies.' in table and (tmp_path / 'plot.png').stat().st_size > 5000
     with pytest.raises(ValueError, match='no numbers of RobustBench for svhn Linf'):
         report.entries_of('svhn', 'Linf')
+
+
+@pytest.mark.parametrize('eps', ['0.031', '7.5/255', '4/255'])
+def test_another_radius_is_neither_compared_nor_submitted(tmp_path, eps):
+    message = f'was measured at Linf {eps}, the leaderboard is for Linf 8/255 .* --eps RADIUS'
+    with pytest.raises(ValueError, match=message):
+        report.compare(record(tmp_path, eps=eps))
+    with pytest.raises(ValueError, match=message):
+        report.submission(record(tmp_path / 'full', n=10_000, eps=eps), tmp_path / 'out', tmp_path, PAPER)
+    assert not (tmp_path / 'out').exists()
 
 
 def test_published_numbers_are_robustbenchs():

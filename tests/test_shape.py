@@ -127,6 +127,21 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(study, tmp_p
     assert capsys.readouterr().err.count('5/5 ') == 2
 
 
+def test_lines_and_kinks_have_places_of_their_own(study, tmp_path, monkeypatch):
+    def row(act, curvature, seed=0):
+        key = {'act': act, 'parameter': 'alpha', 'value': 1, 'learned': act == 'pssilu', 'loss': 'clean', 'seed': seed}
+        return {**key, 'max_curvature': curvature, 'radius': 0.1}
+
+    study.plot_curvature([row('relu', None)], tmp_path / 'kinks.png')  # no curvature that is finite
+    figures = []
+    monkeypatch.setattr(study, 'save', lambda figure, path: figures.append(figure))
+    rows = [row('relu', None), row('psilu', 0.0), row('pssilu', 0.5), row('pssilu', 2.0, seed=1)]
+    study.plot_curvature(rows, tmp_path / 'all.png')
+    [axis] = figures[0].axes
+    places = {c.get_label(): c.lines[0].get_xdata()[0] for c in axis.containers}
+    assert places['psilu'] < 0.5 and places['pssilu'] == pytest.approx(1.0) and places['relu'] > 2.0
+
+
 def test_two_points_at_a_time_give_the_same_table(study, tmp_path):
     (tmp_path / 'study.yaml').write_text(STUDY)
     tables = []

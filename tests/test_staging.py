@@ -118,7 +118,7 @@ def test_the_card_is_generated_and_says_what_was_measured(staged):
     card = model_card(folder)
     assert (folder / 'README.md').read_text() == card
     result = strongest(read_results(folder))['result']
-    assert f'PGD-10 accuracy {100 * result["pgd_acc"]:.2f} ± ' in card
+    assert f'PGD-10 accuracy at {result["eps_text"]} {100 * result["pgd_acc"]:.2f} ± ' in card
     assert 'Trained on scanned digits.' in card and 'These are digits.' in card
     assert card.index('import timm_robust') < card.index(f"timm.create_model('{NAME}', pretrained=True)")
     assert read_results(folder)['weights']['sha256'] in card
@@ -315,9 +315,31 @@ def test_a_release_keeps_to_one_split_of_one_data_set(copy):
     before = (folder / 'results.json').read_bytes()
     with pytest.raises(ValueError, match='was trained on such images; a release is measured with --split test'):
         measure(folder, load_dataset('digits', None, 'train'), attack='pgd', n=10, split='train')
-    with pytest.raises(ValueError, match='was measured on digits test, and keeps to it: not noise test'):
-        measure(folder, dataclasses.replace(digits, name='noise'), attack='pgd', n=10)
+    with pytest.raises(
+        ValueError, match=r'was measured on digits test, and keeps to it, not noise test; .*--overwrite'
+    ):
+        measure(folder, dataclasses.replace(digits, name='noise'), attack='none', n=10)
+    with pytest.raises(
+        ValueError, match=r'digits test at Linf 25.5/255, and keeps to it, not digits test at Linf 8/255'
+    ):
+        measure(folder, digits, attack='pgd', n=10, eps='8/255')
     assert (folder / 'results.json').read_bytes() == before
+
+
+def test_a_release_may_be_measured_at_another_radius_than_that_of_training(copy, run):
+    cards = copy / 'model_cards'
+    stage(run, NAME, cards=cards, overwrite=True)  # drops what was measured
+    where = ['--cards', str(cards), '--table', str(copy / 'releases.json'), '--dataset', 'digits', '--data-dir', '']
+    assert main(['measure', NAME, *where, '--attack', 'pgd', '-n', '6', '--eps', '8/255']) == 0
+    assert main(['measure', NAME, *where, '--attack', 'pgd', '-n', '4']) == 0  # keeps to it
+    record = read_results(cards / NAME)
+    assert [item['result']['eps_text'] for item in record['measurements']] == ['8/255', '8/255']
+    card = (cards / NAME / 'README.md').read_text()
+    assert 'against Linf 0.1' in card and 'accuracy at 8/255' in card and '| PGD-10, Linf 8/255 |' in card
+    assert (
+        '--eps 8/255' in card
+        and json.loads((cards / NAME / 'config.json').read_text())['robustness']['eps_text'] == '8/255'
+    )
 
 
 def test_weights_that_change_under_a_measurement_do_not_get_its_number(copy, run, tmp_path):

@@ -87,7 +87,7 @@ def pelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 def reblu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Rectified bendable linear unit: x + alpha (sqrt(x^2 + 1) - 1) for x > 0, 0 otherwise. Dai et al. 2021."""
-    y = F.relu(x)
+    y = _wide(F.relu(x))
     return (alpha * (torch.sqrt(y * y + 1) - 1) + y).to(x.dtype)
 
 
@@ -96,9 +96,14 @@ def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
 
     f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 gives 0, its limit.
     """
-    y = F.relu(x)
+    y, raw = _wide(F.relu(x)), _wide(raw)
     a = (raw * raw).clamp(min=1e-6)  # RAW_SQUARE_MIN
     return (y - torch.log1p(a * y) / a).to(x.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in fp32 at least: in half precision differences vanish, and squares overflow."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parametric_softplus(x: torch.Tensor, alpha: float = 10.0) -> torch.Tensor:

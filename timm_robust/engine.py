@@ -58,7 +58,7 @@ def fit(run: Run) -> dict[str, Any]:
             run.clock.keep(closing_seconds(run))
         if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):  # what a first rollback goes back to
             save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
-        while (going := progress(run) < 1) or unvalidated(run):
+        while (going := progress(run) < 1 or run.sums is not None) or unvalidated(run):
             try:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
@@ -67,6 +67,9 @@ def fit(run: Run) -> dict[str, Any]:
                     log.history = list(run.history)
                     finish_epoch(run, row, log)
             except Diverged as error:
+                if not going:  # no time to do better
+                    logger.warning('%s: the best checkpoint stands', error)
+                    break
                 roll_back(run, error)
                 log.history = list(run.history)
     run.world.wait()
@@ -114,7 +117,7 @@ def unvalidated(run: Run) -> bool:
 def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
     """Steps up to the end of the epoch (a resumed run may start inside one); returns its row for summary.csv."""
     recipe, per_epoch = run.recipe, run.batches.steps_per_epoch
-    epoch = run.step // per_epoch
+    epoch = (run.step - (run.sums is not None)) // per_epoch  # an unfinished one may have taken its last step
     end = (epoch + 1) * per_epoch
     if run.clock.budget is None:
         end = min(end, run.total_steps)
@@ -122,7 +125,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         zero = torch.zeros((), device=run.world.device)
         run.sums = Sums(run.step, zero, zero)
     sums, first, started = run.sums, run.step, time.perf_counter()
-    while run.step < end and ((done := progress(run)) < 1 or run.step == first):  # an epoch has a step at least
+    while run.step < end and ((done := progress(run)) < 1 or run.step == sums.first_step):  # one step at least
         if run.scheduler is not None:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         x, y = run.batches[run.step]
@@ -141,9 +144,15 @@ def save_within(run: Run, epoch: int) -> None:
     """Write last.pth.tar inside an epoch, unless the weights went wrong.
 
     Raises:
-        Diverged: if a weight is not finite.
+        Diverged: if a weight is not finite, in any process: their statistics differ within an epoch.
     """
-    check_weights(run.model)
+    fault: Diverged | None = None
+    try:
+        check_weights(run.model)
+    except Diverged as error:
+        fault = error
+    if run.world.largest(float(fault is not None)):
+        raise fault or Diverged('weights of another process are not finite')
     save(run, epoch, numbered=False)
 
 

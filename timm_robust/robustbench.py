@@ -34,9 +34,9 @@ from .pixels import pixel_input
 from .releases import RELEASES, STAGED
 from .results import atomic_file
 from .robustbench_package import SETTINGS, robustbench
-from .robustbench_report import EPS, compare, submission, write_entries
+from .robustbench_report import compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
-from .threat_model import parse_eps
+from .threat_model import LEADERBOARD_EPS, parse_eps
 
 
 def load_model(name: str, dataset: str = 'cifar10', threat_model: str = 'Linf', **options: Any) -> nn.Module:
@@ -117,7 +117,7 @@ def benchmark(
             threat_model=norm,
             device=torch.device(device),
             batch_size=batch_size,
-            eps=parse_eps(EPS[norm] if eps is None else eps),
+            eps=parse_eps(LEADERBOARD_EPS[norm] if eps is None else eps),
         )
     y = data.labels[:n]
     with torch.no_grad():

@@ -16,10 +16,9 @@ from .cards import FLAGS, attack_title, percent, read_results, robust_acc
 from .data import load_dataset
 from .releases import sha256
 from .results import atomic_file, atomic_folder
-from .threat_model import parse_eps
+from .threat_model import LEADERBOARD_EPS, parse_eps
 
 TABLE = Path(__file__).with_name('robustbench.json')
-EPS = {'Linf': '8/255', 'L2': '0.5'}
 """The radii of RobustBench's CIFAR-10 leaderboards."""
 _MANDATORY = (
     *('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture'),
@@ -92,10 +91,9 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
             f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
             f'python -m timm_robust.staging measure {record["model"]} --data-dir DIR --attack apgd -n 1000'
         )
-    tolerance = 0.003  # 128/255 counts as 0.5 there
-    results = [one for one in results if abs(parse_eps(one['eps_text']) - parse_eps(EPS[one['norm']])) < tolerance]
+    results = [one for one in results if _at_leaderboard_eps(one)]
     if not results:
-        raise ValueError(f'{record["model"]} was measured at another eps than the leaderboard, {EPS}')
+        raise ValueError(_other_eps(record))
     ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
     entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
@@ -185,6 +183,8 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
             f'type python -m timm_robust.staging measure {record["model"]} --data-dir DIR --attack autoattack -n 10000'
         )
     result = item['result']
+    if not _at_leaderboard_eps(result):
+        raise ValueError(_other_eps(record))
     if result['data_sha256'] != official_sha256(data_dir):
         raise ValueError(
             f'{record["model"]} was not measured on the official CIFAR-10 test images, but on others (JPEG copies?); '
@@ -215,6 +215,22 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         text = ''.join(f'{sha256(path)}  {path.relative_to(new).as_posix()}\n' for path in names)
         (new / 'SHA256SUMS').write_text(text)
     return target
+
+
+def _at_leaderboard_eps(result: dict[str, Any]) -> bool:
+    """Whether a measurement is of the leaderboard's radius; in L2 128/255 counts as 0.5 there."""
+    tolerance = 0.003 if result['norm'] == 'L2' else 1e-6
+    return abs(parse_eps(result['eps_text']) - parse_eps(LEADERBOARD_EPS[result['norm']])) < tolerance
+
+
+def _other_eps(record: dict[str, Any]) -> str:
+    """What to do with a model that was measured at another radius."""
+    there = ', '.join(dict.fromkeys(f'{m["result"]["norm"]} {m["result"]["eps_text"]}' for m in record['measurements']))
+    radii = ' and '.join(f'{norm} {eps}' for norm, eps in LEADERBOARD_EPS.items())
+    return (
+        f'{record["model"]} was measured at {there}, the leaderboard is for {radii}; stage its run again with '
+        '--overwrite, then type python -m timm_robust.staging measure NAME --data-dir DIR --eps RADIUS'
+    )
 
 
 def official_sha256(data_dir: str | Path) -> str:

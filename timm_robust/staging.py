@@ -37,7 +37,7 @@ from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
 from .results import ATTACKS, atomic_file, atomic_folder
 from .robustness import evaluate
-from .threat_model import ThreatModel
+from .threat_model import ThreatModel, parse_eps
 
 ORGANISATION = 'timm-robust'
 """Where the releases live on the Hub."""
@@ -70,7 +70,7 @@ def stage(
         name: '<arch>.<tag>'.
         cards: the folder that gets the folder.
         notes: what limits the weights, for the card.
-        overwrite: replace a folder with other weights; its measurements are dropped.
+        overwrite: replace the folder, whatever its weights; its measurements are dropped.
 
     Raises:
         FileNotFoundError: if the run lacks a file.
@@ -111,10 +111,10 @@ def stage(
     }
     content = weights_content(weights, name, **provenance)
     kept: list[dict[str, Any]] = []
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file() and not overwrite:
         if (folder / WEIGHTS).read_bytes() == content:
             kept = read_results(folder)['measurements']
-        elif not overwrite:
+        else:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
     with atomic_folder(folder) as new:
         write_files(new, model, content, tag)
@@ -139,6 +139,7 @@ def measure(
     progress: Any = None,
     device: torch.device | str = 'cpu',
     world: World | None = None,
+    eps: float | str | None = None,
     **settings: Any,
 ) -> None:
     """Measure staged weights exactly as stored, and keep the record and the verdict on every image.
@@ -150,15 +151,17 @@ def measure(
         progress: called with lines of text.
         device: where the model runs.
         world: the processes that share AutoAttack's batches out; the first keeps the record.
-        settings: of `evaluate`; norm and eps are those of training.
+        eps: radius, such as '8/255'; None: that of the measurements before, or else of training.
+        settings: of `evaluate`; the norm is that of training.
 
     Raises:
         ValueError: for training images, for others than those measured before, and if the weights change meanwhile.
     """
     before = read_results(folder)
     name, hyper = before['model'], read_hyper_parameters(folder)
-    _check_images(before, data.name, settings.get('split', 'test'))
-    threat_model = ThreatModel(hyper['norm'], hyper['eps'])
+    there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
+    threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
+    _check_alike(before, data.name, settings.get('split', 'test'), threat_model)
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
     if world is not None and world.rank:
@@ -259,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
             settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
             settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else _print}
-            measure(args.cards / args.name, data, ' '.join(args.note) or None, **settings)
+            measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
             world.leave()
             if world.rank:
                 return 0
@@ -278,7 +281,9 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser('stage', help='write model_cards/NAME/ from a finished run')
     run.add_argument('run', metavar='RUN', help='folder that training wrote')
     run.add_argument('name', metavar='NAME', help='<arch>.<tag>')
-    run.add_argument('--overwrite', action='store_true', help='replace other weights of this name')
+    run.add_argument(
+        '--overwrite', action='store_true', help='replace weights of this name, and drop their measurements'
+    )
     add = commands.add_parser('measure', help='measure staged weights and keep the verdict on every image').add_argument
     add('name', metavar='NAME', help='<arch>.<tag>')
     add('--data-dir', required=True, help='folder that holds the data')
@@ -287,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     add('-n', type=int, help='number of images, the first of the split; all if not given')
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
     add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add('--eps', help='radius, such as 8/255; that of the measurements before, or else of training')
     add('--seed', type=int, default=0, help='seed of all attacks')
     add('--state-dir', help="keep AutoAttack's finds there; type the same again to go on after a kill")
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
@@ -301,14 +307,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_images(record: dict[str, Any], dataset: str, split: str) -> None:
-    """Refuse training images, and images of another data set or split than those measured before."""
+def _check_alike(record: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel) -> None:
+    """Refuse training images, and another data set, split or radius than those of the measurements before."""
     if split == 'train':
         raise ValueError(f'{record["model"]} was trained on such images; a release is measured with --split test')
-    for item in record['measurements']:
-        if (there := (item['result']['dataset'], item['result']['split'])) != (dataset, split):
+    for result in (item['result'] for item in record['measurements']):
+        there, wished = f'{result["dataset"]} {result["split"]}', f'{dataset} {split}'
+        if result['attack'] != 'none':
+            there, wished = f'{there} at {result["norm"]} {result["eps_text"]}', f'{wished} at {threat_model}'
+        if there != wished:
             raise ValueError(
-                f'{record["model"]} was measured on {" ".join(there)}, and keeps to it: not {dataset} {split}'
+                f'{record["model"]} was measured on {there}, and keeps to it, not {wished}; to begin anew, stage '
+                'the run again with --overwrite'
             )
 
 

@@ -62,7 +62,7 @@ class Forward:
 
 
 def compiled(net: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The network as the recipe wants it compiled; on a CPU PSSiLU and PSiLU alone, which is faster there.
+    """The network as the recipe wants it compiled; on a CPU its PSSiLU and PSiLU alone, if it has any.
 
     Raises:
         RuntimeError: on a CPU without a C++ compiler.

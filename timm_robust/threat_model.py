@@ -14,6 +14,10 @@ NORMS = ('Linf', 'L2')
 _TINY = 1e-12
 
 
+LEADERBOARD_EPS = {'Linf': '8/255', 'L2': '0.5'}
+"""The radii of RobustBench's CIFAR-10 leaderboards."""
+
+
 def parse_eps(eps: float | str) -> float:
     """Read a radius: a number, or text such as '8/255' or '0.5'.
 

@@ -49,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 1
     except torch.cuda.OutOfMemoryError:
-        print(
-            f'error: out of memory; type --batch-size {max(recipe.batch_size // 2, 1)}, or --grad-checkpointing',
-            file=sys.stderr,
-        )
+        advice = 'type --grad-checkpointing, or a smaller --batch-size with another --experiment'
+        print(f'error: out of memory; {advice}', file=sys.stderr)
         return 2
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         advice = ''

@@ -334,21 +334,22 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
-    """Robustness against max |f''|, with what has been claimed; kinks stand at the right."""
+    """Robustness against max |f''|, with what has been claimed; lines stand at the left, kinks at the right."""
     from matplotlib.figure import Figure
 
     losses = sorted({row['loss'] for row in rows})
     figure = Figure(figsize=(5.4 * len(losses), 4.6), layout='constrained')
-    finite = [row['max_curvature'] for row in rows if row['max_curvature']]
-    kink = 4 * max(finite)
+    finite = [row['max_curvature'] for row in rows if row['max_curvature']] or [1.0]
+    line, kink = min(finite) / 4, 4 * max(finite)
     acts = sorted({row['act'] for row in rows})
     for axis, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
         for act in acts:
             part = [group for key, group in groups(rows).items() if key[0] == act and key[-1] == loss]
-            points = [
-                (group[0]['max_curvature'] or kink, [robustness(row)[1] for row in group], group[0]['learned'])
-                for group in part
-            ]
+            points = []
+            for group in part:
+                found = [kink if row['max_curvature'] is None else row['max_curvature'] or line for row in group]
+                values = [robustness(row)[1] for row in group]
+                points.append((statistics.geometric_mean(found), values, group[0]['learned']))
             color = f'C{acts.index(act)}'
             for number, (curvature, values, learned) in enumerate(sorted(points)):
                 mean, low, high = statistics.mean(values), min(values), max(values)
@@ -365,7 +366,7 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
             end, side = (ends[1], 'right') if level == 0 else (ends[0], 'left')  # inside the axes
             place = {'va': 'bottom', 'ha': side, 'xytext': (0, 2), 'textcoords': 'offset points'}
             axis.annotate(text, (end, y), fontsize=6, **place)
-        axis.set_xlabel("max |f''| (kinks at the right; stars: learned)")
+        axis.set_xlabel("max |f''| (kinks at the right; stars: learned, mean of seeds)")
         some = next(row for row in rows if row['loss'] == loss)
         axis.set_ylabel(f'{_TITLES[robustness(some)[0]]}, mean and range of seeds')
         axis.set_title(f'training: {loss}', fontsize=9)

@@ -9,7 +9,7 @@ from ..download import weights_file
 from ..releases import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, releases_of
 from ._shared_act import name_entrypoint
 
-_SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 """Keys with which a user names weights of their own."""
 
 
@@ -38,7 +38,7 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
         FileNotFoundError, PermissionError, ConnectionError, ValueError: as `download.weights_file`.
     """
     cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.get('pretrained_cfg_overlay') or {})
-    if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in _SOURCES):
+    if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in SOURCES):
         return kwargs
     tag = resolve_pretrained_cfg(arch, cfg).tag
     name = f'{arch}.{tag}'

@@ -4,7 +4,7 @@
 act='pssilu')` builds one, and is the name under which such a network is saved and loaded again.
 """
 
-from typing import Any, Dict, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import timm
 import torch
@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
+from ._weights import SOURCES
 
 ARCHITECTURE, SHARED = 'act_swapped', 'shared_act'
 _KINDS: Tuple[Type[nn.Module], ...] = (
@@ -78,11 +79,11 @@ def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
     if isinstance(model, FeatureGetterNet):  # features_only around a whole network
         exchange(model.model, act, shared)
         return model
-    places = [
+    places: List[Tuple[nn.Module, str, nn.Module]] = [
         (parent, name, child)
         for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, (*_KINDS, SharedAct)) and name != SHARED
+        for name, child in parent._modules.items()  # named_children leaves out what stands there twice
+        if child is not None and isinstance(child, (*_KINDS, SharedAct)) and name != SHARED
     ]
     if not places:
         raise ValueError(
@@ -138,21 +139,25 @@ def act_swapped(
 
     pretrained=True takes timm's weights of the network; a folder or Hub repository of such a network has its own.
     """
-    own = pretrained_cfg is not None  # saved with the new activation
+    overlay = {key: value for key, value in (pretrained_cfg_overlay or {}).items() if value is not None}
+    own = pretrained_cfg is not None or any(key in overlay for key in SOURCES)  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
     if kwargs.get('features_only') and shared:
         kwargs.setdefault('feature_cls', 'getter')  # keeps the network whole
     cfg: Dict[str, Any] = {}
-    if own:
+    if pretrained_cfg is not None:
         cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         if cfg.get('num_classes') is not None:  # timm before 1.0.31 leaves it to those that read the configuration
             kwargs.setdefault('num_classes', cfg['num_classes'])
     net = timm.create_model(model, pretrained=pretrained and not own, **kwargs)
     replace_activations(net, act, shared)
     if own:
+        cfg = cfg or {**dict(net.pretrained_cfg), **overlay}  # type: ignore[arg-type]
         net.pretrained_cfg = net.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
         if pretrained:
-            classes: Any = net.num_classes
-            load_pretrained(net, cfg, num_classes=classes, in_chans=kwargs.get('in_chans', 3))
+            features = isinstance(net, FeatureGetterNet)  # around the network, without its classifier
+            inner: Any = net.model if features else net
+            settings = {'num_classes': 0 if features else inner.num_classes, 'in_chans': kwargs.get('in_chans', 3)}
+            load_pretrained(inner, cfg, strict=not features, **settings)
     return net
