@@ -10,7 +10,7 @@ from torch import nn
 from timm_robust import autoattack as door
 from timm_robust import autoattack_runner
 from timm_robust.autoattack import autoattack, predict, undisturbed
-from timm_robust.precision import _FLAG
+from timm_robust.precision import ieee_convolutions
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -84,18 +84,20 @@ def test_apgd_is_the_first_half_of_standard(threat_model):
     assert (standard.robust <= result.robust).all()
 
 
+def tf32_allowed():
+    cudnn = torch.backends.cudnn
+    return cudnn.conv.fp32_precision != 'ieee' if hasattr(cudnn, 'conv') else cudnn.allow_tf32
+
+
 def test_verdicts_are_in_fp32_and_searching_as_the_user_has_it():
-    seen, (flags, name, exact) = [], _FLAG
-    model, before = linear_net(), getattr(flags, name)
+    seen, model = [], linear_net()
     x, y = images(model)
-    model.register_forward_pre_hook(
-        lambda module, args: seen.append((getattr(flags, name) == exact, torch.is_grad_enabled()))
-    )
+    model.register_forward_pre_hook(lambda module, args: seen.append((tf32_allowed(), torch.is_grad_enabled())))
     predict(model, x, 250)
-    assert seen == [(True, False)] and before != exact and getattr(flags, name) == before
+    assert seen == [(False, False)] and tf32_allowed()
     seen.clear()
     autoattack(model, x, y, ThreatModel('Linf', 0.05), version='apgd')
-    assert (False, True) in seen and getattr(flags, name) == before
+    assert (True, True) in seen and tf32_allowed()
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='PyTorch before 2.9')
@@ -110,7 +112,15 @@ def test_verdicts_are_in_fp32_whatever_the_user_set(everywhere):
         predict(model, x, 250)
     finally:
         torch.backends.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = True  # sets both operators, as they were
     assert seen == ['ieee']
+
+
+def test_the_older_flag_may_be_read_and_set_meanwhile():
+    before = torch.backends.cudnn.allow_tf32
+    with ieee_convolutions(), torch.backends.cudnn.flags(enabled=False):
+        pass  # as a model may in its forward pass
+    assert torch.backends.cudnn.allow_tf32 == before and tf32_allowed() == before
 
 
 def test_a_linear_model_gets_its_exact_robust_accuracy():

@@ -267,6 +267,7 @@ def test_latest_is_the_valid_one_with_the_largest_step(tmp_path, caplog):
     for name, step in steps.items():
         save_checkpoint(tmp_path / name, make_state(step))
     assert latest_checkpoint(tmp_path).name == 'last.pth.tar'  # of equal steps
+    assert latest_checkpoint(tmp_path, before=100).name == 'checkpoint-1.pth.tar'
     damage(tmp_path / 'last.pth.tar', 'truncated')
     assert latest_checkpoint(tmp_path).name == 'checkpoint-2.pth.tar'
     damage(tmp_path / 'checkpoint-2.pth.tar', 'flipped bit')  # only the check sum shows it

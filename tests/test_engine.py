@@ -443,6 +443,23 @@ def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monk
     assert 'collapsed' in caplog.text and 'the best checkpoint stands' in caplog.text
 
 
+def test_what_diverged_is_not_gone_back_to(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, budget='1h', save_interval=2))
+    over, found = [False], {3: 0.8}
+    monkeypatch.setattr(
+        engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.get(run.step, 0.01)}
+    )
+    monkeypatch.setattr(engine, 'closing_seconds', lambda run: 0.0)
+
+    def progress(step):
+        over[0] = over[0] or step >= 5  # inside the second epoch, after a save inside it
+        return 1.0 if over[0] else 0.5
+
+    run.clock.progress = progress
+    line = fit(run)
+    assert line['epoch'] == 0 and line['steps'] == 3 and line['rollbacks'] <= 2
+
+
 def test_a_fault_of_one_process_is_one_of_all(tmp_path):
     class Other:
         size, rank = 2, 0

@@ -118,11 +118,13 @@ def test_weights_of_the_users_own_win_and_features_take_them(x, tmp_path):
     save_for_hf(model, tmp_path, safe_serialization=True, model_args=model._model_args)
     own = {'file': str(tmp_path / 'model.safetensors'), 'num_classes': 5}
     settings = {'model': 'test_resnet', 'act': 'pssilu', 'pretrained': True, 'pretrained_cfg_overlay': own}
-    assert torch.equal(timm.create_model('act_swapped', num_classes=5, **settings).eval()(x), model(x))
-    features = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, features_only=True).eval()
-    expected = model.forward_intermediates(x, intermediates_only=True)
-    found = features(x)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected[-len(found) :], strict=True))
+    assert torch.equal(timm.create_model('act_swapped', **settings).eval()(x), model(x))
+    for shared in (True, False):
+        model = replace_activations(model, 'pssilu', shared)
+        save_for_hf(model, tmp_path / str(shared), safe_serialization=True, model_args=model._model_args)
+        found = timm.create_model(f'local-dir:{tmp_path / str(shared)}', pretrained=True, features_only=True).eval()(x)
+        expected = model.forward_intermediates(x, intermediates_only=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[-len(found) :], strict=True))
 
 
 def test_replacing_twice_leaves_the_second(x):

@@ -356,6 +356,20 @@ def test_weights_that_change_under_a_measurement_do_not_get_its_number(copy, run
     assert not read_results(cards / NAME)['measurements'] and not (cards / NAME / 'flags').exists()
 
 
+def test_two_measurements_at_once_do_not_give_a_release_two_radii(copy, run):
+    cards, digits, begun = copy / 'model_cards', load_dataset('digits', None, 'test'), []
+    stage(run, NAME, cards=cards, overwrite=True)
+
+    def other(line):
+        if not begun:
+            begun.append(line)
+            measure(cards / NAME, digits, attack='pgd', n=4, eps='8/255')
+
+    with pytest.raises(ValueError, match=r'was measured on digits test at Linf 8/255, and keeps to it'):
+        measure(cards / NAME, digits, attack='pgd', n=4, progress=other)
+    assert [item['result']['eps_text'] for item in read_results(cards / NAME)['measurements']] == ['8/255']
+
+
 def test_what_a_killed_writer_leaves_is_neither_listed_nor_sent(copy):
     folder = copy / 'model_cards' / NAME
     sums = (folder / 'SHA256SUMS').read_text()

@@ -282,7 +282,7 @@ def limits(record: dict[str, Any]) -> list[str]:
     best = strongest(record)
     if best is not None and best['result']['n'] < 10_000:
         lines.append(f'- Robust accuracy is known from {best["result"]["n"]} images only; mind the standard error.')
-    return [*lines, '- Robust against the threat model named above, and measured against no other.']
+    return [*lines, '- Robust against the threat models of the measurements above, and measured against no other.']
 
 
 def _row(record: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import difflib
 import logging
+import math
 import os
 import pickle
 import re
@@ -185,17 +186,22 @@ def _weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict
     return weights
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | Path, before: float = math.inf) -> Path | None:
     """The valid checkpoint with the largest 'step' among last.pth.tar and checkpoint-*.pth.tar; None if there is none.
 
     Damaged files are skipped with a warning in the log.
+
+    Args:
+        folder: of a run.
+        before: only those of earlier steps count.
     """
     steps: list[tuple[int, bool, Path]] = []
     for path in Path(folder).glob('*.pth.tar'):
         if path.name == LAST or path.name.startswith('checkpoint-'):
             try:  # mmap: the step is wanted, not the tensors
                 step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
-                steps.append((int(step), path.name == LAST, path))
+                if step < before:
+                    steps.append((int(step), path.name == LAST, path))
             except Exception as error:
                 _logger.warning('Skipping %s: %s', path, str(error).partition('\n')[0])
     for _, _, path in sorted(steps, reverse=True):

@@ -300,7 +300,7 @@ def roll_back(run: Run, error: Diverged) -> None:
         Diverged: if the recipe says to stop, or the run went back too often already.
     """
     recipe, count = run.recipe, run.rollbacks + 1
-    path = run.world.agree(latest_checkpoint(run.folder))
+    path = run.world.agree(latest_checkpoint(run.folder, before=run.step))  # what diverged may have been saved, too
     stop = recipe.on_divergence == 'stop' or count > recipe.max_rollbacks or path is None
     if stop:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
-_FLAG: tuple[Any, str, Any] = (torch.backends.cudnn, 'allow_tf32', False)
-if hasattr(torch.backends.cudnn, 'conv'):  # PyTorch 2.9, where the older flag may not be read beside the new one
-    _FLAG = (torch.backends.cudnn.conv, 'fp32_precision', 'ieee')
-
 
 @contextmanager
 def ieee_convolutions() -> Iterator[None]:
-    """Convolutions of fp32 in fp32: PyTorch lets cuDNN round their inputs to TF32 (10 bits), an error of about 5e-4."""
-    flags, name, exact = _FLAG
-    before = getattr(flags, name)
-    setattr(flags, name, exact)
+    """Convolutions of fp32 in fp32: PyTorch lets cuDNN round their inputs to TF32 (10 bits), an error of about 5e-4.
+
+    PyTorch 2.9 has a setting for each operator; the older flag is kept in step: it cannot be read where they differ.
+    """
+    cudnn: Any = torch.backends.cudnn
+    operators: list[Any] = [getattr(cudnn, name, None) for name in ('conv', 'rnn')]
+    operators = [operator for operator in operators if hasattr(operator, 'fp32_precision')]
+    before, flag = [op.fp32_precision for op in operators], None
+    with suppress(RuntimeError):  # the operators differ
+        flag = cudnn.allow_tf32
+        cudnn.allow_tf32 = False
+    for op in operators:
+        op.fp32_precision = 'ieee'
     try:
         yield
     finally:
-        setattr(flags, name, before)
+        if flag is not None:
+            cudnn.allow_tf32 = flag
+        for op, value in zip(operators, before, strict=True):
+            op.fp32_precision = 'none'  # that is, what holds for all operators
+            if op.fp32_precision != value:
+                op.fp32_precision = value

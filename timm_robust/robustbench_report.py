@@ -19,7 +19,6 @@ from .results import atomic_file, atomic_folder
 from .threat_model import LEADERBOARD_EPS, parse_eps
 
 TABLE = Path(__file__).with_name('robustbench.json')
-"""The radii of RobustBench's CIFAR-10 leaderboards."""
 _MANDATORY = (
     *('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture'),
     *('eps', 'clean_acc', 'reported'),

@@ -169,6 +169,7 @@ def measure(
     record = read_results(folder)  # another measurement may have ended meanwhile
     if record['weights'] != before['weights']:
         raise ValueError(f'{folder} got other weights while these were measured; type the same again')
+    _check_alike(record, result.dataset, result.split, threat_model)
     key = f'{result.attack}_{result.n}'
     (folder / FLAGS).mkdir(exist_ok=True)
     with atomic_file(folder / FLAGS / f'{key}.npz') as file:

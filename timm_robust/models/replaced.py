@@ -139,21 +139,23 @@ def act_swapped(
 
     pretrained=True takes timm's weights of the network; a folder or Hub repository of such a network has its own.
     """
-    overlay = {key: value for key, value in (pretrained_cfg_overlay or {}).items() if value is not None}
-    own = pretrained_cfg is not None or any(key in overlay for key in SOURCES)  # saved with the new activation
+    overlay = pretrained_cfg_overlay or {}
+    own = pretrained_cfg is not None or any(overlay.get(key) for key in SOURCES)  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
-    if kwargs.get('features_only') and shared:
+    if kwargs.get('features_only') and (shared or own):
         kwargs.setdefault('feature_cls', 'getter')  # keeps the network whole
     cfg: Dict[str, Any] = {}
     if pretrained_cfg is not None:
         cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         if cfg.get('num_classes') is not None:  # timm before 1.0.31 leaves it to those that read the configuration
             kwargs.setdefault('num_classes', cfg['num_classes'])
+    elif pretrained_cfg_overlay is not None:
+        kwargs['pretrained_cfg_overlay'] = pretrained_cfg_overlay
     net = timm.create_model(model, pretrained=pretrained and not own, **kwargs)
     replace_activations(net, act, shared)
     if own:
-        cfg = cfg or {**dict(net.pretrained_cfg), **overlay}  # type: ignore[arg-type]
+        cfg = cfg or dict(net.pretrained_cfg)  # type: ignore[arg-type]
         net.pretrained_cfg = net.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
         if pretrained:
             features = isinstance(net, FeatureGetterNet)  # around the network, without its classifier
