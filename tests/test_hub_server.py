@@ -647,7 +647,7 @@ def test_faults_as_the_client_sees_them(hub_server, hub, tmp_path):
     assert [r.status for r in hub.requests if r.path.startswith('/upload/ann/retried')] == [None, 200]
     assert got['lost'].startswith('RemoteProtocolError') and len(commits['lost']) == 1  # done, though it looks failed
     assert got['damaged'].startswith('RuntimeError') and commits['damaged'] == [got['again']]
-    [winner], refused = commits['race'], [text for text in got['race'] if '412' in text]
+    [winner], refused = commits['race'], [text for text in got['race'] if '412 Precondition' in text]
     assert winner in got['race'] and len(refused) == 1
     assert is_damaged(run_client(hub, tmp_path / 'fresh', DOWNLOAD, None), WEIGHTS)
 
