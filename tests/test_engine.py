@@ -373,17 +373,22 @@ def test_spoiled_weights_are_never_saved_inside_an_epoch(tmp_path, stopped):
     assert all(value.isfinite().all() for value in weights(tmp_path).values() if value.is_floating_point())
 
 
-def test_a_budget_that_ends_while_an_epoch_is_saved_still_validates_the_last_weights(tmp_path, monkeypatch):
-    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
+def end_while_saving(run, last, monkeypatch):
+    """Let the budget of a run end while this epoch is saved."""
     done = [0.5]
     run.clock.progress = lambda step: done[0]
 
     def save_slowly(run, epoch, **settings):
         save(run, epoch, **settings)
-        if epoch == 5:
+        if epoch == last:
             done[0] = 1.0
 
     monkeypatch.setattr(engine, 'save', save_slowly)
+
+
+def test_a_budget_that_ends_while_an_epoch_is_saved_still_validates_the_last_weights(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
+    end_while_saving(run, 5, monkeypatch)
     line = fit(run)
     rows = list(csv.DictReader(io.StringIO((tmp_path / 'run/summary.csv').read_text())))
     assert [int(row['epoch']) for row in rows] == list(range(6)) and rows[-1]['val_pgd_acc']
@@ -427,15 +432,8 @@ def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_pa
 
 def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monkeypatch, caplog):
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
-    done, found = [0.5], [0.8, 0.01]
-    run.clock.progress = lambda step: done[0]
-
-    def save_slowly(run, epoch, **settings):
-        save(run, epoch, **settings)
-        if epoch == 5:
-            done[0] = 1.0
-
-    monkeypatch.setattr(engine, 'save', save_slowly)
+    found = [0.8, 0.01]
+    end_while_saving(run, 5, monkeypatch)
     monkeypatch.setattr(engine, 'closing_seconds', lambda run: 0.0)
     monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.pop(0)})
     line = fit(run)
