@@ -53,7 +53,7 @@ def test_default_flags_run(folder):
     assert 'images/s' in run.stderr and ' left' in run.stderr
 
 
-NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason='tests what is said where there is no GPU')
 
 
 @pytest.mark.parametrize(

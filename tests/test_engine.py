@@ -16,12 +16,14 @@ from timm_robust import run as module
 from timm_robust.attacks import input_gradient
 from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
-from timm_robust.engine import Stopped, build, epoch_row, fit, plan, reestimate_batch_norm, result, validate
+from timm_robust.engine import Stopped, build, epoch_row, fit, result
 from timm_robust.losses import cross_entropy
 from timm_robust.pixels import pixel_input
+from timm_robust.plan import plan
 from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
 from timm_robust.run import Sums, make_scheduler, read_data, restore, save
+from timm_robust.validation import reestimate_batch_norm, validate
 from timm_robust.watchdog import Diverged
 
 TINY = Recipe(

@@ -49,6 +49,8 @@ FLOORS = {
     'search': 3.5,
     'shape': 3.5,
     'run': 4,
+    'validation': 4.25,
+    'plan': 4.3,
     'engine': 4.5,
     'robustness': 3.75,
     'evaluate': 4,

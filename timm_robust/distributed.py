@@ -83,12 +83,13 @@ class World:
         return values[0]
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
-        """The first process of each machine does this before the others."""
-        if self.size > 1 and self.local_rank:
+    def in_turn(self, wanted: bool = True) -> Iterator[None]:
+        """The first process of each machine does this before the others, if that is wanted."""
+        wanted = wanted and self.size > 1
+        if wanted and self.local_rank:
             dist.barrier(group=self.patient)
         yield
-        if self.size > 1 and not self.local_rank:
+        if wanted and not self.local_rank:
             dist.barrier(group=self.patient)
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The epoch loop: steps, validation, watchdog, checkpoints, log; and the plan of a run before it starts.
+"""The epoch loop: steps, validation, watchdog, checkpoints, log.
 
 The best checkpoint is chosen by PGD accuracy on images held out of the training set; the test set is never looked at.
 """
@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import time
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,17 +16,15 @@ import torch.nn as nn
 from timm.utils import distribute_bn
 
 from .activations import Activation
-from .attacks import pgd
 from .checkpoint import LAST, latest_checkpoint
 from .logs import RunLog
-from .losses import cross_entropy_of
-from .pixels import pixel_input
 from .recipe import Recipe
 from .run import TICKS, Run, Sums, build, change_seed, restore, save
-from .step import AttackForward, Forward, averaged_weights
+from .step import averaged_weights
+from .validation import closing_seconds, reestimate_batch_norm, validate
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
-__all__ = ['Stopped', 'build', 'fit', 'plan', 'validate']
+__all__ = ['Stopped', 'build', 'fit']
 logger = logging.getLogger('timm_robust')
 
 
@@ -227,59 +223,6 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     run.clock.keep(run.world.largest(time.perf_counter() - started))
 
 
-def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
-    """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}."""
-    device = next(forward.model.parameters()).device
-    generator = torch.Generator(device).manual_seed(recipe.seed)
-    counts = torch.zeros(3, dtype=torch.float64, device=device)
-    settings: dict[str, Any] = {
-        'steps': recipe.eval_steps,
-        'step_size': recipe.resolved_eval_step_size,
-        'generator': generator,
-    }
-    with forward.ready('eval'):
-        for x, y in data.batches(recipe.val_batch_size):
-            x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
-            with torch.no_grad():
-                right = forward(x).argmax(1) == y
-                robust = right & (forward(x_adv).argmax(1) == y)
-            counts += torch.stack([right.sum(), robust.sum(), torch.tensor(len(y), device=device)])
-    clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
-    return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
-
-
-def reestimate_batch_norm(run: Run) -> None:
-    """Running statistics of the averaged weights, anew: the plain mean over batches of what training feeds the network.
-
-    Averaged statistics belong to no weights that ever were. The adversarial images are made first, with the statistics
-    as they are.
-    """
-    model, step, recipe = run.model, run.train_step, run.recipe
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not recipe.ema_bn_batches:
-        return
-    inputs = []
-    done = run.clock.progress(run.step)
-    for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
-        step.draw_from(run.step + number)
-        x, y = run.batches[run.step + number]
-        inputs.append((x, step.perturb(x, y, done), y))
-    # not run.forward: other momenta would be compiled anew, and stay a burden
-    forward = Forward(pixel_input(model, recipe.img_size), recipe, run.world.device)
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the plain mean
-    model.train()
-    with torch.no_grad():
-        for x, x_adv, y in inputs:
-            step.loss.descend(forward, x, x_adv, y)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    if run.world.size > 1:
-        distribute_bn(model, run.world.size, reduce=True)
-
-
 def activation_state(model: nn.Module) -> dict[str, float]:
     """alpha, beta and max abs(f'') of the network's shared activation, where it has learnable parameters."""
     act = getattr(model, 'shared_act', getattr(model, 'act', None))
@@ -330,78 +273,6 @@ def stop_if_asked(run: Run, epoch: int) -> None:
             f'stopped by a signal at step {run.step}, and saved; go on with --resume {run.folder / "last.pth.tar"} '
             'and the same settings'
         )
-
-
-def closing_seconds(run: Run) -> float:
-    """Estimated time that validation takes at the end: a part of it is run, and scaled up."""
-    if run.held_out is None:
-        return 0.0
-    recipe, held_out = run.recipe, run.held_out
-    n = min(recipe.val_batch_size, len(held_out))
-    part = held_out.first(n)
-    validate(run.attack_forward, part, recipe)  # compiles
-    started = time.perf_counter()
-    validate(run.attack_forward, part, recipe)
-    seconds = (time.perf_counter() - started) * len(held_out) / n
-    if run.ema is not None and recipe.ema_bn_batches:
-        pairs = recipe.ema_bn_batches * recipe.batch_size * (run.recipe.steps + 1)
-        seconds *= 1 + pairs / (len(held_out) * (recipe.eval_steps + 1))
-    return run.world.largest(seconds)
-
-
-def plan(run: Run, steps: int = 5) -> dict[str, Any]:
-    """Measure a few steps, and tell time, memory, images and device-hours of the whole run before it starts.
-
-    The run itself is spent: build it anew to train.
-    """
-    device, batch = run.world.device, run.recipe.batch_size * run.world.size
-    recipe = run.recipe
-    starts = [recipe.late_start] * (recipe.late_steps is not None) + [recipe.awp_start] * bool(recipe.awp_gamma)
-    share = min(starts, default=1.0)  # from here on steps are taken as dear as the last ones
-    seconds = {}
-    for at in sorted({0.0, 1.0 if share < 1 else 0.0}):
-        for number in range(steps + 2):
-            if number == 2:
-                _synchronise(device)
-                started = time.perf_counter()
-            x, y = run.batches[number]
-            run.train_step(x, y, number, at)
-        _synchronise(device)
-        seconds[at] = (time.perf_counter() - started) / steps
-    step_seconds = seconds[0.0] * share + seconds.get(1.0, seconds[0.0]) * (1 - share)
-    validation = closing_seconds(run)
-    epochs = run.total_steps / run.batches.steps_per_epoch
-    total = run.total_steps * step_seconds + validation * max(epochs / run.recipe.val_interval, 1)
-    if run.clock.budget is not None:
-        total = run.clock.budget
-        epochs = (total - validation) / step_seconds / run.batches.steps_per_epoch
-    images = round(epochs * run.batches.steps_per_epoch) * batch
-    line = {
-        'model': run.recipe.model,
-        'images_per_s': batch / step_seconds,
-        'step_ms': 1e3 * step_seconds,
-        'validation_s': validation,
-        'epochs': epochs,
-        'images': images,
-        'hours': total / 3600,
-        'device_hours': total / 3600 * run.world.size,
-        'peak_memory_gib': _peak_memory(device) / 2**30,
-        'devices': run.world.size,
-    }
-    return line
-
-
-def _synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU, the process's on a CPU."""
-    if device.type == 'cuda':
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def result(run: Run) -> dict[str, Any]:

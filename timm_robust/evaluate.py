@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threat_model = ThreatModel(args.norm, args.eps)
         world = World.join(args.device)
         model = load_model(args.model, device=world.device, **args.model_kwargs)
-        with world.in_turn() if args.dataset_download else nullcontext():
+        with world.in_turn(args.dataset_download):
             data = _read_data(args, model, world).to(world.device)
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)

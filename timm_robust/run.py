@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter, strftime
@@ -117,7 +116,7 @@ def build(recipe: Recipe) -> Run:
     started = perf_counter()
     world = World.join(recipe.device)
     torch.manual_seed(recipe.seed)
-    with world.in_turn() if recipe.dataset_download else nullcontext():
+    with world.in_turn(recipe.dataset_download):
         train, held_out = read_data(recipe, world)
     model = create_model(recipe, train.num_classes).to(world.device)
     example = check_fit(model, recipe, train)

@@ -20,7 +20,8 @@ import torch
 
 import timm_robust
 from timm_robust.allocator import keep_freed_memory
-from timm_robust.engine import Run, Stopped, build, fit, plan
+from timm_robust.engine import Run, Stopped, build, fit
+from timm_robust.plan import plan
 from timm_robust.recipe_flags import parse_recipe
 from timm_robust.watchdog import Diverged
 

@@ -1,0 +1,88 @@
+"""What a run does at the end of an epoch to know how good it is: clean and PGD accuracy on held-out images."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.utils import distribute_bn
+
+from .attacks import pgd
+from .losses import cross_entropy_of
+from .pixels import pixel_input
+from .recipe import Recipe
+from .run import Run
+from .step import AttackForward, Forward
+
+
+def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
+    """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}."""
+    device = next(forward.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    settings: dict[str, Any] = {
+        'steps': recipe.eval_steps,
+        'step_size': recipe.resolved_eval_step_size,
+        'generator': generator,
+    }
+    with forward.ready('eval'):
+        for x, y in data.batches(recipe.val_batch_size):
+            x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
+            with torch.no_grad():
+                right = forward(x).argmax(1) == y
+                robust = right & (forward(x_adv).argmax(1) == y)
+            counts += torch.stack([right.sum(), robust.sum(), torch.tensor(len(y), device=device)])
+    clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
+    return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
+
+
+def reestimate_batch_norm(run: Run) -> None:
+    """Running statistics of the averaged weights, anew: the plain mean over batches of what training feeds the network.
+
+    Averaged statistics belong to no weights that ever were. The adversarial images are made first, with the statistics
+    as they are.
+    """
+    model, step, recipe = run.model, run.train_step, run.recipe
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or not recipe.ema_bn_batches:
+        return
+    inputs = []
+    done = run.clock.progress(run.step)
+    for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
+        step.draw_from(run.step + number)
+        x, y = run.batches[run.step + number]
+        inputs.append((x, step.perturb(x, y, done), y))
+    # not run.forward: other momenta would be compiled anew, and stay a burden
+    forward = Forward(pixel_input(model, recipe.img_size), recipe, run.world.device)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean
+    model.train()
+    with torch.no_grad():
+        for x, x_adv, y in inputs:
+            step.loss.descend(forward, x, x_adv, y)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    if run.world.size > 1:
+        distribute_bn(model, run.world.size, reduce=True)
+
+
+def closing_seconds(run: Run) -> float:
+    """Estimated time that validation takes at the end: a part of it is run, and scaled up."""
+    if run.held_out is None:
+        return 0.0
+    recipe, held_out = run.recipe, run.held_out
+    n = min(recipe.val_batch_size, len(held_out))
+    part = held_out.first(n)
+    validate(run.attack_forward, part, recipe)  # compiles
+    started = time.perf_counter()
+    validate(run.attack_forward, part, recipe)
+    seconds = (time.perf_counter() - started) * len(held_out) / n
+    if run.ema is not None and recipe.ema_bn_batches:
+        pairs = recipe.ema_bn_batches * recipe.batch_size * (run.recipe.steps + 1)
+        seconds *= 1 + pairs / (len(held_out) * (recipe.eval_steps + 1))
+    return run.world.largest(seconds)
