@@ -21,6 +21,7 @@ FLOORS = {
     'plots': 1,
     'activations': 0.5,  # stands on pssilu alone
     'models': 1,
+    'averaging': 0,
     'clock': 0,
     'distributed': 0,
     'watchdog': 0,

@@ -157,9 +157,7 @@ def test_checkpointed_blocks_give_the_same_input_gradient(name, x):
 
 def test_optimizer_groups_and_agc(x):
     model = small('resnet18_pssilu')
-    decayed, others = (
-        group['params'] for group in reversed(param_groups_weight_decay(model, 5e-4, model.no_weight_decay()))
-    )
+    decayed, others = (group['params'] for group in reversed(param_groups_weight_decay(model, 5e-4)))
     assert all(p.ndim > 1 for p in decayed)
     assert {id(model.act.alpha), id(model.act.beta)} <= {id(p) for p in others}
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=5e-4, layer_decay=0.9)

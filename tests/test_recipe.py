@@ -24,7 +24,8 @@ DEFAULTS = {
     'val_split': None, 'mixup': 0.0, 'cutmix': 0.0, 'extra_data': None, 'extra_fraction': 0.5, 'workers': 2,
     'awp_gamma': 0.0, 'awp_start': 0.0, 'late_steps': None, 'late_start': 0.5, 'eps_warmup': 0.0, 'budget': None,
     'opt_kwargs': {}, 'layer_decay': None, 'ema_bn_batches': 20, 'sync_bn': False, 'save_interval': None,
-    'compact_state': False, 'act': None, 'act_shared': True, 'attack_grad': 'exact', 'update_grad': 'exact',
+    'compact_state': False, 'progressive_resizing': {}, 'act': None,
+    'act_shared': True, 'attack_grad': 'exact', 'update_grad': 'exact',
     'on_divergence': 'rollback', 'max_rollbacks': 3, 'tensorboard': False, 'log_wandb': False, 'wandb_project': None,
 }  # fmt: skip
 
@@ -57,6 +58,7 @@ OTHERS = [
     ('val_interval', 5, ['--val-interval', '5']),
     ('val_batch_size', 64, ['--val-batch-size', '64']),
     ('epochs', 4, ['--epochs', '4']),
+    ('progressive_resizing', {'16': 25, '32': 75}, ['--progressive-resizing', '16=25', '32=75']),
     ('max_steps', 3, ['--max-steps', '3']),
     ('batch_size', 16, ['-b', '16']),
     ('opt', 'adamw', ['--opt', 'adamw']),
@@ -258,7 +260,7 @@ def test_unreadable_recipe_files(tmp_path, capsys):
         ({'model': None}, 'model None'),
         ({'decay_milestones': [1, 2.5]}, r'decay_milestones \[1, 2.5\] is of the wrong kind; allowed: a list of whole'),
         ({'decay_milestones': 3}, 'decay_milestones 3 is of the wrong kind'),
-        ({'model_kwargs': {1: 2}}, 'model_kwargs {1: 2} is of the wrong kind'),
+        ({'model_kwargs': {1.5: 2}}, 'model_kwargs {1.5: 2} is of the wrong kind'),
         ({'model_kwargs': 'a=1'}, "model_kwargs 'a=1' is of the wrong kind"),
         ({'norm': 'linf'}, "norm 'linf' is unknown; allowed: Linf, L2"),
         ({'sched': 'step'}, 'allowed: onecycle, cosine, multistep, constant'),

@@ -25,6 +25,13 @@ def test_collapse_of_pgd_accuracy_while_training_accuracy_rises():
         check_epoch(row(2, 0.0, train=0.8), [row(0, 0.3), row(1, 0.4, train=0.6)])
 
 
+def test_smaller_images_of_an_earlier_stage_are_not_compared():
+    small = row(0, 0.6) | {'side': 16}
+    check_epoch(row(1, 0.2, train=0.6) | {'side': 32}, [small])
+    with pytest.raises(Diverged, match=r'collapsed from 60.0%'):
+        check_epoch(row(1, 0.2, train=0.6) | {'side': 16}, [small])
+
+
 @pytest.mark.parametrize(
     ('now', 'history'),
     [

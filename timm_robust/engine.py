@@ -19,13 +19,16 @@ from .activations import Activation
 from .checkpoint import LAST, latest_checkpoint
 from .logs import RunLog
 from .recipe import Recipe
-from .run import TICKS, Run, Sums, build, change_seed, restore, save
+from .run import TICKS, Run, Sums, build, change_seed, restore, save, training_batch
 from .step import averaged_weights
 from .validation import closing_seconds, reestimate_batch_norm, validate
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit']
 logger = logging.getLogger('timm_robust')
+
+STAGE_BN_BATCHES = 50
+"""Batches that re-estimate batch norm where progressive resizing goes on to another side."""
 
 
 class Stopped(Exception):
@@ -124,7 +127,8 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
     while run.step < end and ((done := progress(run)) < 1 or run.step == sums.first_step):  # one step at least
         if run.scheduler is not None:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
-        x, y = run.batches[run.step]
+        enter_stage(run, recipe.side_at(done))
+        x, y = training_batch(run, run.step)
         out = run.train_step(x, y, run.step, done)
         sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
         run.step += 1
@@ -134,6 +138,16 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         if recipe.save_interval and run.step % recipe.save_interval == 0 and run.step < end:
             save_within(run, epoch)
     return epoch_row(run, sums, first, started)
+
+
+def enter_stage(run: Run, side: int | None) -> None:
+    """Train on images of this side from now on; batch norm's statistics, those of another side, are estimated anew."""
+    if side == run.side:
+        return
+    first, run.side = run.side is None, side
+    logger.info('images of %d x %d pixels from step %d on', side, side, run.step)
+    if not first:
+        reestimate_batch_norm(run, STAGE_BN_BATCHES)
 
 
 def save_within(run: Run, epoch: int) -> None:
@@ -207,8 +221,10 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     if run.held_out is not None and ((row['epoch'] + 1) % recipe.val_interval == 0 or over):
         with averaged_weights(run.model, run.ema):
             if run.ema is not None:
-                reestimate_batch_norm(run)
+                reestimate_batch_norm(run, recipe.ema_bn_batches)
             row.update(validate(run.attack_forward, run.held_out, recipe, run))
+    if run.side is not None:
+        row['side'] = run.side
     row.update(activation_state(run.model))
     check_epoch(row, run.history)
     check_weights(run.model)
@@ -218,7 +234,9 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     run.history.append(row)
     log.epoch(row)
     metric = row.get(metric_name(recipe), -1.0)
-    is_best, run.best = metric > run.best, max(metric, run.best)
+    last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
+    is_best = last_stage and metric > run.best
+    run.best = metric if is_best else run.best
     save(run, row['epoch'], is_best=is_best)
     run.clock.keep(run.world.largest(time.perf_counter() - started))
 
@@ -277,7 +295,8 @@ def stop_if_asked(run: Run, epoch: int) -> None:
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
-    rows = [row for row in run.history if row.get(metric_name(run.recipe)) == run.best]  # the one that was saved
+    metric, side = metric_name(run.recipe), run.recipe.side_at(1.0)
+    rows = [row for row in run.history if row.get(metric) == run.best and row.get('side') == side]  # what was saved
     best = (rows or run.history[-1:] or [{}])[0]
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
     line: dict[str, Any] = {

@@ -9,6 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def resized(x: torch.Tensor, side: int | None) -> torch.Tensor:
+    """Images [B, C, H, W] brought to `side` x `side` pixels, bilinearly and with antialiasing; None: as they are."""
+    if side is None or x.shape[-2:] == (side, side):
+        return x
+    return F.interpolate(x, (side, side), mode='bilinear', antialias=True).clamp_(0, 1)
+
+
 class PixelInput(nn.Module):
     """A model that takes pixels: model((x - mean) / std), so that eps is in pixels.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import typing
@@ -70,6 +71,10 @@ class Recipe:
     pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
     initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
     img_size: int | None = _field('model', None, 'pixels a side that images are resized to; none: as they are', '>= 1')
+    progressive_resizing: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata=_about('model', 'train on smaller images first: SIDE=EPOCHS of each stage, such as 16=4 24=8 32=10'),
+    )
     grad_checkpointing: bool = _field('model', False, 'recompute activations in backward: less memory, more time')
 
     dataset: str = _field(
@@ -132,7 +137,7 @@ class Recipe:
     lr: float = _field('optimizer', 0.1, 'peak learning rate', '> 0')
     momentum: float = _field('optimizer', 0.9, 'momentum', '>= 0 and < 1')
     weight_decay: float = _field('optimizer', 5e-4, 'weight decay', '>= 0')
-    filter_bias_and_bn: bool = _field('optimizer', True, 'no weight decay on norms, biases, and the alpha and beta')
+    filter_bias_and_bn: bool = _field('optimizer', True, 'no weight decay on norms, biases, alpha and beta')
     clip_grad: float | None = _field('optimizer', None, 'bound on the gradient; none: no clipping', '> 0')
     clip_mode: str = _field('optimizer', 'norm', 'what clip_grad bounds', ('norm', 'value', 'agc'))
 
@@ -146,7 +151,7 @@ class Recipe:
 
     model_ema: bool = _field('averaging', False, 'keep an exponential moving average of the weights')
     model_ema_decay: float = _field('averaging', 0.999, 'decay of the average per step', '>= 0 and < 1')
-    model_ema_warmup: bool = _field('averaging', True, 'begin with a smaller decay')
+    model_ema_warmup: bool = _field('averaging', True, 'decay min(decay, (1 + t) / (10 + t)) at step t')
     ema_bn_batches: int = _field(
         'averaging', 20, 'batches that re-estimate batch norm for the average; 0: none', '>= 0'
     )
@@ -209,6 +214,7 @@ class Recipe:
             raise ValueError(
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
             )
+        self._check_stages()
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr {self.min_lr} is larger than lr {self.lr}; allowed: 0 to lr')
         milestones = self.decay_milestones
@@ -220,6 +226,39 @@ class Recipe:
             torch.device(self.device or 'cpu')
         except RuntimeError:
             raise ValueError(f"device {self.device!r} is unknown; allowed: 'cpu', 'cuda', 'cuda:1', ...") from None
+
+    def _check_stages(self) -> None:
+        """Refuse stages of progressive resizing that are no sides and epochs, or not the whole run."""
+        given = self.progressive_resizing
+        if not given:
+            return
+        shape = 'sides that grow, each with its epochs, such as {16: 4, 24: 8, 32: 10} (as flags 16=4 24=8 32=10)'
+        if not all(side.isdecimal() and type(epochs) is int and epochs > 0 for side, epochs in given.items()):
+            raise ValueError(f'progressive_resizing {given} is not of the right form; allowed: {shape}')
+        sides = [int(side) for side in given]
+        if sides != sorted(set(sides)) or sides[0] < 1:
+            raise ValueError(f'progressive_resizing has the sides {sides}; allowed: {shape}')
+        if sum(given.values()) != self.epochs:
+            raise ValueError(
+                f'the stages of progressive_resizing have {sum(given.values())} epochs in all, '
+                f'epochs is {self.epochs}; make them equal'
+            )
+
+    @property
+    def stages(self) -> list[tuple[int, float]]:
+        """Of progressive resizing: the side of each stage, and the share of the run at which it ends."""
+        ends = itertools.accumulate(self.progressive_resizing.values())
+        return [(int(side), end / self.epochs) for side, end in zip(self.progressive_resizing, ends, strict=True)]
+
+    def side_at(self, progress: float) -> int | None:
+        """Side of the training images at this share of the run; None without progressive resizing."""
+        sides = [side for side, end in self.stages if progress < end] or [side for side, _ in self.stages[-1:]]
+        return sides[0] if sides else None
+
+    @property
+    def inner_size(self) -> int | None:
+        """Side that images are resized to inside the network, where eps is in the data's pixels; None: as they are."""
+        return None if self.progressive_resizing else self.img_size
 
     @property
     def threat_model(self) -> ThreatModel:
@@ -312,8 +351,8 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
         return _convert
     if list in kinds and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         return list(value)
-    if dict in kinds and isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return dict(value)
+    if dict in kinds and isinstance(value, dict) and all(type(key) in (str, int) for key in value):
+        return {str(key): item for key, item in value.items()}
     if type(value) in kinds and not isinstance(value, (list, dict)):
         return value
     if float in kinds and type(value) is int:

@@ -21,9 +21,9 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
+from .averaging import ModelEma
 from .checkpoint import BEST, latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
 from .clock import Clock, parse_duration
 from .compact import load_compact, save_compact
@@ -38,7 +38,7 @@ from .data import (
     split_holdout,
 )
 from .distributed import World
-from .pixels import pixel_input
+from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
 from .step import AttackForward, Forward, TrainStep, compiled
@@ -82,6 +82,7 @@ class Run:
         history: one row an epoch, as in summary.csv.
         rollbacks: how often the run went back to an earlier state.
         stop: set by a signal handler; the run saves and ends after the step.
+        side: of the training images at the last step, in progressive resizing; None before it, and without.
         origins: for each start or resumption its step, processes, hardware, versions and commit.
     """
 
@@ -89,7 +90,7 @@ class Run:
     folder: Path
     world: World
     model: nn.Module
-    ema: ModelEmaV3 | None
+    ema: ModelEma | None
     forward: Forward
     attack_forward: AttackForward
     train_step: TrainStep
@@ -104,6 +105,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     rollbacks: int = 0
     stop: bool = False
+    side: int | None = None
     origins: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -126,9 +128,9 @@ def build(recipe: Recipe) -> Run:
         model = convert_sync_batchnorm(model)  # timm's own keeps the activations inside its batch norms
     ema = None
     if recipe.model_ema:
-        ema = ModelEmaV3(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        ema = ModelEma(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
     optimizer = create_optimizer(model, recipe)
-    net = compiled(pixel_input(model, recipe.img_size), recipe, world.device)
+    net = compiled(pixel_input(model, recipe.inner_size), recipe, world.device)
     forward = Forward(net, recipe, world.device)
     attack_forward = AttackForward(model, forward, recipe, example)
     update_forward = None
@@ -286,18 +288,30 @@ def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
     channels = 3 if isinstance(data, StreamData) else data.images.shape[1]
     device = next(model.parameters()).device
     training = model.training
-    example = torch.rand(2, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    try:
-        with torch.no_grad():
-            pixel_input(model.eval())(example)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, '?', '?'))[-1]
+    stages = [stage for stage, _ in recipe.stages]
+    if stages and stages[-1] != side:
         raise ValueError(
-            f'{recipe.model} does not take {channels} x {side} x {side} images ({" ".join(str(error).split())[:200]}); '
-            f'add --img-size {size}, or build it for these with --model-kwargs img_size={side}'
-        ) from None
-    finally:
-        model.train(training)
+            f'the last stage of progressive_resizing has {stages[-1]} pixels a side, the images have {side}; '
+            f'end with {side}'
+        )
+    if stages and recipe.img_size and not isinstance(data, StreamData):
+        raise ValueError('img_size resizes inside the network, progressive_resizing before it; give one')
+    size = (getattr(model, 'pretrained_cfg', None) or {}).get('input_size', (3, '?', '?'))[-1]
+    advice = f'add --img-size {size}, or build it for these with --model-kwargs img_size={side}'
+    if stages:
+        advice = 'progressive_resizing needs a network that takes every side of its stages'
+    for pixels in stages or [side]:
+        example = torch.rand(2, channels, pixels, pixels, generator=torch.Generator().manual_seed(0)).to(device)
+        try:
+            with torch.no_grad():
+                pixel_input(model.eval())(example)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(
+                f'{recipe.model} does not take {channels} x {pixels} x {pixels} images ({reason}); {advice}'
+            ) from None
+        finally:
+            model.train(training)
     return example
 
 
@@ -348,6 +362,12 @@ def output_folder(recipe: Recipe) -> Path:
     return Path(recipe.output) / (recipe.experiment or f'{strftime("%Y%m%d-%H%M%S")}-{recipe.model}')
 
 
+def training_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Batch number `step`, (x [B, C, H, W] in [0, 1], y [B]), with images of the present stage's side."""
+    x, y = run.batches[step]
+    return resized(x, run.side), y
+
+
 def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) -> None:
     """Write last.pth.tar, and at an epoch's end checkpoint-<epoch>.pth.tar and model_best.pth.tar; drop old ones."""
     sums = None
@@ -368,6 +388,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'best': run.best,
         'history': run.history,
         'rollbacks': run.rollbacks,
+        'side': run.side,
         'origins': run.origins,
         'state_dict': run.model.state_dict(),
         'optimizer': run.train_step.optimizer.state_dict(),
@@ -414,6 +435,7 @@ def restore(run: Run, path: Path) -> None:
         run.best = -1.0
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]
+    run.side = state.get('side')
     run.sums = None
     if state['sums'] is not None:
         first, loss, correct = state['sums']  # over all processes, each of which adds the mean loss of its part

@@ -45,7 +45,7 @@ class Forward:
 
     Args:
         net: the network as it is called, compiled and wrapped or not; it normalises pixels itself.
-        recipe: amp, amp_dtype, channels_last, img_size.
+        recipe: amp, amp_dtype, channels_last.
         device: where the network lives.
     """
 
@@ -84,7 +84,7 @@ class AttackForward(Forward):
     Args:
         model: the network.
         forward: how it is called outside of attacks.
-        recipe: fold_bn, attack_bn, img_size, torchcompile, and what Forward needs.
+        recipe: fold_bn, attack_bn, inner_size, torchcompile, and what Forward needs.
         example: images [B, C, H, W] that the network takes.
     """
 
@@ -97,7 +97,7 @@ class AttackForward(Forward):
             folded = FoldedNet(model, example, dtype, self.memory_format)
             if folded.pairs:
                 self.folded = folded
-                net = pixel_input(folded.net, recipe.img_size)
+                net = pixel_input(folded.net, recipe.inner_size)
                 self.net = compiled(net, recipe, example.device)
 
     @contextmanager

@@ -12,9 +12,9 @@ from timm.utils import distribute_bn
 
 from .attacks import pgd
 from .losses import cross_entropy_of
-from .pixels import pixel_input
+from .pixels import pixel_input, resized
 from .recipe import Recipe
-from .run import Run
+from .run import Run, training_batch
 from .step import AttackForward, Forward
 
 
@@ -28,8 +28,10 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
         'step_size': recipe.resolved_eval_step_size,
         'generator': generator,
     }
+    side = run.side if run else None
     with forward.ready('eval'):
         for x, y in data.batches(recipe.val_batch_size):
+            x = resized(x, side)
             x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
@@ -39,24 +41,25 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
     return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
 
 
-def reestimate_batch_norm(run: Run) -> None:
-    """Running statistics of the averaged weights, anew: the plain mean over batches of what training feeds the network.
+def reestimate_batch_norm(run: Run, batches: int) -> None:
+    """Running statistics anew: the plain mean over so many batches of what training feeds the network.
 
-    Averaged statistics belong to no weights that ever were. The adversarial images are made first, with the statistics
+    For averaged weights, whose averaged statistics belong to no weights that ever were, and for images of another side
+    than before. The adversarial images are made first, with the statistics
     as they are.
     """
     model, step, recipe = run.model, run.train_step, run.recipe
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not recipe.ema_bn_batches:
+    if not norms or not batches:
         return
     inputs = []
     done = run.clock.progress(run.step)
-    for number in range(min(recipe.ema_bn_batches, max(run.batches.steps_per_epoch // 4, 1))):
+    for number in range(min(batches, max(run.batches.steps_per_epoch // 4, 1))):
         step.draw_from(run.step + number)
-        x, y = run.batches[run.step + number]
+        x, y = training_batch(run, run.step + number)
         inputs.append((x, step.perturb(x, y, done), y))
     # not run.forward: other momenta would be compiled anew, and stay a burden
-    forward = Forward(pixel_input(model, recipe.img_size), recipe, run.world.device)
+    forward = Forward(pixel_input(model, recipe.inner_size), recipe, run.world.device)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -48,7 +48,8 @@ def check_epoch(row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
     Raises:
         Diverged: with both accuracies.
     """
-    earlier = [past for past in history if 'val_pgd_acc' in past and 'val_pgd_acc' in row]
+    same = [past for past in history if past.get('side') == row.get('side')]  # of progressive resizing
+    earlier = [past for past in same if 'val_pgd_acc' in past and 'val_pgd_acc' in row]
     if not earlier:
         return
     best = max(past['val_pgd_acc'] for past in earlier)

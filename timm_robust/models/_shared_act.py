@@ -112,11 +112,6 @@ class SharedActNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set:
-        """The activation's parameters; a recipe that decays them, as the paper does, sets filter_bias_and_bn false."""
-        return {f'act.{name}' for name, _ in self.act.named_parameters()}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions for layer-wise groups."""
         blocks = r'^stages\.(\d+)' if coarse else [(r'^stages\.(\d+)\.(\d+)', None), (r'^norm|^act', (99999,))]

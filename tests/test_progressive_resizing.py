@@ -1,0 +1,145 @@
+"""Training on smaller images first: what each step sees, what follows a change of side, and what counts as best."""
+
+import pytest
+import torch
+
+from timm_robust import engine
+from timm_robust.checkpoint import load_checkpoint
+from timm_robust.engine import Stopped, build, fit
+from timm_robust.pixels import resized
+from timm_robust.recipe import Recipe
+
+STAGES = {8: 1, 16: 1, 32: 2}  # 3 steps an epoch
+
+
+def staged(folder, **changes):
+    settings = {
+        'model': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'dataset': 'digits', 'val_size': 50, 'crop_padding': 1,
+        'hflip': 0.0, 'eps': 0.1, 'steps': 1, 'eval_steps': 2, 'epochs': 4, 'batch_size': 400, 'lr': 0.05,
+        'warmup_epochs': 1.0, 'eps_warmup': 0.5, 'model_ema': True, 'experiment': 'run', 'output': str(folder),
+        'progressive_resizing': STAGES,
+    }  # fmt: skip
+    return Recipe(**{**settings, **changes})
+
+
+def seen_by(run):
+    """The sides of the images that the training steps get, one a step."""
+    sides, step = [], run.train_step
+
+    def watched(x, y, number, progress):
+        assert run.side == x.shape[-1] == x.shape[-2]
+        sides.append(x.shape[-1])
+        return step(x, y, number, progress)
+
+    watched.__dict__.update(step.__dict__, perturb=step.perturb, draw_from=step.draw_from)
+    run.train_step = watched
+    return sides
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('stages')
+    return folder, fit(build(staged(folder)))
+
+
+def test_antialiasing():
+    x = torch.zeros(1, 1, 16, 16)
+    x[..., ::2, ::2] = x[..., 1::2, 1::2] = 1.0
+    small = resized(x, 8)  # the finest checkerboard is grey at half the side, without any pattern
+    torch.testing.assert_close(small[..., 1:-1, 1:-1], torch.full((1, 1, 6, 6), 0.5))
+    assert resized(x, None) is x and resized(x, 16) is x
+    noise = resized(torch.rand(8, 3, 32, 32).round(), 24)
+    assert noise.min() >= 0 and noise.max() <= 1
+
+
+def test_each_step_gets_images_of_its_stage(tmp_path):
+    run = build(staged(tmp_path))
+    sides = seen_by(run)
+    fit(run)
+    per_epoch = run.batches.steps_per_epoch
+    assert sides == [8] * per_epoch + [16] * per_epoch + [32] * 2 * per_epoch
+    assert [row['side'] for row in run.history] == [8, 16, 32, 32]
+
+
+def test_a_shorter_run_goes_through_the_same_stages(tmp_path):
+    run = build(staged(tmp_path, max_steps=8))
+    sides = seen_by(run)
+    fit(run)
+    assert sides == [8, 8, 16, 16, 32, 32, 32, 32]
+
+
+@pytest.mark.parametrize('stop', [2, 3, 4, 6])  # within a stage, and where the side changes
+def test_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, stop):
+    run = build(staged(tmp_path))
+    assert run.batches.steps_per_epoch == 3
+    step = run.train_step
+
+    def stopping(x, y, number, progress):
+        run.stop = number + 1 == stop
+        return step(x, y, number, progress)
+
+    stopping.__dict__.update(step.__dict__, perturb=step.perturb, draw_from=step.draw_from)
+    run.train_step = stopping
+    with pytest.raises(Stopped):
+        fit(run)
+    fit(build(staged(tmp_path, resume='auto')))
+    ours, theirs = (load_checkpoint(folder / 'run' / 'last.pth.tar') for folder in (tmp_path, undisturbed[0]))
+    for part in ('state_dict', 'state_dict_ema'):
+        assert [key for key, value in ours[part].items() if not torch.equal(value, theirs[part][key])] == []
+
+
+def test_batch_norm_follows_the_side(tmp_path):
+    run = build(staged(tmp_path, loss='clean'))
+    engine.enter_stage(run, 8)
+    before = run.model.bn1.running_mean.clone()
+    assert torch.equal(before, torch.zeros_like(before))  # the first stage begins as the network is
+    engine.enter_stage(run, 16)
+    n = max(run.batches.steps_per_epoch // 4, 1)
+    maps = [run.model.conv1(resized(run.batches[i][0], 16)).mean((0, 2, 3)) for i in range(n)]
+    torch.testing.assert_close(run.model.bn1.running_mean, torch.stack(maps).mean(0))
+    assert run.model.bn1.momentum == 0.1
+
+
+def test_best_is_of_the_last_stage(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.8, 0.3, 0.2])
+    monkeypatch.setattr(engine, 'validate', lambda *_: {'val_clean_acc': 1.0, 'val_pgd_acc': next(scores)})
+    run = build(staged(tmp_path))
+    line = fit(run)
+    assert line['val_pgd_acc'] == run.best == 0.3 and line['epoch'] == 2
+
+
+def test_the_result_is_of_the_last_stage(undisturbed):
+    assert undisturbed[1]['epoch'] in (2, 3)
+
+
+@pytest.mark.parametrize(
+    ('stages', 'epochs', 'words'),
+    [
+        ({16: 4, 32: 10}, 15, r'14 epochs in all, epochs is 15; make them equal'),
+        ({32: 4, 16: 10}, 14, r'has the sides \[32, 16\]; allowed: sides that grow.*16=4 24=8'),
+        ({'a': 4}, 4, r"\{'a': 4\} is not of the right form"),
+        ({16: 0, 32: 4}, 4, r'not of the right form'),
+        ({16: 1.5, 32: 2}, 4, r'not of the right form'),
+        ({0: 1, 32: 3}, 4, r'sides \[0, 32\]'),
+    ],
+)
+def test_bad_stages(stages, epochs, words):
+    with pytest.raises(ValueError, match=words):
+        Recipe(progressive_resizing=stages, epochs=epochs)
+
+
+def test_stages_that_do_not_fit_the_images_or_the_network(tmp_path):
+    with pytest.raises(ValueError, match=r'last stage .* has 16 pixels a side, the images have 32; end with 32'):
+        build(staged(tmp_path, progressive_resizing={8: 2, 16: 2}))
+    with pytest.raises(ValueError, match=r'img_size resizes inside the network, .* give one'):
+        build(staged(tmp_path, img_size=32))
+    vit = {'img_size': 32, 'patch_size': 4, 'embed_dim': 12, 'depth': 1, 'num_heads': 1}
+    with pytest.raises(ValueError, match=r'does not take 3 x 8 x 8 images .* takes every side of its stages'):
+        build(staged(tmp_path, model='vit_tiny_patch16_224', model_kwargs=vit))
+
+
+def test_a_network_of_timm_that_takes_several_sizes(tmp_path):
+    kwargs = {'img_size': 32, 'patch_size': 4, 'embed_dim': 12, 'depth': 1, 'num_heads': 1, 'dynamic_img_size': True}
+    run = build(staged(tmp_path, model='vit_tiny_patch16_224', model_kwargs=kwargs))
+    fit(run)
+    assert [row['side'] for row in run.history] == [8, 16, 32, 32]
