@@ -1,8 +1,9 @@
 import pytest
 import torch
 import torch.nn as nn
+from pyautoattack.autopgd_base import APGDAttack
 
-from timm_robust.attacks import apgd, attacked, fgsm, input_gradient, n_fgsm, pgd
+from timm_robust.attacks import _checkpoints, apgd, attacked, fgsm, input_gradient, n_fgsm, pgd
 from timm_robust.losses import cross_entropy
 from timm_robust.threat_model import ThreatModel
 
@@ -153,3 +154,58 @@ def test_apgd_reaches_the_maximum_of_a_linear_surrogate(x):
 
     gain = loss_fn(apgd(loss_fn, inner, LINF, steps=10)) - loss_fn(inner)
     torch.testing.assert_close(gain, (LINF.eps * weight.abs().sum()).expand(12), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def float64():
+    """The authors' attack keeps losses and counts in the default dtype: in float64 rounding cannot part the two."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+@pytest.mark.parametrize('steps', [1, 10, 25])
+def test_apgd_visits_the_points_of_the_authors_code(float64, threat_model, steps):
+    torch.manual_seed(1)
+    x, y = torch.rand(12, 3, 8, 8), torch.arange(12) % 10
+    weight, direction = torch.randn(10, 192), torch.randn(192)
+
+    def net(x):  # waves: the loss rises and falls along a step, so that every rule of the attack is met
+        flat = x.flatten(1)
+        return flat @ weight.T + 5 * torch.sin(flat @ direction)[:, None] * torch.linspace(-1, 1, 10)
+
+    visited = []
+
+    def model(x):
+        visited.append(x.detach().clone())
+        return net(x)
+
+    ours = apgd(lambda x: cross_entropy_64(model(x), y), x, threat_model, steps=steps, random_start=False)
+    our_points = visited.copy()
+    visited.clear()
+    theirs = APGDAttack(model, n_iter=steps, norm=threat_model.norm, eps=threat_model.eps, loss='ce', device='cpu')
+    theirs.init_hyperparam(x)
+    best = theirs.attack_single_run(x, y, x_init=x)[0]
+    assert len(our_points) == len(visited) == steps + 1
+    for step, (a, b) in enumerate(zip(our_points, visited, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7, msg=lambda text, step=step: f'step {step}: {text}')
+    torch.testing.assert_close(ours, best, rtol=0, atol=1e-7)
+
+
+def cross_entropy_64(output, y):
+    """`cross_entropy` is computed in fp32."""
+    return nn.functional.cross_entropy(output, y, reduction='none')
+
+
+@pytest.mark.parametrize(
+    ('steps', 'expected'),
+    [
+        (1, {1}),
+        (10, {2, 3, 4, 5, 6, 7, 8, 9, 10}),
+        (20, {4, 7, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20}),
+        (100, {22, 41, 57, 70, 80, 87, 93, 99}),
+    ],
+)
+def test_apgd_looks_back_where_the_authors_code_does(steps, expected):
+    assert _checkpoints(steps) == expected

@@ -47,6 +47,14 @@ def test_l2_projection_scales_the_perturbation():
     torch.testing.assert_close(projected, x + delta / 2)
 
 
+def test_linf_projects_to_the_nearest_allowed_point_l2_where_no_pixel_is_clipped():
+    x, far = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2), torch.tensor([-0.4, 0.8]).view(1, 1, 1, 2)
+    linf = ThreatModel('Linf', 0.25).project(far, x)
+    torch.testing.assert_close(linf.flatten(), torch.tensor([0.0, 0.75]))  # nearest in each coordinate
+    l2 = ThreatModel('L2', 0.25).project(far, x)  # half of (-0.4, 0.3), then clipped; the nearest is (0, 0.75)
+    torch.testing.assert_close(l2.flatten(), torch.tensor([0.0, 0.65]))
+
+
 def test_step_lengths():
     x, grad = torch.full((2, 3, 4, 4), 0.5), torch.randn(2, 3, 4, 4)
     grad[1] = 0

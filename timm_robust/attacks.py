@@ -15,7 +15,6 @@ evaluator's attacks differ by the surrogate they hand in and by nothing else:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -119,8 +118,9 @@ def apgd(
 ) -> torch.Tensor:
     """Auto-PGD: momentum 0.75, and a step size from 2 eps down that is halved for the images that stop improving.
 
-    Croce and Hein 2020, https://arxiv.org/abs/2003.01690, algorithm 1. It has no step size to choose, and returns the
-    best point it saw.
+    Croce and Hein 2020, https://arxiv.org/abs/2003.01690, algorithm 1, as the authors' code runs it: point for point
+    their APGD-CE where `loss_fn` is the cross-entropy. It has no step size to choose, and returns the best point that
+    it saw.
 
     Args:
         loss_fn: what to climb, one value an image.
@@ -136,6 +136,7 @@ def apgd(
     grad, loss = _gradient_and_loss(loss_fn, x_adv)
     best, best_loss, best_grad = x_adv, loss, grad
     previous, last_best, last_halved = x_adv, loss, torch.ones_like(loss, dtype=torch.bool)
+    loss = torch.zeros_like(loss)  # the authors' code compares the first step with 0, not with the start
     rises, checkpoints, start = torch.zeros_like(loss), _checkpoints(steps), 0
     for k in range(steps):
         z = threat_model.project(threat_model.step(x_adv, grad, size), x)
@@ -149,18 +150,24 @@ def apgd(
         if k + 1 in checkpoints:
             halve = (rises <= 0.75 * (k + 1 - start)) | (~last_halved & (last_best >= best_loss))
             size = _where(halve, size / 2, size)
+            # `loss` stays that of the point left behind: so the authors' code counts the next rise
             x_adv, grad = _where(halve, best, x_adv), _where(halve, best_grad, grad)
-            loss = torch.where(halve, best_loss, loss)
             last_best, last_halved, rises, start = best_loss, halve, torch.zeros_like(rises), k + 1
     return best
 
 
 def _checkpoints(steps: int) -> set[int]:
-    """When Auto-PGD looks back: after 22 % of the steps, then at distances that shrink by 3 % down to 6 %."""
-    points, before, now = set(), 0.0, 0.22
-    while now < 1:
-        points.add(math.ceil(now * steps))
-        before, now = now, now + max(now - before - 0.03, 0.06)
+    """When Auto-PGD looks back: after 22 % of the steps, then at distances that shrink by 3 % down to 6 %.
+
+    Each share is rounded down to whole steps, but to 1 at least, as in the authors' code. The paper rounds the sum up
+    instead: after 3, 5, 6, 8, 9 and 10 of 10 steps, not after 2, 3, 4, ..., 10.
+    """
+    distance, shrink, least = (max(steps * percent // 100, 1) for percent in (22, 3, 6))
+    points, now = set(), distance
+    while now <= steps:
+        points.add(now)
+        distance = max(distance - shrink, least)
+        now += distance
     return points
 
 
@@ -185,8 +192,7 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
     Args:
         model: any network.
         bn: 'eval' attacks the network as it is deployed. 'train' normalises with the batch's own statistics, and
-            leaves the
-            running ones alone.
+            leaves the running ones alone.
 
     Raises:
         ValueError: for another mode.
