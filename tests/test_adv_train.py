@@ -12,6 +12,8 @@ from PIL import Image
 
 from timm_robust.data import load_dataset
 from timm_robust.recipe import Recipe
+from timm_robust.run import make_scheduler
+from timm_robust.step import make_attack
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared/data/cifar10'
@@ -87,6 +89,45 @@ def test_recipes_parse_and_are_documents(path):
     for word in ('Paper:', 'Command:', 'Hardware:', 'Hours:', 'Expected:'):
         assert word in head, word
     assert f'-c train/recipes/{path.name}' in head
+
+
+@pytest.mark.parametrize('norm', ['linf', 'l2'])
+def test_the_trades_recipes_of_dai_attack_as_the_authors_trainer_does(norm):
+    recipe = Recipe.from_yaml(ROOT / f'train/recipes/wrn28_10_pssilu.trades_ddpm6m_cifar10_{norm}.yaml')
+    x, seen = torch.full((4, 3, 32, 32), 0.5), []
+
+    def surrogate(image):
+        seen.append(image.detach())
+        return image.flatten(1).sum(1)  # a step goes the same way in every pixel
+
+    make_attack(recipe, 1.0)(surrogate, x)
+    assert len(seen) == 10
+    assert (seen[0] - x).std().item() == pytest.approx(0.001, rel=0.05)  # x + 0.001 N(0, 1)
+    step = (seen[1] - seen[0]).flatten(1)
+    if norm == 'l2':
+        assert step.norm(dim=1).tolist() == pytest.approx([2 * 0.5 / 10] * 4, rel=1e-3)  # 2 eps / steps
+    else:
+        assert step.abs().amax(1).tolist() == pytest.approx([0.0078] * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize('size', ['1m', '20m'])
+def test_the_edm_recipes_follow_the_course_of_the_authors_code(size):
+    """OneCycleLR(pct_start=0.025), TRADES-10 on batch statistics, momentum 0.01 of batch norm."""
+    recipe = Recipe.from_yaml(ROOT / f'train/recipes/wrn28_10_pssilu.trades_edm{size}_cifar10_linf.yaml')
+    assert recipe.warmup_epochs == 0.025 * recipe.epochs
+    total = 40 * recipe.epochs
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.9) for _ in range(2))
+    scheduler = make_scheduler(ours, recipe, total)
+    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.2, total, pct_start=0.025)
+    for step in range(total):
+        if step in (0, 100, total // 40, total // 2, total - 1):
+            scheduler.step_update(step)
+            for key in ('lr', 'momentum'):
+                assert ours.param_groups[0][key] == pytest.approx(theirs.param_groups[0][key], rel=1e-6), (step, key)
+        theirs.step()
+        if step < total - 1:
+            reference.step()
+    assert (recipe.bn_momentum, recipe.attack_bn) == (0.01, 'train')
 
 
 def test_there_are_recipes():

@@ -54,6 +54,19 @@ def test_one_full_step_is_exact_for_a_linear_surrogate(x, threat_model):
     torch.testing.assert_close(loss_fn(several), loss_fn(x_adv), rtol=1e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
+def test_a_gaussian_start_is_as_wide_as_asked_and_allowed(x, threat_model):
+    def loss_fn(x):
+        return x.flatten(1).sum(1)
+
+    inner = 0.25 + 0.5 * x
+    start = pgd(loss_fn, inner, threat_model, steps=0, step_size=0.1, start_noise=0.001)
+    assert (start - inner).std().item() == pytest.approx(0.001, rel=0.1)
+    wide = pgd(loss_fn, x.round(), threat_model, steps=0, step_size=0.1, start_noise=1.0)
+    assert threat_model.contains(wide, x.round()).all()
+    assert torch.equal(pgd(loss_fn, x, threat_model, steps=0, step_size=0.1, random_start=False, start_noise=1.0), x)
+
+
 def test_more_steps_climb_higher(net, x):
     y = torch.zeros(12, dtype=torch.long)
     with attacked(net):

@@ -22,7 +22,7 @@ from timm_robust.pixels import pixel_input
 from timm_robust.plan import plan
 from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
-from timm_robust.run import Sums, make_scheduler, read_data, restore, save
+from timm_robust.run import Sums, make_scheduler, read_data, restore, save, set_bn_momentum
 from timm_robust.validation import reestimate_batch_norm, validate
 from timm_robust.watchdog import Diverged
 
@@ -139,6 +139,15 @@ def test_resume_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path, resum
     assert len(again.history) == 3
 
 
+def test_resume_with_a_cosine_cycle_and_gaussian_starts(tmp_path):
+    settings = {'sched': 'onecycle_cosine', 'bn_momentum': 0.01, 'start_noise': 0.001, 'attack_bn': 'train'}
+    fit(build(tiny(tmp_path / 'a', **settings)))
+    with pytest.raises(Killed):
+        fit(killed_at(5, build(tiny(tmp_path / 'b', **settings))))
+    fit(build(tiny(tmp_path / 'b', resume='auto', **settings)))
+    assert_same(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+
+
 def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path, caplog):
     with caplog.at_level(logging.INFO, 'timm_robust'):
         assert build(tiny(tmp_path, resume='auto')).step == 0
@@ -209,6 +218,47 @@ def test_schedules(settings, expected):
             scheduler.step_update(step)
         if step in expected:
             assert optimizer.param_groups[0]['lr'] == pytest.approx(expected[step], abs=2e-3), step
+
+
+@pytest.mark.parametrize('warmup_epochs', [0.1, 0.25, 3.0])
+def test_a_cosine_cycle_is_that_of_torch(warmup_epochs):
+    """The rate and momentum of OneCycleLR with its defaults, at every step."""
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2, momentum=0.9) for _ in range(2))
+    recipe = Recipe(lr=0.2, min_lr=8e-7, epochs=10, sched='onecycle_cosine', warmup_epochs=warmup_epochs)
+    scheduler = make_scheduler(ours, recipe, total_steps=400)
+    reference = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.2, 400, pct_start=warmup_epochs / 10)
+    for step in range(400):
+        scheduler.step_update(step)
+        for key in ('lr', 'momentum'):
+            assert ours.param_groups[0][key] == pytest.approx(theirs.param_groups[0][key], rel=1e-9), (step, key)
+        theirs.step()
+        if step < 399:
+            reference.step()
+
+
+def test_a_cosine_cycle_without_warmup_or_momentum(tmp_path):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make_scheduler(optimizer, Recipe(lr=1.0, epochs=10, sched='onecycle_cosine'), total_steps=101)
+    rates = []
+    for step in (0, 50, 100, 101):  # a clock may round to one tick after the end
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates == pytest.approx([1.0, 0.5, 0.0, 0.0])
+
+
+def test_batch_norm_takes_the_momentum_of_the_recipe(tmp_path):
+    run = build(tiny(tmp_path, bn_momentum=0.01))
+    for model in (run.model, run.ema.module):
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        assert norms and all(norm.momentum == 0.01 for norm in norms)
+    default, moved = build(tiny(tmp_path)), []
+    for each in (run, default):
+        each.train_step(*each.batches[0], 0)
+        moved.append(each.model.bn1.running_var - 1)
+    torch.testing.assert_close(10 * moved[0], moved[1])  # torch's own is 0.1
+    assert moved[0].abs().max() > 0 and run.model.bn1.momentum == 0.01  # the attack put it back
+    with pytest.raises(ValueError, match='has no batch norm; leave it out'):
+        set_bn_momentum(torch.nn.Linear(2, 2), 0.01)
 
 
 def test_training_teaches(tmp_path):

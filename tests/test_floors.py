@@ -33,6 +33,7 @@ FLOORS = {
     'attacks': 1,
     'gradients': 1.5,
     'data': 1,
+    'schedule': 0,
     'recipe': 1,
     'recipe_flags': 1.5,
     'checkpoint': 1,

@@ -46,6 +46,7 @@ def pgd(
     steps: int,
     step_size: float,
     random_start: bool = True,
+    start_noise: float | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Projected gradient ascent: x <- project(step(x, grad)), from a random point of the ball or from x itself.
@@ -58,13 +59,20 @@ def pgd(
         step_size: length of a step in the threat model's norm, in pixels.
         random_start: start at a random point of the ball. A loss that is least at x, such as TRADES' KL divergence,
             needs it.
+        start_noise: the random start is x plus Gaussian noise of this standard deviation, projected, instead of a
+            point of the ball; TRADES' code takes 0.001.
         generator: source of the random start.
 
     Returns:
         Adversarial images, detached, inside the threat model.
     """
     x = x.detach()
-    x_adv = threat_model.random_start(x, generator) if random_start else x
+    x_adv = x
+    if random_start and start_noise is not None:
+        noise = torch.empty_like(x).normal_(generator=generator)
+        x_adv = threat_model.project(x + start_noise * noise, x)
+    elif random_start:
+        x_adv = threat_model.random_start(x, generator)
     for _ in range(steps):
         grad = input_gradient(loss_fn, x_adv)
         x_adv = threat_model.project(threat_model.step(x_adv, grad, step_size), x)

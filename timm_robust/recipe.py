@@ -21,6 +21,7 @@ import yaml
 
 from .clock import parse_duration
 from .results import atomic_file
+from .schedule import MOMENTUM_SWING
 from .threat_model import NORMS, ThreatModel, parse_eps
 
 _RANGES: dict[str, Callable[[float], bool]] = {
@@ -75,6 +76,9 @@ class Recipe:
         default_factory=dict,
         metadata=_about('model', 'train on smaller images first: SIDE=EPOCHS of each stage, such as 16=4 24=8 32=10'),
     )
+    bn_momentum: float | None = _field(
+        'model', None, "weight of a batch in batch norm's running statistics; none: the model's own", '> 0 and <= 1'
+    )
     grad_checkpointing: bool = _field('model', False, 'recompute activations in backward: less memory, more time')
 
     dataset: str = _field(
@@ -112,6 +116,12 @@ class Recipe:
     late_start: float = _field('attack', 0.5, 'share of the run after which late_steps holds', '>= 0 and <= 1')
     eps_warmup: float = _field('attack', 0.0, 'share of the run in which eps grows from 0', '>= 0 and <= 1')
     random_start: bool = _field('attack', True, 'start the attack at a random point of the ball')
+    start_noise: float | None = _field(
+        'attack',
+        None,
+        "start at Gaussian noise of this standard deviation instead, TRADES' own start: 0.001; none: in the ball",
+        '> 0',
+    )
     attack_bn: str = _field('attack', 'eval', 'mode of batch norm during the attack', ('eval', 'train'))
 
     attack_grad: str = _field(
@@ -141,7 +151,12 @@ class Recipe:
     clip_grad: float | None = _field('optimizer', None, 'bound on the gradient; none: no clipping', '> 0')
     clip_mode: str = _field('optimizer', 'norm', 'what clip_grad bounds', ('norm', 'value', 'agc'))
 
-    sched: str = _field('schedule', 'onecycle', 'course of the rate', ('onecycle', 'cosine', 'multistep', 'constant'))
+    sched: str = _field(
+        'schedule',
+        'onecycle',
+        "course of the rate; onecycle is linear; onecycle_cosine is torch's, with momentum that swings by 0.05",
+        ('onecycle', 'onecycle_cosine', 'cosine', 'multistep', 'constant'),
+    )
     warmup_epochs: float = _field('schedule', 0.0, 'epochs of linear warm-up', '>= 0')
     min_lr: float = _field('schedule', 0.0, 'learning rate at the end', '>= 0')
     decay_milestones: list[int] = dataclasses.field(
@@ -215,6 +230,16 @@ class Recipe:
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
             )
         self._check_stages()
+        if self.start_noise is not None and not (self.attack in ('pgd', 'fgsm') and self.random_start):
+            raise ValueError(
+                f'start_noise {self.start_noise} is a random start of the attacks pgd and fgsm; leave it out with '
+                f'attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
+            )
+        if self.sched == 'onecycle_cosine' and not MOMENTUM_SWING <= self.momentum < 1 - MOMENTUM_SWING:
+            raise ValueError(
+                f'momentum {self.momentum} cannot swing by {MOMENTUM_SWING} as sched onecycle_cosine has it; allowed: '
+                f'{MOMENTUM_SWING} to less than {1 - MOMENTUM_SWING}'
+            )
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr {self.min_lr} is larger than lr {self.lr}; allowed: 0 to lr')
         milestones = self.decay_milestones

@@ -41,6 +41,7 @@ from .distributed import World
 from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
+from .schedule import CosineOneCycle
 from .step import AttackForward, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
@@ -273,9 +274,24 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
             raise ValueError(
                 f'the weights in {recipe.initial_checkpoint} do not fit {recipe.model}: {reason}'
             ) from None
+    if recipe.bn_momentum is not None:
+        set_bn_momentum(model, recipe.bn_momentum)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     return model
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Give every batch norm of the model this momentum, the weight of the newest batch.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError(f'bn_momentum {momentum}: the model has no batch norm; leave it out (--bn-momentum none)')
+    for norm in norms:
+        norm.momentum = momentum
 
 
 def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
@@ -334,10 +350,13 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:
     """A timm scheduler over the whole run, set by step; 'onecycle' rises over the warm-up, then falls, both linearly.
 
+    'onecycle_cosine' is torch's one cycle instead, with momentum that goes against the rate.
     A run that max_steps or a budget makes shorter than its epochs goes through the same course faster.
     """
     steps_per_epoch = total_steps / recipe.epochs
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total_steps - 1)
+    if recipe.sched == 'onecycle_cosine':
+        return CosineOneCycle(optimizer, total_steps, warmup, recipe.min_lr)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched={'onecycle': 'poly'}.get(recipe.sched, recipe.sched),

@@ -237,7 +237,14 @@ def make_attack(recipe: Recipe, progress: float = 0.0) -> Attack:
     if recipe.attack == 'n_fgsm':
         return partial(n_fgsm, threat_model=threat_model, step_size=step_size)
     count = 1 if recipe.attack == 'fgsm' else steps
-    return partial(pgd, threat_model=threat_model, steps=count, step_size=step_size, random_start=start)
+    return partial(
+        pgd,
+        threat_model=threat_model,
+        steps=count,
+        step_size=step_size,
+        random_start=start,
+        start_noise=recipe.start_noise,
+    )
 
 
 @contextmanager
