@@ -1,7 +1,9 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
+import yaml
 
 from timm_robust.cards import model_card, paired_difference, results_page
 from timm_robust.releases import RELEASES, STAGED, releases_of, sha256
@@ -80,6 +82,22 @@ def test_what_is_released_is_staged_described_and_has_its_recipe(name):
     assert (folder / 'README.md').read_text() == model_card(folder)  # generated, never edited
     assert sha256(folder / 'model.safetensors') == RELEASES[name].sha256
     assert (STAGED.parent / 'train/recipes' / f'{name}.yaml').is_file()
+
+
+def test_a_card_tells_of_extra_data_and_the_papers(tmp_path):
+    folder = tmp_path / 'wrn28_10_psilu.trades_edm1m_cifar10_linf'
+    shutil.copytree(STAGED / 'resnet18_pssilu.fgsm_cifar10_linf', folder)
+    content = json.loads((folder / 'results.json').read_text()) | {'model': folder.name}
+    (folder / 'results.json').write_text(json.dumps(content))
+    hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    hyper |= {'loss': 'trades', 'extra_data': '1m.npz', 'extra_fraction': 0.7}
+    (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(hyper))
+    card = model_card(folder)
+    assert '- 70% of each batch is extra data: 1 million images of a diffusion model (EDM).' in card
+    papers = card.partition('## Papers')[2]
+    for number in ('2110.05626', '1901.08573', '2302.04638', '2206.00364', '2003.01690'):
+        assert f'https://arxiv.org/abs/{number}' in papers and f'arxiv:{number}' in card, number
+    assert '- P2333/DM-Improves-AT' in card.split('---')[1]
 
 
 def test_what_is_staged_is_released():

@@ -34,6 +34,7 @@ FLOORS = {
     'gradients': 1.5,
     'data': 1,
     'schedule': 0,
+    'papers': 0,
     'recipe': 1,
     'recipe_flags': 1.5,
     'checkpoint': 1,

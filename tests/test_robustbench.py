@@ -245,8 +245,8 @@ def test_a_missing_package_says_what_to_type(monkeypatch):
         door.robustbench()
 
 
-def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255'):
-    folder = root / 'resnet18_pssilu.at_cifar10_linf'
+def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255', tag='at_cifar10_linf', extra='null'):
+    folder = root / f'resnet18_pssilu.{tag}'
     (folder / 'flags').mkdir(parents=True)
     np.savez(folder / f'flags/{attack}_{n}.npz', robust=np.ones(n, bool))
     result = {'attack': attack, 'n': n, 'dataset': 'cifar10', 'norm': 'Linf', 'eps_text': eps, 'clean_acc': 0.8}
@@ -256,6 +256,7 @@ def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255'):
     content = {'model': folder.name, 'weights': {'sha256': 'b' * 64}, 'training': {'notes': ['Trained on copies.']}}
     content['measurements'] = [{'key': f'{attack}_{n}', 'note': None, 'result': result}]
     (folder / 'results.json').write_text(json.dumps(content))
+    (folder / 'train_hparams.yaml').write_text(f'extra_data: {extra}\n')
     return folder
 
 
@@ -281,6 +282,39 @@ def test_another_radius_is_neither_compared_nor_submitted(tmp_path, eps):
     with pytest.raises(ValueError, match=message):
         report.submission(record(tmp_path / 'full', n=10_000, eps=eps), tmp_path / 'out', tmp_path, PAPER)
     assert not (tmp_path / 'out').exists()
+
+
+def test_compare_tells_of_extra_data(tmp_path):
+    def our_row(table):
+        return next(line for line in table.splitlines() if '**resnet18_pssilu' in line)
+
+    assert our_row(report.compare(record(tmp_path))).endswith('| no |')
+    table = report.compare(record(tmp_path, tag='trades_edm1m_cifar10_linf', extra='1m.npz'))
+    assert our_row(table).endswith('| 1 million images of a diffusion model (EDM) |')
+    assert 'counts generated images as no extra data' in table
+    table = report.compare(record(tmp_path, tag='at_more_cifar10_linf', extra='tiny.npz'))
+    assert our_row(table).endswith('| images of `tiny.npz` |')
+
+
+def test_a_submission_tells_of_extra_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'a' * 64)
+
+    def submitted(name, tag, **info):
+        folder = record(tmp_path / name, n=10_000, tag=tag, extra='x.npz')
+        out = report.submission(folder, tmp_path / f'{name} out', tmp_path, PAPER | info)
+        issues.append((out / 'issue.md').read_text())
+        return json.loads((out / f'model_info/cifar10/Linf/{folder.name}.json').read_text())
+
+    issues = []
+    info = submitted('generated', 'at_ddpm6m_cifar10_linf')
+    assert info['footnote'] == 'It uses additional ~6M synthetic images in training.'
+    assert info['additional_data'] is False  # as RobustBench counts it
+    assert '- Additional data: false (It uses additional ~6M synthetic images in training.)' in issues[-1]
+    assert submitted('own words', 'at_ddpm6m_cifar10_linf', footnote='Mine.')['footnote'] == 'Mine.'
+    real = submitted('real', 'at_ti500k_cifar10_linf', additional_data=True)
+    assert real['additional_data'] is True and 'footnote' not in real
+    with pytest.raises(ValueError, match=r'trained on images of `x\.npz` too; write additional_data: true .* footnote'):
+        submitted('unknown', 'at_ti500k_cifar10_linf')
 
 
 def test_published_numbers_are_robustbenchs():

@@ -11,22 +11,12 @@ import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
 from .checkpoint import read_hyper_parameters
+from .papers import Paper, extra_data_of, papers_of
 from .threat_model import LEADERBOARD_EPS
 
 RESULTS, FLAGS = 'results.json', 'flags'
 _ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')  # the strongest first
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
-_PAPERS = {
-    'pssilu': ('Dai, Mahloujifar, Mittal 2021', '2110.05626'),
-    'silu': ('Xie et al. 2020', '2006.14536'),
-    'pgd_at': ('Madry et al. 2018', '1706.06083'),
-    'trades': ('Zhang et al. 2019', '1901.08573'),
-    'mart': ('Wang et al. 2020', 'openreview rklOg6EFwS'),
-    'n_fgsm': ('de Jorge et al. 2022', '2202.01181'),
-    'fgsm': ('Wong, Rice, Kolter 2020', '2001.03994'),
-    'awp': ('Wu, Xia, Wang 2020', '2004.05884'),
-    'autoattack': ('Croce, Hein 2020', '2003.01690'),
-}
 _RESAMPLES = 10_000
 
 
@@ -70,10 +60,7 @@ def model_card(folder: Path) -> str:
     """
     record, hyper = read_results(folder), read_hyper_parameters(folder)
     name, weights = record['model'], record['weights']
-    arch, _, tag = name.partition('.')
-    data_set = tag.split('_')[-2]
-    methods = [arch.rpartition('_')[2], hyper['loss'], hyper['attack'], *['awp'] * bool(hyper['awp_gamma'])]
-    papers = [_PAPERS[key] for key in [*methods, 'autoattack'] if key in _PAPERS]
+    data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
     lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
     lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in, logits out", '```']
@@ -159,7 +146,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = _RESAMPLES)
     return float(difference.mean()), float(low), float(high)
 
 
-def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, papers: list[tuple[str, str]]) -> str:
+def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, papers: list[Paper]) -> str:
     """The YAML at the head of the card."""
     hub_id, pretty = _HUB_DATA.get(data_set, (data_set, data_set))
     results = []
@@ -181,13 +168,14 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
                 args |= {'attack': result['attack'], 'norm': result['norm'], 'eps': result['eps_text']}
             label = f'{title} accuracy, first {result["n"]} images'
             results.append(EvalResult(**where, metric_name=label, metric_value=round(100 * share, 2), metric_args=args))
+    extra = extra_data_of(record['model'], hyper)
     tags = ['timm', 'image-classification', 'adversarial-robustness', 'adversarial-training', 'robustbench']
     data = ModelCardData(
         license='apache-2.0',
         library_name='timm',
         pipeline_tag='image-classification',
         tags=tags + [f'arxiv:{where}' for _, where in papers if where[0].isdigit()],
-        datasets=[hub_id],
+        datasets=[hub_id, *([extra.hub] if extra and extra.hub else [])],
         metrics=['accuracy'],
         model_name=record['model'],
         eval_results=results or None,
@@ -257,9 +245,11 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     origin = training['origins'][-1] if training['origins'] else {}
     loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if hyper['loss'] in ('trades', 'mart') else '')
     steps = f', {hyper["steps"]} steps' if hyper['attack'] in ('pgd', 'apgd') else ''
+    extra = extra_data_of(record['model'], hyper)
     lines = [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
+        *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '

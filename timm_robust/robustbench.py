@@ -339,7 +339,10 @@ def _parser() -> argparse.ArgumentParser:
     five.add_argument('target', help='folder to write')
     five.add_argument('--data-dir', required=True, help='holds the official cifar-10-batches-py')
     five.add_argument(
-        '--paper', required=True, metavar='FILE.yaml', help='link, name, authors, venue, footnote of the paper'
+        '--paper',
+        required=True,
+        metavar='FILE.yaml',
+        help='link, name, authors, venue, footnote, additional_data',
     )
     five.set_defaults(run=_run_submission)
     six = commands.add_parser('table', help='renew the published numbers that compare uses')

@@ -13,7 +13,9 @@ from typing import Any
 import torchvision
 
 from .cards import FLAGS, attack_title, percent, read_results, robust_acc
+from .checkpoint import read_hyper_parameters
 from .data import load_dataset
+from .papers import ExtraData, extra_data_of
 from .releases import sha256
 from .results import atomic_file, atomic_folder
 from .threat_model import LEADERBOARD_EPS, parse_eps
@@ -96,19 +98,20 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
     entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
+    extra = extra_data_of(record['model'], read_hyper_parameters(folder))
     size = record['model'].partition('_')[0]  # 'resnet18', 'wrn28'
     lines = ['| place | model | network | clean | AutoAttack | n | extra data |', '|---|---|---|---|---|---|---|']
     for place, entry in enumerate(entries):
         if place == rank:
-            lines.append(_our_row(record, ours, rank))
+            lines.append(_our_row(record, ours, rank, extra))
         if abs(place - rank) <= near or _same_size(size, entry['architecture']):
-            extra = 'yes' if entry['additional_data'] else 'no'
+            more = 'yes' if entry['additional_data'] else 'no'
             lines.append(
                 f'| {place + 1} | {entry["name"]} | {entry["architecture"]} | {entry["clean_acc"]:.2f} | '
-                f'{entry["robust_acc"]:.2f} | 10000 | {extra} |'
+                f'{entry["robust_acc"]:.2f} | 10000 | {more} |'
             )
     if rank == len(entries):
-        lines.append(_our_row(record, ours, rank))
+        lines.append(_our_row(record, ours, rank, extra))
     if picture is not None:
         _plot(picture, record['model'], ours, entries)
     notes = [*record['training']['notes'], *(item['note'] for item in record['measurements'] if item['note'])]
@@ -117,6 +120,8 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
         f'Published: {len(entries)} entries, 10,000 official test images each. Ours: the first {ours["n"]} images,',
     ]
     lines += [f'{attack_title(ours)}, ± one standard error. ' + ' '.join(dict.fromkeys(notes))]
+    if extra:
+        lines += ['RobustBench counts generated images as no extra data and names them in a footnote.']
     return '\n'.join(lines)
 
 
@@ -126,11 +131,12 @@ def _same_size(size: str, architecture: str) -> bool:
     return text.endswith(size) if size == 'resnet18' else size.replace('wrn', 'wideresnet') in text
 
 
-def _our_row(record: dict[str, Any], ours: dict[str, Any], rank: int) -> str:
+def _our_row(record: dict[str, Any], ours: dict[str, Any], rank: int, extra: ExtraData | None) -> str:
     clean, robust = percent(ours['clean_acc'], ours['n']), percent(robust_acc(ours), ours['n'])
     kind = '' if ours['attack'] == 'autoattack' else ' (APGD-CE + APGD-T)'
-    name = record['model']
-    return f'| **{rank + 1}** | **{name}** | {name.partition(".")[0]} | {clean} | {robust}{kind} | {ours["n"]} | no |'
+    name, more = record['model'], extra.text if extra else 'no'
+    start = f'| **{rank + 1}** | **{name}** | {name.partition(".")[0]} | {clean} | {robust}{kind}'
+    return f'{start} | {ours["n"]} | {more} |'
 
 
 def _plot(path: str | Path, name: str, ours: dict[str, Any], entries: list[dict[str, Any]]) -> None:
@@ -164,7 +170,8 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         folder: model_cards/<arch>.<tag>.
         target: the folder to write.
         data_dir: holds the official CIFAR-10 (cifar-10-batches-py, checked by torchvision's MD5 sums).
-        info: 'link', 'name', 'authors' and 'venue' of the paper, and optionally 'footnote' and 'additional_data'.
+        info: 'link', 'name', 'authors' and 'venue' of the paper, and optionally 'footnote' and 'additional_data'
+            (RobustBench's true is for real images; generated ones stand in a footnote, which known ones are given).
 
     Raises:
         ValueError: for a result that is not AutoAttack on all 10,000 official test images, or an info that lacks a key.
@@ -174,6 +181,15 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         raise ValueError(f'{target} exists; name a new folder')
     if missing := [key for key in ('link', 'name', 'authors', 'venue') if not info.get(key)]:
         raise ValueError(f'the paper lacks {", ".join(missing)}; RobustBench asks for each')
+    extra = extra_data_of(record['model'], read_hyper_parameters(folder))
+    footnote = info.get('footnote')
+    if extra and not footnote and not info.get('additional_data'):
+        if not extra.count:
+            raise ValueError(
+                f'{record["model"]} was trained on {extra.text} too; write additional_data: true with the paper if '
+                'they are real, a footnote that says how many if they are generated'
+            )
+        footnote = f'It uses additional {extra.count} synthetic images in training.'
     item = next((m for m in record['measurements'] if m['key'] == 'autoattack_10000'), None)
     if item is None:
         there = ', '.join(m['key'] for m in record['measurements']) or 'nothing'
@@ -200,7 +216,7 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         'autoattack_acc': f'{100 * result["autoattack_acc"]:.2f}',
         'unreliable': False,
     }
-    model_info |= {'footnote': info['footnote']} if info.get('footnote') else {}
+    model_info |= {'footnote': footnote} if footnote else {}
     with atomic_folder(target) as new:
         where = new / 'model_info' / result['dataset'] / result['norm']
         where.mkdir(parents=True)
@@ -250,6 +266,8 @@ def official_sha256(data_dir: str | Path) -> str:
 def _issue(record: dict[str, Any], result: dict[str, Any], info: dict[str, Any]) -> str:
     """The text of RobustBench's '[New Model]' issue."""
     first = str(info['authors']).split(',')[0].split()[-1]
+    extra = 'true' if info['additional_data'] else 'false'
+    extra += f' ({info["footnote"]})' if info.get('footnote') else ''
     return '\n'.join(
         [
             f'# [New Model] {first}: {record["model"]}',
@@ -266,7 +284,7 @@ def _issue(record: dict[str, Any], result: dict[str, Any], info: dict[str, Any])
             f'- eps: {result["eps_text"]}',
             f'- Clean accuracy: {info["clean_acc"]}%',
             f'- Robust accuracy: {info["autoattack_acc"]}%',
-            f'- Additional data: {"true" if info["additional_data"] else "false"}',
+            f'- Additional data: {extra}',
             f'- Evaluation method: AutoAttack (standard), pyautoattack {result["versions"].get("pyautoattack")}, seed '
             f'{result["seed"]}, batch size {result["batch_size"]}; the model confirmed every adversarial image in fp32',
             f'- Checkpoint and code: model.safetensors, SHA-256 {record["weights"]["sha256"]}; timm model '
