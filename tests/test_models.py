@@ -15,7 +15,9 @@ import timm_robust
 from timm_robust.activations import ACTIVATIONS
 from timm_robust.models.cifar_resnet import checkpoint_filter_fn as resnet_filter
 from timm_robust.models.wide_resnet import checkpoint_filter_fn as wrn_filter
+from timm_robust.recipe import Recipe
 from timm_robust.releases import RELEASES
+from timm_robust.run import create_optimizer
 
 SMALL = {'resnet18': {'width': 8}, 'wrn28_10': {'depth': 10, 'widen_factor': 1}}
 NETS = [f'{family}_{act}' for family in SMALL for act in ('relu', 'silu', 'pssilu')]
@@ -165,6 +167,18 @@ def test_optimizer_groups_and_agc(x):
     dispatch_clip_grad(model.parameters(), 0.01, mode='agc')
     optimizer.step()
     assert model.act.beta.item() != pytest.approx(1e-8, rel=1e-3)
+
+
+@pytest.mark.parametrize('filtered', [True, False])
+@pytest.mark.parametrize('layer_decay', [None, 0.9])
+def test_the_recipe_decides_whether_alpha_and_beta_are_decayed(filtered, layer_decay):
+    model = small('resnet18_pssilu')
+    recipe = Recipe(weight_decay=5e-4, filter_bias_and_bn=filtered, layer_decay=layer_decay)
+    groups = create_optimizer(model, recipe).param_groups
+    decay = {id(p): group['weight_decay'] for group in groups for p in group['params']}
+    ours = {decay[id(model.act.alpha)], decay[id(model.act.beta)], decay[id(model.bn1.weight)]}
+    assert ours == ({0.0} if filtered else {5e-4}) and decay[id(model.conv1.weight)] == 5e-4
+    assert len(decay) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_pssilu', 'resnet18_smoothrelu'])
