@@ -31,3 +31,19 @@ def test_weights_move_up_the_loss_by_gamma_and_come_back_bit_for_bit(net):
         assert torch.equal(net.state_dict()[name], before[name])
     assert all(torch.equal(inside[key], value) for key, value in before.items() if key.startswith('1.'))
     assert torch.equal(inside['4.bias'], before['4.bias'])
+
+
+def test_a_factor_of_the_loss_changes_nothing_and_weights_without_a_finite_gradient_stay(net):
+    x, y, moves = torch.rand(8, 3, 8, 8), torch.arange(8), []
+    before = [p.detach().clone() for p in net.parameters()]
+    for factor in (1.0, 1024.0):
+        with perturbed_weights(net, lambda f=factor: f * nn.functional.cross_entropy(net(x), y), 0.01):
+            moves.append([p - old for p, old in zip(net.parameters(), before, strict=True)])
+    torch.testing.assert_close(*moves, rtol=1e-4, atol=1e-8)
+
+    def overflows():
+        return nn.functional.cross_entropy(net(x), y) + torch.inf * net[4].weight[0, 0]
+
+    with perturbed_weights(net, overflows, 0.01):
+        assert torch.equal(net[4].weight, before[4])
+        torch.testing.assert_close(net[0].weight - before[0], moves[0][0], rtol=1e-4, atol=1e-8)

@@ -24,7 +24,8 @@ def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gam
     Args:
         model: the network; only weights with two axes or more are moved, as in the paper's code (no norms, biases,
             alpha, beta).
-        loss_fn: the training loss, scalar; it is called once, and leaves the running statistics of batch norm alone.
+        loss_fn: the training loss, scalar, by any factor; it is called once, and leaves the running statistics of batch
+            norm alone. A weight whose gradient is not finite stays where it is.
         gamma: length of the move, relative to each weight's own length.
     """
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -38,7 +39,7 @@ def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gam
     lengths, slopes = torch._foreach_norm(kept), torch._foreach_norm(grads)
     with torch.no_grad():
         for w, g, length, slope in zip(weights, grads, lengths, slopes, strict=True):
-            w.add_(g * (gamma * length / (slope + 1e-12)))
+            w.add_(torch.where(slope.isfinite(), g * (gamma * length / (slope + 1e-12)), 0.0))
     try:
         yield
     finally:

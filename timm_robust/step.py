@@ -171,7 +171,10 @@ class TrainStep:
         perturbation: Any = nullcontext()
         if recipe.awp_gamma and progress >= recipe.awp_start:
             perturbation = perturbed_weights(
-                self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
+                self.model,
+                # scaled, for in fp16 small gradients vanish; a scale does not change the perturbation
+                lambda: self.scaler.scale(self.objective(self.forward, x, x_adv, target)[0]),
+                recipe.awp_gamma,
             )
         with relu_gradient(self.model, recipe.update_grad), perturbation:
             loss, out = self.objective(self.update_forward, x, x_adv, target)
