@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation, reblu, smooth_relu
 from timm_robust.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
@@ -205,11 +206,32 @@ def test_a_missing_compiler_is_said(monkeypatch):
         raise RuntimeError('no compiler')
 
     monkeypatch.setattr(module, '_kernels', None)
-    module.cpu_kernels.cache_clear()
+    module.compiled_kernels.cache_clear()
     monkeypatch.setattr(torch, 'compile', lambda f, dynamic: refuse)
     with pytest.raises(RuntimeError, match=r'no compiler.*apt-get install g'):
         module.compile_cpu_kernels()
     assert module._kernels is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='is about a machine without a GPU')
+def test_a_missing_gpu_is_said():
+    with pytest.raises(RuntimeError, match="cannot compile for 'cuda'"):
+        module.compiled_kernels('cuda')
+
+
+def test_kernels_in_use_serve_a_gpu_too():
+    calls = []
+    kernels = (module._forward_kernel, module._backward_kernel, module._sloped_kernel)
+    counted = tuple(lambda *a, k=k: calls.append((k.__name__, a[0].shape)) or k(*a) for k in kernels)
+    with FakeTensorMode(), module.using(counted):
+        x = torch.empty(4, 256, 8, 8, device='cuda').to(memory_format=torch.channels_last).requires_grad_()
+        alpha, beta = torch.empty(2, device='cuda').split(1)
+        for batch in (4, 2):  # too small, it is not worth a kernel
+            y = pssilu(x[:batch], alpha, beta)
+            assert y.device.type == 'cuda' and y.shape == (batch, 256, 8, 8) and y.stride() == x.stride()
+        with torch.no_grad():
+            psilu(x, alpha)
+    assert calls == [('_sloped_kernel', (1 << 16,)), ('_forward_kernel', (1 << 16,))]
 
 
 def test_only_the_input_is_kept_for_backward():

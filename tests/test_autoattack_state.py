@@ -241,3 +241,17 @@ def test_a_long_search_runs_on_compiled_kernels_to_the_same_verdicts(monkeypatch
     ]
     assert len(calls) > 100 and kernels._kernels is None  # in the search alone
     assert 0 < results[0].robust.sum() < 8 and results[0].robust.equal(results[1].robust)
+
+
+def test_a_search_without_a_compiler_is_eager(monkeypatch):
+    """Here PyTorch cannot reach the device; elsewhere its compiler may be missing."""
+    monkeypatch.setattr(search, 'compiled_kernels', lambda device: refuse(device))
+    asked = []
+
+    def refuse(device):
+        asked.append(device)
+        raise RuntimeError(f'cannot compile for {device!r}')
+
+    model = timm.create_model('resnet18_pssilu', width=2)
+    assert [search._kernels(model, torch.device(device)) for device in ('cpu', 'cuda:0', 'meta')] == [None] * 3
+    assert search._kernels(conv_net(), torch.device('cuda')) is None and asked == ['cpu', 'cuda']

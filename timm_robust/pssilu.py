@@ -89,7 +89,7 @@ def compile_cpu_kernels() -> None:
         RuntimeError: if there is no working C++ compiler, with what to type.
     """
     global _kernels
-    _kernels = _kernels or cpu_kernels()
+    _kernels = _kernels or compiled_kernels()
 
 
 @contextmanager
@@ -104,25 +104,23 @@ def using(kernels: Kernels | None) -> Iterator[None]:
 
 
 @cache
-def cpu_kernels() -> Kernels:
-    """PSSiLU and PSiLU compiled for a CPU.
+def compiled_kernels(device: str = 'cpu') -> Kernels:
+    """PSSiLU and PSiLU compiled for 'cpu' or 'cuda', each once for tensors of any size.
 
     Raises:
-        RuntimeError: if there is no working C++ compiler, with what to type.
+        RuntimeError: if there is no working compiler, with what to type.
     """
     forward, backward, sloped = (
         torch.compile(kernel, dynamic=True) for kernel in (_forward_kernel, _backward_kernel, _sloped_kernel)
     )
-    x, one = torch.ones(_COMPILED_FROM), torch.ones(1)
     try:
+        x, one = torch.ones(_COMPILED_FROM, device=device), torch.ones(1, device=device)
         with torch.no_grad():
             forward(x, one, None)
     except Exception as error:
         reason = str(error).strip().partition('\n')[0][:200]
-        raise RuntimeError(
-            f'cannot compile for the CPU ({reason}); install a C++ compiler (apt-get install g++), or train without '
-            '--torchcompile'
-        ) from error
+        mend = 'install a C++ compiler (apt-get install g++), or train without --torchcompile'
+        raise RuntimeError(f'cannot compile for {device!r} ({reason}); {mend}') from error
     return forward, backward, sloped
 
 
@@ -323,7 +321,8 @@ def _lerp_weight(beta: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | N
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """The tensors, cut into flat pieces of _PIECE elements where they are large, dense, alike in layout, on the CPU."""
-    flat = _flat(*tensors) if tensors[0].numel() > 2 * _PIECE else None
+    large = tensors[0].numel() > 2 * _PIECE and tensors[0].device.type == 'cpu'
+    flat = _flat(*tensors) if large else None
     if flat is None:
         yield tensors
     else:
@@ -331,9 +330,9 @@ def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _flat(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """The tensors as vectors in the order of memory, if they are dense, alike in layout, and on the CPU."""
+    """The tensors as vectors in the order of memory, if they are dense, alike in layout, and on a CPU or a GPU."""
     first = tensors[0]
-    if first.device.type != 'cpu' or any(t.stride() != first.stride() for t in tensors):
+    if first.device.type not in ('cpu', 'cuda') or any(t.stride() != first.stride() for t in tensors):
         return None
     if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)

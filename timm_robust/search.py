@@ -12,7 +12,7 @@ from .autoattack_runner import device_of, dtype_of
 from .folding import FoldedNet
 from .packing import pack_convolutions
 from .precision import ieee_convolutions
-from .pssilu import Kernels, cpu_kernels, using
+from .pssilu import Kernels, compiled_kernels, using
 
 _TOLERANCE = 1e-4  # of the logits' largest value
 _LEAST_FORWARDS = 300  # that AutoAttack takes for an image
@@ -24,7 +24,7 @@ class ChannelsLast(nn.Module):
 
     Args:
         net: the network.
-        kernels: of `pssilu.cpu_kernels`, by which its PSSiLU runs; None for eager mode.
+        kernels: of `pssilu.compiled_kernels`, by which its PSSiLU runs; None for eager mode.
     """
 
     def __init__(self, net: nn.Module, kernels: Kernels | None = None) -> None:
@@ -58,7 +58,8 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     Args:
         model: images in [0, 1] -> logits, in fp32; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
-        images: how many are to be attacked; where that takes minutes on a CPU, PSSiLU is compiled (seconds).
+        images: how many are to be attacked; where that takes minutes, PSSiLU is compiled (seconds): it alone, because
+            AutoAttack's batches shrink, and its kernels are made once for all sizes.
     """
     if dtype_of(model) != torch.float32:
         return None
@@ -81,10 +82,11 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
 
 
 def _kernels(model: nn.Module, device: torch.device) -> Kernels | None:
-    """Compiled PSSiLU for a network on a CPU that has one; None without a compiler."""
-    if device.type != 'cpu' or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
+    """Compiled PSSiLU for a network that has one; None without a compiler."""
+    known = device.type in ('cpu', 'cuda')
+    if not known or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
         return None
     try:
-        return cpu_kernels()
+        return compiled_kernels(device.type)
     except RuntimeError:  # no compiler: eager mode does the same
         return None
