@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from timm_robust.clock import Clock, parse_duration
@@ -22,12 +24,62 @@ def test_steps_are_the_clock_without_a_budget():
     assert clock.left(100, steps_per_second=10) == 10
 
 
-def test_a_budget_keeps_its_reserve():
-    clock = Clock(200, budget=100, spent=45)
-    assert clock.progress(0) == pytest.approx(0.45, abs=0.01)
-    clock.keep(10)
-    assert clock.progress(0) == pytest.approx(0.5, abs=0.01)
-    clock.keep(5)  # the largest counts
-    assert clock.reserve == 10 and clock.left(0, 1) == pytest.approx(45, abs=1)
-    clock.restart(95)
+@pytest.fixture
+def wall(monkeypatch):
+    """A clock on the wall that the test sets: wall[0]."""
+    seconds = [1000.0]
+    monkeypatch.setattr(time, 'perf_counter', lambda: seconds[0])
+    return seconds
+
+
+def test_a_budget_is_spread_over_training_alone(wall):
+    clock = Clock(200, budget=100)
+    wall[0] += 20  # start-up
+    assert clock.progress(0) == 0
+    clock.validations, clock.last_step = [10.0], 1.0
+    clock.go()
+    assert clock.progress(0) == 0 and clock.closing == 12 and clock.left(0, 1) == 68
+    wall[0] += 34
+    clock.go()  # it goes already
+    assert clock.progress(0) == pytest.approx(0.5)
+    clock.stop()
+    wall[0] += 24  # validation: the rest of the schedule has 10 s now
+    assert clock.progress(0) == pytest.approx(0.5)
+    clock.go()
+    wall[0] += 5
+    assert clock.progress(0) == pytest.approx(0.75) and not clock.done(0)
+    wall[0] += 5
+    assert clock.progress(0) == 1 and clock.done(0) and clock.elapsed() == 88
+
+
+def test_a_budget_leaves_time_for_the_breaks_to_come(wall):
+    clock = Clock(200, budget=100)
+    clock.go()
+    for saving, validation in ((1, 2), (1, 30), (1, 2)):  # one that took long is no measure of the others
+        for seconds in (saving, validation):
+            wall[0] += 4
+            clock.stop()
+            wall[0] += seconds
+            if seconds == saving:
+                clock.go()
+        clock.note_validation(validation, interval=8)
+        clock.go()
+    assert clock.breaks == [3, 31, 3] and clock.elapsed() == 61
+    assert clock.training_seconds() == pytest.approx((100 - 61 - 33) * 8 / (8 + 3))
+    assert clock.training_seconds(elapsed=20) == pytest.approx((100 - 20 - 33) * 8 / (8 + 3))
+    assert clock.training_seconds(elapsed=70) == 0
+
+
+def test_a_resumed_budget_goes_on_at_its_share(wall):
+    clock = Clock(200, budget=100)
+    clock.restart(40, 0.25)
+    wall[0] += 30  # start-up of this session
+    assert clock.progress(0) == 0.25 and clock.elapsed() == 70
+    clock.go()
+    assert clock.progress(0) == 0.25
+    wall[0] += 15
+    assert clock.progress(0) == pytest.approx(0.625)
+    clock.restart(95)  # a checkpoint of an earlier version holds no share
+    assert clock.progress(0) == 0.95
+    wall[0] += 5  # nothing is left
     assert clock.done(0)

@@ -13,7 +13,6 @@ RECIPE = Recipe(
     model_kwargs={'width': 4},
     dataset='digits',
     val_size=50,
-    val_batch_size=50,
     eps=0.1,
     steps=1,
     eval_steps=1,

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 # layer norm alone: batch norm on CPU processes sees their own halves of the batch
 ARGS = [
     '--dataset', 'digits', '--model', 'convnext_atto', '--model-kwargs', 'dims=(8,8,16,16)', 'depths=(1,1,1,1)',
-    '--eps', '0.1', '--steps', '2', '--eval-steps', '2', '--val-size', '51', '--val-batch-size', '17', '--hflip', '0',
+    '--eps', '0.1', '--steps', '2', '--eval-steps', '2', '--val-size', '51', '--hflip', '0',
     '--no-random-start', '--experiment', 'run', '--lr', '0.05', '--device', 'cpu',
 ]  # fmt: skip
 

@@ -31,7 +31,6 @@ TINY = Recipe(
     model_kwargs={'width': 4},
     dataset='digits',
     val_size=50,
-    val_batch_size=50,
     crop_padding=1,
     hflip=0.0,
     eps=0.1,
@@ -486,7 +485,6 @@ def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monk
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
     found = [0.8, 0.01]
     end_while_saving(run, 5, monkeypatch)
-    monkeypatch.setattr(engine, 'closing_seconds', lambda run: 0.0)
     monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.pop(0)})
     line = fit(run)
     assert line['epoch'] == 3 and line['rollbacks'] == 0 and not found
@@ -499,7 +497,6 @@ def test_what_diverged_is_not_gone_back_to(tmp_path, monkeypatch):
     monkeypatch.setattr(
         engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.get(run.step, 0.01)}
     )
-    monkeypatch.setattr(engine, 'closing_seconds', lambda run: 0.0)
 
     def progress(step):
         over[0] = over[0] or step >= 5  # inside the second epoch, after a save inside it

@@ -53,6 +53,7 @@ FLOORS = {
     'shape': 3.5,
     'run': 4,
     'validation': 4.25,
+    'warmup': 4.27,
     'plan': 4.3,
     'engine': 4.5,
     'robustness': 3.75,

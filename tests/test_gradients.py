@@ -56,7 +56,6 @@ TINY = Recipe(
     model_kwargs={'width': 4},
     dataset='digits',
     val_size=20,
-    val_batch_size=20,
     eps=0.1,
     attack='fgsm',
     random_start=False,

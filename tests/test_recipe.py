@@ -13,7 +13,7 @@ DEFAULTS = {
     'initial_checkpoint': None, 'dataset': 'cifar10', 'data_dir': 'data', 'dataset_download': False, 'val_size': 1000,
     'crop_padding': 4, 'hflip': 0.5, 'loss': 'pgd_at', 'beta': 6.0, 'smoothing': 0.0, 'norm': 'Linf', 'eps': '8/255',
     'attack': 'pgd', 'steps': 10, 'step_size': None, 'random_start': True, 'attack_bn': 'eval', 'eval_steps': 10,
-    'eval_step_size': None, 'val_interval': 1, 'val_batch_size': 250, 'epochs': 100, 'max_steps': None,
+    'eval_step_size': None, 'val_interval': 1, 'epochs': 100, 'max_steps': None,
     'batch_size': 128, 'opt': 'sgd', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0005, 'filter_bias_and_bn': True,
     'clip_grad': None, 'clip_mode': 'norm', 'sched': 'onecycle', 'warmup_epochs': 0.0, 'min_lr': 0.0,
     'decay_milestones': [], 'decay_rate': 0.1, 'model_ema': False, 'model_ema_decay': 0.999, 'model_ema_warmup': True,
@@ -59,7 +59,6 @@ OTHERS = [
     ('eval_steps', 20, ['--eval-steps', '20']),
     ('eval_step_size', '1/255', ['--eval-step-size', '1/255']),
     ('val_interval', 5, ['--val-interval', '5']),
-    ('val_batch_size', 64, ['--val-batch-size', '64']),
     ('epochs', 4, ['--epochs', '4']),
     ('progressive_resizing', {'16': 25, '32': 75}, ['--progressive-resizing', '16=25', '32=75']),
     ('max_steps', 3, ['--max-steps', '3']),
@@ -335,6 +334,13 @@ def test_resolved_step_sizes(values, training, validation):
 def test_threat_model():
     assert Recipe().threat_model == ThreatModel('Linf', 8 / 255)
     assert str(Recipe(norm='L2', eps='128/255').threat_model) == 'L2 128/255'
+
+
+def test_settings_that_are_gone_are_read_over(tmp_path):
+    path = write(tmp_path, 'lr: 0.2\nval_batch_size: 250\n')
+    assert Recipe.from_yaml(path) == Recipe(lr=0.2)
+    state = {'recipe': dataclasses.asdict(Recipe(lr=0.3)) | {'val_batch_size': 64}}
+    assert Recipe.from_checkpoint(state) == Recipe(lr=0.3)
 
 
 def test_a_recipe_file_holds_only_what_differs(tmp_path):

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize('name', ['resnet50_silu', pytest.param('efficientnet_b0_silu', marks=pytest.mark.slow)])
 def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp_path):
     settings = ['-c', RECIPE, '--model', name, '--data-dir', folder, '--img-size', 64, '--batch-size', 4]
-    settings += ['--val-size', 10, '--val-batch-size', 10, '--workers', 1, '--no-torchcompile', '--device', 'cpu']
+    settings += ['--val-size', 10, '--workers', 1, '--no-torchcompile', '--device', 'cpu']
     settings += ['--output', tmp_path, '--checkpoint-hist', 1]
     train = ROOT / 'train/adv_train.py'
     call(train, *settings, '--experiment', 'one', '--max-steps', 2)

@@ -92,7 +92,7 @@ def test_curve_facts_say_what_the_curve_does():
 
 
 STUDY = """
-recipe: {model: resnet18, model_kwargs: {width: 2}, dataset: digits, val_size: 20, val_batch_size: 20, eps: 0.1,
+recipe: {model: resnet18, model_kwargs: {width: 2}, dataset: digits, val_size: 20, eps: 0.1,
   steps: 1, eval_steps: 1, epochs: 2, max_steps: 3, batch_size: 700, checkpoint_hist: 1}
 measure: {n: 6, attack: pgd, square_queries: 5}
 seeds: [0]

@@ -31,7 +31,6 @@ SMALL = Recipe(
     model='resnet18_pssilu',
     dataset='digits',
     val_size=20,
-    val_batch_size=20,
     eps=0.1,
     attack='fgsm',
     eval_steps=1,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from statistics import median
 
 
 def parse_duration(text: str) -> float:
@@ -25,36 +27,101 @@ def parse_duration(text: str) -> float:
 class Clock:
     """The share of a run that is done, in [0, 1]; schedules of rate, eps and attack steps follow it.
 
-    Without a budget it is step / total_steps. With one it is time spent / (budget - reserve), over all sessions of the
-    run: the schedule reaches its end on time whatever the machine's speed.
+    Without a budget it is step / total_steps. With one it grows with the seconds of training, and stands still through
+    everything else: start-up, reading, compilation, validation, saving. Whenever training goes on, what is left of the
+    schedule is spread evenly over what is left of the budget for training. So the share is 0 at the first step, never
+    jumps, and reaches 1 in time, whatever the machine's speed and however often the run was resumed.
 
     Args:
         total_steps: steps of the whole run, where there is no budget.
         budget: seconds of the whole run, everything included; None for none.
         spent: seconds that earlier sessions took.
+
+    Attributes:
+        validations: seconds that each validation took, with saving, or was estimated to take.
+        breaks: seconds that were no training, from each validation to the next.
+        interval: seconds of training between two validations; 0: not known.
+        last_step: seconds that the last step may take.
     """
 
     def __init__(self, total_steps: int, budget: float | None = None, spent: float = 0.0) -> None:
-        self.total_steps, self.budget, self.spent, self.reserve = total_steps, budget, spent, 0.0
+        self.total_steps, self.budget, self.spent = total_steps, budget, spent
+        self.validations: list[float] = []
+        self.breaks: list[float] = []
+        self.interval = self.last_step = 0.0
         self.started = time.perf_counter()
+        self._share = 0.0  # when training went on last
+        self._since: float | None = None  # then; None: the clock is stopped
+        self._seconds = 0.0  # that were left for training then
+        self._stopped: float | None = None  # when it was stopped last, start-up aside
+        self._break = 0.0  # seconds that were no training, since the last validation
 
     def elapsed(self) -> float:
         """Seconds spent, in this session and those before."""
         return self.spent + time.perf_counter() - self.started
 
-    def restart(self, spent: float) -> None:
-        """Count this session from now on, behind so many seconds."""
-        self.spent, self.started = spent, time.perf_counter()
+    def restart(self, spent: float, share: float | None = None) -> None:
+        """Stop, and count this session from now on, behind so many seconds and that share of the schedule.
 
-    def keep(self, seconds: float) -> None:
-        """Keep so much of the budget for what comes after the last step: validation and saving."""
-        self.reserve = max(self.reserve, seconds)
+        A share of None is that of the seconds in the budget, as checkpoints without a share had it.
+        """
+        self.spent, self.started, self._since, self._stopped = spent, time.perf_counter(), None, None
+        if share is None:
+            share = min(spent / self.budget, 1.0) if self.budget else 0.0
+        self._share = share
+
+    def go(self) -> None:
+        """Training goes on, unless it does so already."""
+        if self._since is None:
+            self._note_break()
+            self._since, self._seconds, self._stopped = time.perf_counter(), self.training_seconds(), None
+
+    def stop(self) -> None:
+        """What follows is no training."""
+        self._share, self._since, self._stopped = self._passed(), None, time.perf_counter()
+
+    def note_validation(self, seconds: float, interval: float) -> None:
+        """A validation has ended.
+
+        Args:
+            seconds: that it took, with saving.
+            interval: seconds of training from one to the next, as fast as training is now.
+        """
+        self._note_break()
+        self.validations.append(seconds)
+        self.breaks.append(self._break)
+        self.interval, self._break = interval, 0.0
+
+    def _note_break(self) -> None:
+        """Count the time since the clock was stopped."""
+        if self._stopped is not None:
+            now = time.perf_counter()
+            self._break, self._stopped = self._break + now - self._stopped, now
+
+    def training_seconds(self, elapsed: float | None = None) -> float:
+        """Seconds left for training after those elapsed: without the breaks to come, and what ends the run."""
+        if self.budget is None:
+            return math.inf
+        left = self.budget - (self.elapsed() if elapsed is None else elapsed) - self.closing
+        if self.breaks and self.interval:
+            left *= self.interval / (self.interval + median(self.breaks))
+        return max(left, 0.0)
+
+    @property
+    def closing(self) -> float:
+        """Seconds from where the share reaches 1 to the end of the run: a tenth more than the longest validation."""
+        return self.last_step + 1.1 * max(self.validations, default=0.0)
+
+    def _passed(self) -> float:
+        """The share by the clock."""
+        if self._since is None:
+            return self._share if self.training_seconds() > 0 else 1.0
+        trained = time.perf_counter() - self._since
+        return self._share + (1 - self._share) * trained / self._seconds if trained < self._seconds else 1.0
 
     def progress(self, step: int) -> float:
         """The share that is done before this step."""
-        if self.budget is None:
-            return step / self.total_steps
-        return min(self.elapsed() / max(self.budget - self.reserve, 1e-9), 1.0)
+        return step / self.total_steps if self.budget is None else self._passed()
 
     def done(self, step: int) -> bool:
         """Whether the run is over."""
@@ -63,5 +130,5 @@ class Clock:
     def left(self, step: int, steps_per_second: float) -> float:
         """Estimated seconds to the end of the last step."""
         if self.budget is not None:
-            return max(self.budget - self.reserve - self.elapsed(), 0.0)
+            return max(self.budget - self.closing - self.elapsed(), 0.0)
         return (self.total_steps - step) / steps_per_second

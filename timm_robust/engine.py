@@ -18,10 +18,12 @@ from timm.utils import distribute_bn
 from .activations import Activation
 from .checkpoint import LAST, latest_checkpoint
 from .logs import RunLog
+from .precision import fastest_convolutions
 from .recipe import Recipe
 from .run import TICKS, Run, Sums, build, change_seed, restore, save, training_batch
 from .step import averaged_weights
-from .validation import closing_seconds, reestimate_batch_norm, validate
+from .validation import reestimate_batch_norm, validate
+from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit']
@@ -52,11 +54,9 @@ def fit(run: Run) -> dict[str, Any]:
     describe(run)
     settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
     wandb: dict[str, Any] = {'wandb': recipe.log_wandb, 'wandb_project': recipe.wandb_project}
-    with RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings) as log:
-        if run.clock.budget is not None:
-            run.clock.keep(closing_seconds(run))
-        if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):  # what a first rollback goes back to
-            save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
+    log = RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings)
+    with log, fastest_convolutions(run.world.device):
+        prepare(run)
         while (going := progress(run) < 1 or run.sums is not None) or unvalidated(run):
             try:
                 if going:
@@ -102,6 +102,19 @@ def describe(run: Run) -> None:
     )
 
 
+def prepare(run: Run) -> None:
+    """Compile, save what a first rollback goes back to, and tell the clock what a budget must leave time for."""
+    recipe, started = run.recipe, time.perf_counter()
+    timing = warm_up(run) if pays(recipe) else None
+    if timing is not None:
+        message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
+        logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
+    if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):
+        save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
+    if timing is not None and run.clock.budget is not None:
+        reserve(run, timing, saving_seconds(run))
+
+
 def progress(run: Run) -> float:
     """The share of the run that is done, the same in every process."""
     done = run.clock.progress(run.step)
@@ -129,6 +142,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         enter_stage(run, recipe.side_at(done))
         x, y = training_batch(run, run.step)
+        run.clock.go()
         out = run.train_step(x, y, run.step, done)
         sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
         run.step += 1
@@ -147,6 +161,7 @@ def enter_stage(run: Run, side: int | None) -> None:
     first, run.side = run.side is None, side
     logger.info('images of %d x %d pixels from step %d on', side, side, run.step)
     if not first:
+        run.clock.stop()
         reestimate_batch_norm(run, STAGE_BN_BATCHES)
 
 
@@ -157,6 +172,7 @@ def save_within(run: Run, epoch: int) -> None:
         Diverged: if a weight is not finite, in any process: their statistics differ within an epoch.
     """
     fault: Diverged | None = None
+    run.clock.stop()
     try:
         check_weights(run.model)
     except Diverged as error:
@@ -214,6 +230,7 @@ def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
 def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     """Validate, watch, log and save."""
     recipe, started = run.recipe, time.perf_counter()
+    run.clock.stop()
     over = progress(run) >= 1
     run.sums = None
     if run.world.size > 1:
@@ -238,7 +255,12 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     is_best = last_stage and metric > run.best
     run.best = metric if is_best else run.best
     save(run, row['epoch'], is_best=is_best)
-    run.clock.keep(run.world.largest(time.perf_counter() - started))
+    if metric_name(recipe) in row or run.held_out is None:
+        seconds = run.world.largest(time.perf_counter() - started)
+        interval = run.clock.interval
+        if row['images_per_s']:  # not where a resumed epoch had no step left to take
+            interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
+        run.clock.note_validation(seconds, interval)
 
 
 def activation_state(model: nn.Module) -> dict[str, float]:
@@ -273,7 +295,7 @@ def roll_back(run: Run, error: Diverged) -> None:
     assert path is not None
     spent = run.clock.elapsed()
     restore(run, path)
-    run.clock.restart(spent)
+    run.clock.restart(spent, run.clock.progress(run.step))  # the time is gone, the schedule goes back with the weights
     change_seed(run, count)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from .run import Run
-from .validation import closing_seconds
+from .precision import fastest_convolutions
+from .run import Run, training_batch
+from .warmup import Timing, pays, reserve, saving_seconds, synchronise, warm_up
 
 
 def plan(run: Run, steps: int = 5) -> dict[str, Any]:
@@ -17,47 +18,54 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
 
     The run itself is spent: build it anew to train.
     """
-    device, batch = run.world.device, run.recipe.batch_size * run.world.size
-    recipe = run.recipe
-    starts = [recipe.late_start] * (recipe.late_steps is not None) + [recipe.awp_start] * bool(recipe.awp_gamma)
-    share = min(starts, default=1.0)  # from here on steps are taken as dear as the last ones
-    seconds = {}
-    for at in sorted({0.0, 1.0 if share < 1 else 0.0}):
-        for number in range(steps + 2):
-            if number == 2:
-                _synchronise(device)
-                started = time.perf_counter()
-            x, y = run.batches[number]
-            run.train_step(x, y, number, at)
-        _synchronise(device)
-        seconds[at] = (time.perf_counter() - started) / steps
-    step_seconds = seconds[0.0] * share + seconds.get(1.0, seconds[0.0]) * (1 - share)
-    validation = closing_seconds(run)
-    epochs = run.total_steps / run.batches.steps_per_epoch
-    total = run.total_steps * step_seconds + validation * max(epochs / run.recipe.val_interval, 1)
+    recipe, batch = run.recipe, run.recipe.batch_size * run.world.size
+    start_up = run.clock.elapsed()
+    with fastest_convolutions(run.world.device):
+        timing = warm_up(run)
+        if pays(recipe):
+            start_up = run.clock.elapsed()
+        timing = Timing({share: _step_seconds(run, share, steps) for share in timing.steps}, timing.validation)
+    saving = saving_seconds(run)
+    ends = [*list(timing.steps)[1:], 1.0]  # of the part of the run that each kind of step holds for
+    step_seconds = sum((end - share) * timing.steps[share] for share, end in zip(timing.steps, ends, strict=True))
+    per_epoch = run.batches.steps_per_epoch * step_seconds
     if run.clock.budget is not None:
+        reserve(run, timing, saving)
         total = run.clock.budget
-        epochs = (total - validation) / step_seconds / run.batches.steps_per_epoch
+        epochs = run.clock.training_seconds(start_up) / per_epoch
+    else:
+        epochs = run.total_steps / run.batches.steps_per_epoch
+        validations = max(epochs / recipe.val_interval, 1)
+        total = start_up + epochs * per_epoch + validations * timing.validation + epochs * saving
     images = round(epochs * run.batches.steps_per_epoch) * batch
     line = {
         'model': run.recipe.model,
         'images_per_s': batch / step_seconds,
         'step_ms': 1e3 * step_seconds,
-        'validation_s': validation,
+        'start_up_s': start_up,
+        'validation_s': timing.validation,
+        'saving_s': saving,
         'epochs': epochs,
         'images': images,
         'hours': total / 3600,
         'device_hours': total / 3600 * run.world.size,
-        'peak_memory_gib': _peak_memory(device) / 2**30,
+        'peak_memory_gib': _peak_memory(run.world.device) / 2**30,
         'devices': run.world.size,
     }
     return line
 
 
-def _synchronise(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+def _step_seconds(run: Run, share: float, steps: int) -> float:
+    """Mean duration of a training step at this share of the run, with the making of its batch."""
+    run.side = run.recipe.side_at(share)
+    for number in range(steps + 2):
+        if number == 2:
+            synchronise(run.world.device)
+            started = time.perf_counter()
+        x, y = training_batch(run, number)
+        run.train_step(x, y, number, share)
+    synchronise(run.world.device)
+    return (time.perf_counter() - started) / steps
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""What fp32 means on a GPU."""
+"""How convolutions run on a GPU: what fp32 means there, and which algorithm is taken."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def ieee_convolutions() -> Iterator[None]:
             op.fp32_precision = 'none'  # that is, what holds for all operators
             if op.fp32_precision != value:
                 op.fp32_precision = value
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU cuDNN tries its algorithms at the first call of each shape, and keeps the fastest.
+
+    For training, whose shapes are few; AutoAttack's batches shrink, and each size would be tried anew.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = before or device.type == 'cuda'
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before

@@ -33,6 +33,9 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     '> 0 and <= 1': lambda v: 0 < v <= 1,
 }
 _GRADS = ('exact', 'smooth')
+RETIRED = ('val_batch_size',)
+"""Settings of earlier versions that mean nothing any more; recipe files and checkpoints may hold them."""
+
 KINDS = {
     bool: 'true or false',
     int: 'a whole number',
@@ -131,7 +134,6 @@ class Recipe:
     eval_steps: int = _field('validation', 10, 'PGD steps in validation', '>= 1')
     eval_step_size: float | str | None = _field('validation', None, 'none: 2.5 * eps / eval_steps')
     val_interval: int = _field('validation', 1, 'epochs between validations', '>= 1')
-    val_batch_size: int = _field('validation', 250, 'images a validation batch', '>= 1')
 
     epochs: int = _field('optimizer', 100, 'passes over the training images', '>= 1')
     max_steps: int | None = _field('optimizer', None, 'end the schedule after so many steps', '>= 1')
@@ -319,6 +321,8 @@ class Recipe:
         path, values = Path(path), {}
         for key, value, line in _read_yaml(path):
             name = str(key).replace('-', '_')
+            if name in RETIRED:
+                continue
             if name not in SETTINGS:
                 near = difflib.get_close_matches(name, SETTINGS, 1)
                 hint = f'did you mean {near[0]!r}? ' if near else ''
@@ -333,6 +337,11 @@ class Recipe:
             return cls(**values)
         except ValueError as error:
             raise ValueError(f'{path}: {error}') from None
+
+    @classmethod
+    def from_checkpoint(cls, state: dict[str, Any]) -> Recipe:
+        """The recipe of the run that wrote a checkpoint."""
+        return cls(**{name: value for name, value in state['recipe'].items() if name not in RETIRED})
 
     def to_yaml(self, path: str | Path, full: bool = False) -> None:
         """Write what differs from the defaults (full: every setting), atomically: never half a file."""

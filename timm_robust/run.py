@@ -294,14 +294,23 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
         norm.momentum = momentum
 
 
+def image_shape(data: Any) -> tuple[int, int, int]:
+    """Channels, height and width of a data set's images, as training batches hold them."""
+    if isinstance(data, StreamData):
+        size = data.img_size
+        return (3, size, size) if isinstance(size, int) else (3, *size)
+    channels, height, width = data.images.shape[1:]
+    return channels, height, width
+
+
 def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
     """Refuse images that the model cannot take, before the first step; returns two images of the right size.
 
     Raises:
         ValueError: saying which size was given, and what to type.
     """
-    side: Any = recipe.img_size or (data.img_size if isinstance(data, StreamData) else data.images.shape[-1])
-    channels = 3 if isinstance(data, StreamData) else data.images.shape[1]
+    channels, _, side = image_shape(data)
+    side = recipe.img_size or side
     device = next(model.parameters()).device
     training = model.training
     stages = [stage for stage, _ in recipe.stages]
@@ -404,6 +413,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'step': run.step,
         'sums': sums,
         'seconds': run.clock.elapsed(),
+        'progress': run.clock.progress(run.step),
         'best': run.best,
         'history': run.history,
         'rollbacks': run.rollbacks,
@@ -463,7 +473,7 @@ def restore(run: Run, path: Path) -> None:
         run.sums = (
             sums if run.world.rank == 0 else Sums(first, torch.zeros_like(sums.loss), torch.zeros_like(sums.correct))
         )
-    run.clock.restart(state['seconds'])
+    run.clock.restart(state['seconds'], state.get('progress'))
     change_seed(run, state['rollbacks'])
     steps = run.world.gather({run.world.rank: run.step})
     if len(set(steps.values())) > 1:

@@ -79,7 +79,7 @@ def stage(
     run, folder = Path(run), cards / name
     arch, tag = split_name(name)
     state, last = load_checkpoint(run / BEST), load_checkpoint(run / LAST)
-    recipe = Recipe(**state['recipe'])
+    recipe = Recipe.from_checkpoint(state)
     if recipe.model != arch or not tag.endswith(f'_{recipe.norm.lower()}'):
         raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
     changed = recipe.model_kwargs or (recipe.act and {'act': recipe.act})

@@ -250,6 +250,16 @@ def make_attack(recipe: Recipe, progress: float = 0.0) -> Attack:
     )
 
 
+def turning_points(recipe: Recipe) -> list[float]:
+    """Shares of the run from which on the training step is another: 0, and where late steps, AWP or a stage begin."""
+    points = {0.0, *(end for _, end in recipe.stages)}
+    if recipe.late_steps is not None:
+        points.add(recipe.late_start)
+    if recipe.awp_gamma:
+        points.add(recipe.awp_start)
+    return sorted(point for point in points if point < 1)
+
+
 @contextmanager
 def averaged_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
     """Lend the averaged weights, if any, to the model, so that what was compiled for it serves both.

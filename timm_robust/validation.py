@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,10 @@ from .step import AttackForward, Forward
 
 
 def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
-    """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}."""
+    """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
+
+    The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
+    """
     device = next(forward.model.parameters()).device
     generator = torch.Generator(device).manual_seed(recipe.seed)
     counts = torch.zeros(3, dtype=torch.float64, device=device)
@@ -28,17 +30,30 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
         'step_size': recipe.resolved_eval_step_size,
         'generator': generator,
     }
+    fixed = recipe.torchcompile or device.type == 'cuda'
     side = run.side if run else None
     with forward.ready('eval'):
-        for x, y in data.batches(recipe.val_batch_size):
-            x = resized(x, side)
+        for x, y in data.batches(recipe.batch_size):
+            x, n = resized(x, side), len(y)
+            if fixed:
+                x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)
             x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
                 robust = right & (forward(x_adv).argmax(1) == y)
-            counts += torch.stack([right.sum(), robust.sum(), torch.tensor(len(y), device=device)])
+            counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.tensor(n, device=device)])
     clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
     return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
+
+
+def _filled(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows [n, ...] and zeros behind them, [size, ...]."""
+    return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+
+
+def reestimation_batches(run: Run, batches: int) -> int:
+    """How many training batches `reestimate_batch_norm` takes of those wanted: at most a quarter of an epoch."""
+    return min(batches, max(run.batches.steps_per_epoch // 4, 1))
 
 
 def reestimate_batch_norm(run: Run, batches: int) -> None:
@@ -54,7 +69,7 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
         return
     inputs = []
     done = run.clock.progress(run.step)
-    for number in range(min(batches, max(run.batches.steps_per_epoch // 4, 1))):
+    for number in range(reestimation_batches(run, batches)):
         step.draw_from(run.step + number)
         x, y = training_batch(run, run.step + number)
         inputs.append((x, step.perturb(x, y, done), y))
@@ -72,20 +87,3 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
         norm.momentum = momentum
     if run.world.size > 1:
         distribute_bn(model, run.world.size, reduce=True)
-
-
-def closing_seconds(run: Run) -> float:
-    """Estimated time that validation takes at the end: a part of it is run, and scaled up."""
-    if run.held_out is None:
-        return 0.0
-    recipe, held_out = run.recipe, run.held_out
-    n = min(recipe.val_batch_size, len(held_out))
-    part = held_out.first(n)
-    validate(run.attack_forward, part, recipe)  # compiles
-    started = time.perf_counter()
-    validate(run.attack_forward, part, recipe)
-    seconds = (time.perf_counter() - started) * len(held_out) / n
-    if run.ema is not None and recipe.ema_bn_batches:
-        pairs = recipe.ema_bn_batches * recipe.batch_size * (run.recipe.steps + 1)
-        seconds *= 1 + pairs / (len(held_out) * (recipe.eval_steps + 1))
-    return run.world.largest(seconds)

@@ -29,7 +29,6 @@ SMALL = Recipe(
     model_kwargs={'width': 4},
     dataset='digits',
     val_size=50,
-    val_batch_size=50,
     hflip=0.0,
     eps=0.1,
     steps=1,
@@ -169,7 +168,7 @@ def test_an_activation_that_blows_up_is_never_saved(tmp_path, act, name, value, 
 def test_catastrophic_overfitting_is_caught(tmp_path):
     """Accuracy on the training attack rises while PGD accuracy falls: the attack comes to give the labels away here."""
     settings = {'output': str(tmp_path), 'on_divergence': 'stop', 'epochs': 9, 'batch_size': 64, 'lr': 0.1}
-    settings |= {'model_kwargs': {'width': 8}, 'val_size': 100, 'val_batch_size': 100, 'steps': 2, 'eval_steps': 10}
+    settings |= {'model_kwargs': {'width': 8}, 'val_size': 100, 'steps': 2, 'eval_steps': 10}
     run = build(Recipe(**{**vars(SMALL), **settings, 'eps': 0.1}))
     robust, per_epoch = run.train_step.perturb, run.batches.steps_per_epoch
 
