@@ -78,7 +78,9 @@ class Clock:
 
     def stop(self) -> None:
         """What follows is no training."""
-        self._share, self._since, self._stopped = self._passed(), None, time.perf_counter()
+        self._share, self._since = self._passed(), None
+        if self._stopped is None:
+            self._stopped = time.perf_counter()
 
     def note_validation(self, seconds: float, interval: float) -> None:
         """A validation has ended.
