@@ -73,7 +73,10 @@ def test_a_run_goes_on_from_its_compact_state(tmp_path):
         for name, value in exact[part].items():
             assert torch.allclose(rounded[part][name], value, rtol=1 / 256, atol=0), name
     assert rounded['seconds'] == exact['seconds'] and rounded['step'] == 3
-    line = fit(build(dataclasses.replace(RECIPE, output=str(tmp_path / 'half'), resume=str(compact))))
+    again = build(dataclasses.replace(RECIPE, output=str(tmp_path / 'half'), resume=str(compact)))
+    other = build(dataclasses.replace(RECIPE, output=str(tmp_path / 'half'), resume=str(compact), seed=7))
+    assert torch.equal(other.held_out.images, again.held_out.images)
+    line = fit(again)
     assert line['steps'] == whole['steps']
     a, b = (load_checkpoint(tmp_path / name / 'run/last.pth.tar')['state_dict'] for name in ('whole', 'half'))
     for name, value in a.items():

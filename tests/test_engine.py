@@ -11,10 +11,10 @@ import timm
 import torch
 import yaml
 
-from timm_robust import engine
+from timm_robust import engine, validation
 from timm_robust import run as module
 from timm_robust.attacks import input_gradient
-from timm_robust.checkpoint import load_checkpoint, load_model
+from timm_robust.checkpoint import load_checkpoint, load_model, save_checkpoint
 from timm_robust.data import load_dataset
 from timm_robust.engine import Stopped, build, epoch_row, fit, result
 from timm_robust.losses import cross_entropy
@@ -164,6 +164,49 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
     with pytest.raises(ValueError, match=match):
         build(tiny(tmp_path, resume=path, **changes))
+
+
+def held_out(run):
+    return {image.numpy().tobytes() for image in run.held_out.images}
+
+
+def test_a_resumed_run_keeps_its_held_out_images_whatever_its_seed(undisturbed, tmp_path, monkeypatch):
+    starts = []
+    monkeypatch.setattr(validation, 'pgd', lambda *args, generator, **kw: starts.append(generator) or args[1])
+    recipe = tiny(tmp_path, resume=str(undisturbed[0] / 'run/checkpoint-1.pth.tar'))
+    first = build(tiny(tmp_path))
+    path = tmp_path / 'run/last.pth.tar'
+    for seed in (7, 8):  # the second goes on from what the first one wrote
+        run = build(dataclasses.replace(recipe, seed=seed))
+        assert held_out(run) == held_out(first)
+        assert not held_out(run) & {image.numpy().tobytes() for image in run.batches.data.images}
+        assert not torch.equal(run.batches[0][0], first.batches[0][0])  # the order is another
+        validate(run.attack_forward, run.held_out, run.recipe, run)
+        assert starts.pop().initial_seed() == TINY.seed
+        run.folder = path.parent
+        save(run, 1, numbered=False)
+        recipe = dataclasses.replace(recipe, resume=str(path))
+
+
+def test_a_checkpoint_of_an_older_version_keeps_its_held_out_images_too(undisturbed, tmp_path):
+    state = load_checkpoint(undisturbed[0] / 'run/checkpoint-1.pth.tar')
+    state.pop('split_seed', None)
+    save_checkpoint(tmp_path / 'run/last.pth.tar', state)
+    again = build(tiny(tmp_path, resume='auto', seed=7))
+    assert again.step == 6 and held_out(again) == held_out(build(tiny(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ('changes', 'match'),
+    [
+        ({'val_size': 60}, r'trained with --val-size 50; resume with that, not with --val-size 60: images that were'),
+        ({'val_size': 0}, r'trained with --val-size 50; resume with that, not with --val-size 0'),
+        ({'val_split': 'test'}, r'trained with --val-split None; resume with that, not with --val-split test'),
+    ],
+)
+def test_resume_refuses_another_held_out_split(undisturbed, tmp_path, changes, match):
+    with pytest.raises(ValueError, match=match):
+        build(tiny(tmp_path, resume=str(undisturbed[0] / 'run/last.pth.tar'), **changes))
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(undisturbed):
@@ -555,9 +598,9 @@ def test_a_resumed_budget_pays_for_reading_the_data_too(tmp_path, monkeypatch):
     fit(build(tiny(tmp_path, max_steps=1)))
     spent = load_checkpoint(tmp_path / 'run/last.pth.tar')['seconds']
 
-    def read_slowly(recipe, world):
+    def read_slowly(*arguments):
         time.sleep(1.0)
-        return read_data(recipe, world)
+        return read_data(*arguments)
 
     monkeypatch.setattr(module, 'read_data', read_slowly)
     assert build(tiny(tmp_path, resume='auto')).clock.elapsed() > spent + 1

@@ -184,7 +184,12 @@ class Recipe:
     sync_bn: bool = _field('speed', False, 'batch norm over all processes (GPU only)')
     device: str | None = _field('speed', None, "as torch names it; none: 'cuda' where there is one, else 'cpu'")
 
-    seed: int = _field('run', 42, 'seed of weights, data order, augmentation and attacks', '>= 0')
+    seed: int = _field(
+        'run',
+        42,
+        'seed of weights, data order, augmentation, attacks and held-out images (a resumed run keeps those it has)',
+        '>= 0',
+    )
     output: str = _field('run', 'output/train', 'folder for the folders of the runs')
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
     resume: str | None = _field(

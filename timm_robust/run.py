@@ -77,6 +77,7 @@ class Run:
         held_out: validation images, or None.
         total_steps: steps of the whole schedule; with a budget those of the epochs, which the clock overrides.
         clock: how far the run is.
+        split_seed: of the held-out images and of the attacks on them: the seed that the run began with.
         step: steps taken.
         sums: of the unfinished epoch, or None.
         best: highest validation metric so far.
@@ -100,6 +101,7 @@ class Run:
     held_out: Any
     total_steps: int
     clock: Clock
+    split_seed: int
     step: int = 0
     sums: Sums | None = None
     best: float = -1.0
@@ -118,9 +120,12 @@ def build(recipe: Recipe) -> Run:
     """
     started = perf_counter()
     world = World.join(recipe.device)
+    folder = Path(world.agree(str(output_folder(recipe))))
+    path, state = find_checkpoint(recipe, folder, world)
+    split_seed = choose_split_seed(recipe, path, state)
     torch.manual_seed(recipe.seed)
     with world.in_turn(recipe.dataset_download):
-        train, held_out = read_data(recipe, world)
+        train, held_out = read_data(recipe, world, split_seed)
     model = create_model(recipe, train.num_classes).to(world.device)
     example = check_fit(model, recipe, train)
     if recipe.channels_last:
@@ -145,7 +150,7 @@ def build(recipe: Recipe) -> Run:
     budget = parse_duration(recipe.budget) if recipe.budget else None
     run = Run(
         recipe=recipe,
-        folder=Path(world.agree(str(output_folder(recipe)))),
+        folder=folder,
         world=world,
         model=model,
         ema=ema,
@@ -167,21 +172,53 @@ def build(recipe: Recipe) -> Run:
         held_out=held_out,
         total_steps=total,
         clock=Clock(total, budget),
+        split_seed=split_seed,
     )
-    if recipe.resume:
-        path = world.agree(latest_checkpoint(run.folder)) if recipe.resume == 'auto' else Path(recipe.resume)
-        if path is None:
-            logger.info('nothing to resume in %s: starting afresh', run.folder)
-        else:
-            restore(run, path)
+    if path is not None:
+        restore(run, path, state)
     run.clock.started = started  # a budget pays for the reading of the data too
     where = {'step': run.step, 'processes': world.size, 'commit': git_commit(Path(__file__).parent)}
     run.origins.append(where | environment(world.device))
     return run
 
 
-def read_data(recipe: Recipe, world: World) -> tuple[Any, Any]:
-    """Training images, and those held out of them or of a validation split (None for none)."""
+def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
+    """The checkpoint that the recipe resumes from, and what it holds; None for a new run."""
+    if not recipe.resume:
+        return None, None
+    path = world.agree(latest_checkpoint(folder)) if recipe.resume == 'auto' else Path(recipe.resume)
+    if path is None:
+        logger.info('nothing to resume in %s: starting afresh', folder)
+        return None, None
+    return path, read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint, or a compact state, holds."""
+    return load_compact(path) if path.is_dir() else load_checkpoint(path)
+
+
+def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] | None) -> int:
+    """The seed that draws the held-out images: a resumed run keeps that of its beginning, whatever its own seed.
+
+    Raises:
+        ValueError: if the checkpoint's run held other images out: some of the recipe's would have been trained on.
+    """
+    if state is None or 'recipe' not in state:
+        return recipe.seed
+    for key in ('val_split',) if recipe.val_split else ('val_split', 'val_size', 'train_split'):
+        theirs, ours = state['recipe'][key], getattr(recipe, key)
+        if theirs != ours:
+            flag = '--' + key.replace('_', '-')
+            raise ValueError(
+                f'{path} was trained with {flag} {theirs}; resume with that, not with {flag} {ours}: '
+                'images that were trained on could be held out, and accuracies before and after would not compare'
+            )
+    return int(state.get('split_seed', state['recipe']['seed']))  # older checkpoints were drawn by the recipe's
+
+
+def read_data(recipe: Recipe, world: World, split_seed: int) -> tuple[Any, Any]:
+    """Training images, and those held out of them by this seed or of a validation split (None for none)."""
     if is_stream(recipe.dataset):
         size = recipe.img_size or default_size(recipe.model)
         settings: dict[str, Any] = {'img_size': size, 'workers': recipe.workers, 'download': recipe.dataset_download}
@@ -191,7 +228,7 @@ def read_data(recipe: Recipe, world: World) -> tuple[Any, Any]:
         if recipe.val_split:
             held_out = StreamData(recipe.dataset, recipe.data_dir, recipe.val_split, **settings)
         elif recipe.val_size:
-            train, held_out = split_holdout(train, recipe.val_size, recipe.seed)
+            train, held_out = split_holdout(train, recipe.val_size, split_seed)
         if held_out is not None and not held_out.iterable:  # timm's reader shares out what has no numbers
             held_out = held_out.subset(world.share(torch.arange(len(held_out))))
         return train.to(world.device), held_out.to(world.device) if held_out is not None else None
@@ -200,7 +237,7 @@ def read_data(recipe: Recipe, world: World) -> tuple[Any, Any]:
     if recipe.val_split:
         held = load_dataset(recipe.dataset, recipe.data_dir, recipe.val_split, recipe.dataset_download)
     elif recipe.val_size:
-        rest, held = split_holdout(data, recipe.val_size, recipe.seed)
+        rest, held = split_holdout(data, recipe.val_size, split_seed)
     if held is not None:
         held = held.subset(world.share(torch.arange(len(held)))).to(world.device)
     return rest.to(world.device), held
@@ -409,6 +446,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'model_kwargs': architecture(run.recipe)[1],
         'num_classes': run.model.num_classes,
         'recipe': asdict(run.recipe),
+        'split_seed': run.split_seed,
         'epoch': epoch,
         'step': run.step,
         'sums': sums,
@@ -435,13 +473,20 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     prune_checkpoints(run.folder, run.recipe.checkpoint_hist)
 
 
-def restore(run: Run, path: Path) -> None:
+def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     """Take the run to where a checkpoint, or a compact state, was written.
+
+    Args:
+        run: the run.
+        path: of the file, or of the compact state's folder.
+        state: what it holds, where it has been read already.
 
     Raises:
         ValueError: if the checkpoint is of another model, or of batches of another size.
     """
-    recipe, state = run.recipe, load_compact(path) if path.is_dir() else load_checkpoint(path)
+    recipe = run.recipe
+    if state is None:
+        state = read_state(path)
     for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
             raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')

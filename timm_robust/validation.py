@@ -21,9 +21,10 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
 
     The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
+    The attacks begin at the same points in every epoch of a run, also after it was resumed with another seed.
     """
     device = next(forward.model.parameters()).device
-    generator = torch.Generator(device).manual_seed(recipe.seed)
+    generator = torch.Generator(device).manual_seed(recipe.seed if run is None else run.split_seed)
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     settings: dict[str, Any] = {
         'steps': recipe.eval_steps,
