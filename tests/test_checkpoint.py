@@ -162,6 +162,7 @@ def test_damage_is_named_with_the_newest_other(tmp_path, how):
         load_checkpoint(tmp_path / 'last.pth.tar')
     for name in ('checkpoint-1.pth.tar', 'checkpoint-2.pth.tar'):
         (tmp_path / name).unlink()
+    os.link(tmp_path / 'last.pth.tar', tmp_path / 'checkpoint-3.pth.tar')  # damaged as well
     with pytest.raises(ValueError, match='its folder holds no other checkpoint'):
         load_checkpoint(tmp_path / 'last.pth.tar')
 

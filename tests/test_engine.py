@@ -1,9 +1,12 @@
+import concurrent.futures
 import csv
 import dataclasses
 import io
 import json
 import logging
+import os
 import sys
+import threading
 import time
 
 import pytest
@@ -185,6 +188,7 @@ def test_a_resumed_run_keeps_its_held_out_images_whatever_its_seed(undisturbed, 
         assert starts.pop().initial_seed() == TINY.seed
         run.folder = path.parent
         save(run, 1, numbered=False)
+        run.writer.wait()
         recipe = dataclasses.replace(recipe, resume=str(path))
 
 
@@ -467,22 +471,24 @@ def test_spoiled_weights_are_never_saved_inside_an_epoch(tmp_path, stopped):
     assert all(value.isfinite().all() for value in weights(tmp_path).values() if value.is_floating_point())
 
 
-def end_while_saving(run, last, monkeypatch):
-    """Let the budget of a run end while this epoch is saved."""
-    done = [0.5]
+def end_behind_epoch(run, last, monkeypatch):
+    """Let the budget of a run end just behind this epoch."""
+    done, finish_epoch = [0.5], engine.finish_epoch
     run.clock.progress = lambda step: done[0]
 
-    def save_slowly(run, epoch, **settings):
-        save(run, epoch, **settings)
-        if epoch == last:
+    def finish_slowly(run, row, log):
+        finish_epoch(run, row, log)
+        if row['epoch'] == last:
             done[0] = 1.0
 
-    monkeypatch.setattr(engine, 'save', save_slowly)
+    monkeypatch.setattr(engine, 'finish_epoch', finish_slowly)
 
 
-def test_a_budget_that_ends_while_an_epoch_is_saved_still_validates_the_last_weights(tmp_path, monkeypatch):
+@pytest.mark.parametrize('seconds', [600, 0], ids=['not saved', 'saved'])
+def test_a_budget_that_ends_behind_an_epoch_still_validates_the_last_weights(tmp_path, monkeypatch, seconds):
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
-    end_while_saving(run, 5, monkeypatch)
+    end_behind_epoch(run, 5, monkeypatch)
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', seconds)
     line = fit(run)
     rows = list(csv.DictReader(io.StringIO((tmp_path / 'run/summary.csv').read_text())))
     assert [int(row['epoch']) for row in rows] == list(range(6)) and rows[-1]['val_pgd_acc']
@@ -490,6 +496,107 @@ def test_a_budget_that_ends_while_an_epoch_is_saved_still_validates_the_last_wei
     assert state['step'] == line['steps'] == run.step and state['history'][-1]['val_pgd_acc'] == float(
         rows[-1]['val_pgd_acc']
     )
+
+
+def inode(path):
+    return path.stat().st_ino
+
+
+def test_a_state_is_written_once_whatever_its_names(tmp_path, monkeypatch):
+    found = iter([0.3, 0.5, 0.4])
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': next(found)})
+    fit(build(tiny(tmp_path)))
+    run = tmp_path / 'run'
+    assert inode(run / 'last.pth.tar') == inode(run / 'checkpoint-2.pth.tar')
+    assert inode(run / 'model_best.pth.tar') == inode(run / 'checkpoint-1.pth.tar') != inode(run / 'last.pth.tar')
+
+
+def test_what_is_saved_are_the_weights_of_that_moment(tmp_path, monkeypatch):
+    """The file is written while training changes weights, momenta, averages and history."""
+    go, torch_save = threading.Event(), torch.save
+    run = build(tiny(tmp_path, save_interval=2))
+    run.folder.mkdir()
+    run.history = [{'epoch': 0, 'train_loss': 1.0}]
+    run.scheduler.step_update(3)  # no warm-up
+    run.train_step(*run.batches[0], 0)
+    monkeypatch.setattr(torch, 'save', lambda *args: go.wait(60) and torch_save(*args))
+    expected = {key: value.clone() for key, value in run.model.state_dict().items()}
+    momentum = run.train_step.optimizer.state_dict()['state'][0]['momentum_buffer'].clone()
+    save(run, 0)
+    run.train_step(*run.batches[1], 1)
+    run.history[0]['epoch'] = 9
+    go.set()
+    run.writer.wait()
+    state = load_checkpoint(run.folder / 'last.pth.tar')
+    assert_same(state['state_dict'], expected)
+    assert not torch.equal(run.model.conv1.weight, expected['conv1.weight'])
+    assert torch.equal(state['optimizer']['state'][0]['momentum_buffer'], momentum)
+    assert state['history'] == [{'epoch': 0, 'train_loss': 1.0}]
+
+
+@pytest.mark.parametrize(('val_size', 'seconds', 'expected'), [(50, 600, [2, 4]), (0, 600, [2, 4]), (50, 0, [3, 4])])
+def test_epochs_between_validations_are_not_saved_unless_long_ago(tmp_path, monkeypatch, val_size, seconds, expected):
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', seconds)
+    fit(build(tiny(tmp_path, epochs=5, max_steps=None, batch_size=1000, val_interval=3, val_size=val_size)))
+    numbers = [int(path.name.split('-')[1].split('.')[0]) for path in (tmp_path / 'run').glob('checkpoint-*')]
+    assert sorted(numbers) == expected
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == 5 and [row['epoch'] for row in state['history']] == list(range(5))
+
+
+def test_a_long_epoch_is_saved_inside(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
+    with pytest.raises(Killed):
+        fit(killed_at(5, build(tiny(tmp_path, log_interval=1))))
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == 5 and state['sums'][0] == 3
+
+
+def test_the_last_epoch_of_a_budget_is_saved_though_there_is_nothing_to_validate(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, val_size=0, budget='1h'))
+    end_behind_epoch(run, 1, monkeypatch)
+    fit(run)
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == run.step and [row['epoch'] for row in state['history']] == [0, 1]
+
+
+def test_a_save_that_fails_ends_the_run_in_the_next_step_and_says_why(tmp_path, monkeypatch):
+    torch_save = torch.save
+
+    def fail(state, file):
+        if state['step'] >= 3:
+            raise OSError(28, 'No space left on device')
+        torch_save(state, file)
+
+    run = build(tiny(tmp_path, epochs=50, max_steps=None, val_interval=50))
+    monkeypatch.setattr(torch, 'save', fail)
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
+    begin = run.writer.start
+    run.writer.start = lambda work: begin(work) or concurrent.futures.wait([run.writer.job])
+    with pytest.raises(OSError, match=r'cannot write .*checkpoint-0.*No space left on device; it needs about '):
+        fit(run)
+    assert run.step == 4
+    assert os.listdir(tmp_path / 'run') and not list((tmp_path / 'run').glob('.*'))
+    assert load_checkpoint(tmp_path / 'run/last.pth.tar')['step'] == 2
+
+
+def test_the_best_that_a_kill_left_without_its_name_gets_it_on_resumption(tmp_path, monkeypatch):
+    found = iter([0.3, 0.5, 0.4])
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': next(found)})
+    fit(build(tiny(tmp_path)))
+    run = tmp_path / 'run'
+    best, middle = run / 'model_best.pth.tar', str(run / 'checkpoint-1.pth.tar')
+    best.unlink()
+    assert build(tiny(tmp_path, resume=str(run / 'checkpoint-2.pth.tar'))).best == -1.0  # not the best, and alone
+    assert not best.exists()
+    assert build(tiny(tmp_path, resume=middle)).best == 0.5 and load_checkpoint(best)['epoch'] == 1
+    older = load_checkpoint(best)
+    save_checkpoint(best, {**older, 'step': 3, 'epoch': 0})  # the one before
+    build(tiny(tmp_path, resume=middle))
+    assert load_checkpoint(best)['epoch'] == 1
+    save_checkpoint(best, {**older, 'step': 9, 'epoch': 8})  # of a run that went on, and was gone back from
+    build(tiny(tmp_path, resume=middle))
+    assert load_checkpoint(best)['epoch'] == 8
 
 
 def test_synchronised_batch_norms_keep_the_activations_inside_them():
@@ -527,7 +634,7 @@ def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_pa
 def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monkeypatch, caplog):
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
     found = [0.8, 0.01]
-    end_while_saving(run, 5, monkeypatch)
+    end_behind_epoch(run, 5, monkeypatch)
     monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found.pop(0)})
     line = fit(run)
     assert line['epoch'] == 3 and line['rollbacks'] == 0 and not found

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from timm_robust import engine
 from timm_robust.checkpoint import load_checkpoint
+from timm_robust.engine import build, fit
+from timm_robust.files import Writer
+from timm_robust.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 ARGS = [
@@ -91,9 +95,79 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, undi
     process.kill()
     process.wait()
     last = tmp_path / 'run/last.pth.tar'
-    last.write_bytes(last.read_bytes()[:-1000])
+    raw = last.read_bytes()
+    last.unlink()  # it may be a second name of another checkpoint
+    last.write_bytes(raw[:-1000])
     process = start(tmp_path)
     error = process.communicate()[1]
     assert process.returncode == 0, error
     assert 'last.pth.tar' in error and 'checkpoint-0.pth.tar at step' in error
     assert_same_end(tmp_path, undisturbed)
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill:
+    """Ends the life of a process before its n-th change of the names in its folder: from then on it changes nothing."""
+
+    def __init__(self, patch, at=None):
+        self.at, self.count = at, 0
+        for name in ('replace', 'link', 'unlink', 'rmdir', 'rename'):
+            patch.setattr(os, name, self.counted(getattr(os, name)))
+
+    def counted(self, change):
+        def changed(*args, **kwargs):
+            if self.at is not None and self.count >= self.at:
+                raise Killed
+            if change.__name__ != 'unlink' or os.path.lexists(args[0]):
+                self.count += 1
+            return change(*args, **kwargs)
+
+        return changed
+
+
+def short_run(folder, monkeypatch):
+    """Three epochs of one step; the best is the second."""
+    found = {1: 0.3, 2: 0.5, 3: 0.4}
+    validation = lambda forward, data, recipe, run: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
+    monkeypatch.setattr(engine, 'validate', validation)
+    start = Writer.start
+    monkeypatch.setattr(Writer, 'start', lambda self, work: (start(self, work), self.wait()))  # always the same order
+    settings = {'model': 'test_resnet', 'val_size': 1400, 'batch_size': 30, 'epochs': 3, 'ema_bn_batches': 0}
+    settings |= {'dataset': 'digits', 'eps': 0.1, 'steps': 1, 'model_ema': True, 'compact_state': True}
+    return Recipe(**settings, output=str(folder), experiment='run', resume='auto')
+
+
+def everything(folder):
+    """Each checkpoint's epoch, metric, weights and momenta."""
+    found = {}
+    for path in sorted((folder / 'run').glob('*.pth.tar')):
+        state = load_checkpoint(path)
+        tensors = [*state['state_dict'].values(), *state['state_dict_ema'].values()]
+        tensors += [part['momentum_buffer'] for part in state['optimizer']['state'].values()]
+        rows = [(row['step'], row['train_loss'], row['val_pgd_acc']) for row in state['history']]
+        found[path.name] = state['epoch'], state['best'], rows, torch.cat([t.double().flatten() for t in tensors])
+    return found
+
+
+def test_a_kill_before_any_rename_link_or_deletion_loses_nothing(tmp_path, monkeypatch):
+    recipe = short_run(tmp_path / 'whole', monkeypatch)
+    with monkeypatch.context() as patch:
+        changes = Kill(patch)
+        fit(build(recipe))
+    expected = everything(tmp_path / 'whole')
+    assert expected['model_best.pth.tar'][0] == 1 and len(expected) == 4 and changes.count > 20
+    for number in range(changes.count):
+        folder = tmp_path / str(number)
+        recipe = short_run(folder, monkeypatch)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            Kill(patch, number)
+            fit(build(recipe))
+        fit(build(recipe))
+        found = everything(folder)
+        assert found.keys() - expected.keys() <= {'checkpoint-0.pth.tar'}, number  # killed before the last deletion
+        for name, (*numbers, tensors) in expected.items():
+            assert list(found[name][:3]) == numbers and torch.equal(found[name][3], tensors), (number, name)
+        assert not list((folder / 'run').glob('.*')), number

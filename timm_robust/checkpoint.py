@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import difflib
 import logging
 import math
@@ -16,6 +17,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ import timm.models
 import torch
 import yaml
 from torch import nn
+
+from .files import link_file, sync_folder
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 HYPER_PARAMETERS = 'train_hparams.yaml'
@@ -37,12 +41,13 @@ _SEQUENCES = (list, tuple, set, torch.Size)
 _logger = logging.getLogger(__name__)
 
 
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, state: dict[str, Any], also: Sequence[str] = ()) -> None:
     """Write a checkpoint atomically: `path` holds the old one or the new one, whole, even if power fails meanwhile.
 
     Args:
         path: the file; its folder is made if missing.
         state: tensors and plain values in dicts and lists, so that load_checkpoint can read it without running code.
+        also: further names in that folder for the same file, given in this order after `path`; see link_file.
 
     Raises:
         TypeError: naming the entry that is no plain value.
@@ -57,6 +62,9 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        for name in also:
+            link_file(path, path.with_name(name))
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         free = ''
         with contextlib.suppress(OSError):
@@ -65,6 +73,20 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def snapshot(value: Any) -> Any:
+    """A copy of a state on the CPU, for a thread to write: training changes the tensors meanwhile."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to('cpu', copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with the attributes that a state_dict has
+        for key, item in value.items():
+            copied[key] = snapshot(item)
+        return copied
+    if type(value) in (list, tuple):
+        return type(value)(snapshot(item) for item in value)
+    return value
 
 
 def _count_bytes(value: Any, where: str) -> int:
@@ -139,7 +161,8 @@ def _refusal(path: Path, what: str) -> str:
 
 def _damage(path: Path, reason: str) -> str:
     """The message for a damaged file, with the newest other checkpoint beside it."""
-    others = [file for file in path.parent.glob('[!.]*.pth.tar') if file.is_file() and file.name != path.name]
+    files = [file for file in path.parent.glob('[!.]*.pth.tar') if file.is_file()]
+    others = [file for file in files if not file.samefile(path)]  # a second name of the file is damaged too
     newest = max(others, key=lambda file: file.stat().st_mtime, default=None)
     mend = f'the newest other checkpoint there is {newest}' if newest else 'its folder holds no other checkpoint'
     return f'{path} is damaged or no checkpoint: {reason}; {mend}'
@@ -198,10 +221,10 @@ def latest_checkpoint(folder: str | Path, before: float = math.inf) -> Path | No
     steps: list[tuple[int, bool, Path]] = []
     for path in Path(folder).glob('*.pth.tar'):
         if path.name == LAST or path.name.startswith('checkpoint-'):
-            try:  # mmap: the step is wanted, not the tensors
-                step = torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step']
+            try:
+                step = read_step(path)
                 if step < before:
-                    steps.append((int(step), path.name == LAST, path))
+                    steps.append((step, path.name == LAST, path))
             except Exception as error:
                 _logger.warning('Skipping %s: %s', path, str(error).partition('\n')[0])
     for _, _, path in sorted(steps, reverse=True):
@@ -211,6 +234,11 @@ def latest_checkpoint(folder: str | Path, before: float = math.inf) -> Path | No
         except (ValueError, OSError) as error:
             _logger.warning('Skipping %s', error)
     return None
+
+
+def read_step(path: str | Path) -> int:
+    """The step that a checkpoint was written at; its tensors are not read."""
+    return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step'])
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:

@@ -17,10 +17,21 @@ from timm.utils import distribute_bn
 
 from .activations import Activation
 from .checkpoint import LAST, latest_checkpoint
+from .files import sweep_temporaries
 from .logs import RunLog
 from .precision import fastest_convolutions
-from .recipe import Recipe
-from .run import TICKS, Run, Sums, build, change_seed, restore, save, training_batch
+from .run import (
+    TICKS,
+    Run,
+    Sums,
+    best_row,
+    build,
+    change_seed,
+    metric_name,
+    restore,
+    save,
+    training_batch,
+)
 from .step import averaged_weights
 from .validation import reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
@@ -28,6 +39,9 @@ from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit']
 logger = logging.getLogger('timm_robust')
+
+SAVE_SECONDS = 600
+"""After so long without a save there is one, whatever the intervals: a run that is killed loses no more."""
 
 STAGE_BN_BATCHES = 50
 """Batches that re-estimate batch norm where progressive resizing goes on to another side."""
@@ -51,17 +65,19 @@ def fit(run: Run) -> dict[str, Any]:
             f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
         )
     make_folder(run)
+    if not run.world.rank:
+        sweep_temporaries(run.folder)
     describe(run)
     settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
     wandb: dict[str, Any] = {'wandb': recipe.log_wandb, 'wandb_project': recipe.wandb_project}
     log = RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings)
-    with log, fastest_convolutions(run.world.device):
+    with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
-        while (going := progress(run) < 1 or run.sums is not None) or unvalidated(run):
+        while (going := progress(run) < 1 or run.sums is not None) or unsettled(run):
             try:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
-                else:  # the budget ended while an epoch was saved that was not to be validated
+                else:  # the budget ended behind an epoch that was not to be validated, or not to be saved
                     row = run.history.pop()
                     log.history = list(run.history)
                     finish_epoch(run, row, log)
@@ -104,8 +120,8 @@ def describe(run: Run) -> None:
 
 def prepare(run: Run) -> None:
     """Compile, save what a first rollback goes back to, and tell the clock what a budget must leave time for."""
-    recipe, started = run.recipe, time.perf_counter()
-    timing = warm_up(run) if pays(recipe) else None
+    started = time.perf_counter()
+    timing = warm_up(run) if pays(run) else None
     if timing is not None:
         message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
         logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
@@ -121,9 +137,16 @@ def progress(run: Run) -> float:
     return done if run.clock.budget is None else run.world.first(done)
 
 
-def unvalidated(run: Run) -> bool:
-    """Whether the last epoch has not been validated, though there are images for it."""
+def unsettled(run: Run) -> bool:
+    """Whether the last epoch has not been saved, or not been validated though there are images for it."""
+    if len(run.history) > run.saved_rows:
+        return True
     return run.held_out is not None and bool(run.history) and metric_name(run.recipe) not in run.history[-1]
+
+
+def save_is_due(run: Run) -> bool:
+    """Whether the last save was SAVE_SECONDS ago, the same in every process."""
+    return bool(run.world.first(float(time.perf_counter() - run.saved_at >= SAVE_SECONDS)))
 
 
 def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
@@ -149,7 +172,11 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         if run.step % recipe.log_interval == 0 or run.step == end:
             show(run, log, epoch_row(run, sums, first, started))
         stop_if_asked(run, epoch)
-        if recipe.save_interval and run.step % recipe.save_interval == 0 and run.step < end:
+        run.writer.check()
+        due = recipe.save_interval is not None and run.step % recipe.save_interval == 0
+        if run.step % recipe.log_interval == 0:
+            due = save_is_due(run) or due
+        if due and run.step < end:
             save_within(run, epoch)
     return epoch_row(run, sums, first, started)
 
@@ -228,14 +255,14 @@ def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
 
 
 def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
-    """Validate, watch, log and save."""
+    """Validate, watch, log and save; between the epochs of val_interval only what has to be."""
     recipe, started = run.recipe, time.perf_counter()
     run.clock.stop()
-    over = progress(run) >= 1
+    due = progress(run) >= 1 or (row['epoch'] + 1) % recipe.val_interval == 0
     run.sums = None
     if run.world.size > 1:
         distribute_bn(run.model, run.world.size, reduce=True)
-    if run.held_out is not None and ((row['epoch'] + 1) % recipe.val_interval == 0 or over):
+    if run.held_out is not None and due:
         with averaged_weights(run.model, run.ema):
             if run.ema is not None:
                 reestimate_batch_norm(run, recipe.ema_bn_batches)
@@ -254,9 +281,10 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
     is_best = last_stage and metric > run.best
     run.best = metric if is_best else run.best
-    save(run, row['epoch'], is_best=is_best)
+    if due or save_is_due(run):
+        save(run, row['epoch'], is_best=is_best)
     if metric_name(recipe) in row or run.held_out is None:
-        seconds = run.world.largest(time.perf_counter() - started)
+        seconds = run.world.largest(time.perf_counter() - started + run.writer.seconds)
         interval = run.clock.interval
         if row['images_per_s']:  # not where a resumed epoch had no step left to take
             interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
@@ -271,11 +299,6 @@ def activation_state(model: nn.Module) -> dict[str, float]:
     return {**act.values(), 'max_curvature': act.max_curvature()}
 
 
-def metric_name(recipe: Recipe) -> str:
-    """What the best checkpoint is best in: PGD accuracy, or clean accuracy for clean training."""
-    return 'val_clean_acc' if recipe.loss == 'clean' else 'val_pgd_acc'
-
-
 def roll_back(run: Run, error: Diverged) -> None:
     """Go back to the last good state, with another seed.
 
@@ -283,6 +306,7 @@ def roll_back(run: Run, error: Diverged) -> None:
         Diverged: if the recipe says to stop, or the run went back too often already.
     """
     recipe, count = run.recipe, run.rollbacks + 1
+    run.writer.wait()
     path = run.world.agree(latest_checkpoint(run.folder, before=run.step))  # what diverged may have been saved, too
     stop = recipe.on_divergence == 'stop' or count > recipe.max_rollbacks or path is None
     if stop:
@@ -309,6 +333,7 @@ def stop_if_asked(run: Run, epoch: int) -> None:
     asked = run.world.largest(float(run.stop)) if run.world.size > 1 else run.stop
     if asked:
         save_within(run, epoch)
+        run.writer.wait()
         raise Stopped(
             f'stopped by a signal at step {run.step}, and saved; go on with --resume {run.folder / "last.pth.tar"} '
             'and the same settings'
@@ -317,9 +342,7 @@ def stop_if_asked(run: Run, epoch: int) -> None:
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
-    metric, side = metric_name(run.recipe), run.recipe.side_at(1.0)
-    rows = [row for row in run.history if row.get(metric) == run.best and row.get('side') == side]  # what was saved
-    best = (rows or run.history[-1:] or [{}])[0]
+    best = best_row(run.recipe, run.history, run.best) or (run.history or [{}])[-1]
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
     line: dict[str, Any] = {
         'model': run.recipe.model,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter, strftime
 from typing import Any
@@ -24,7 +25,17 @@ from timm.scheduler.scheduler import Scheduler
 from torch.nn.parallel import DistributedDataParallel
 
 from .averaging import ModelEma
-from .checkpoint import BEST, latest_checkpoint, load_checkpoint, prune_checkpoints, read_weights, save_checkpoint
+from .checkpoint import (
+    BEST,
+    LAST,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    read_step,
+    read_weights,
+    save_checkpoint,
+    snapshot,
+)
 from .clock import Clock, parse_duration
 from .compact import load_compact, save_compact
 from .data import (
@@ -38,6 +49,7 @@ from .data import (
     split_holdout,
 )
 from .distributed import World
+from .files import Writer, link_file
 from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
@@ -85,6 +97,9 @@ class Run:
         rollbacks: how often the run went back to an earlier state.
         stop: set by a signal handler; the run saves and ends after the step.
         side: of the training images at the last step, in progressive resizing; None before it, and without.
+        writer: writes checkpoints while training goes on.
+        saved_rows: rows of history in the newest checkpoint.
+        saved_at: when that was, by time.perf_counter.
         origins: for each start or resumption its step, processes, hardware, versions and commit.
     """
 
@@ -109,6 +124,9 @@ class Run:
     rollbacks: int = 0
     stop: bool = False
     side: int | None = None
+    writer: Writer = field(default_factory=Writer)
+    saved_rows: int = 0
+    saved_at: float = field(default_factory=perf_counter)
     origins: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -434,12 +452,20 @@ def training_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) -> None:
-    """Write last.pth.tar, and at an epoch's end checkpoint-<epoch>.pth.tar and model_best.pth.tar; drop old ones."""
+    """Write last.pth.tar, and at an epoch's end checkpoint-<epoch>.pth.tar and model_best.pth.tar; drop old ones.
+
+    A thread writes, once for all names; `run.writer.wait()` waits until everything is on the disk.
+
+    Raises:
+        OSError: if the save before this one failed.
+    """
     sums = None
     if run.sums is not None:
         sums = [run.sums.first_step, run.world.sum(run.sums.loss), run.world.sum(run.sums.correct)]
+    run.saved_rows, run.saved_at = len(run.history), perf_counter()
     if run.world.rank:
         return
+    run.writer.wait()
     state = {
         'version': 1,
         'arch': architecture(run.recipe)[0],
@@ -463,14 +489,52 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     }
     if run.ema is not None:
         state['state_dict_ema'] = run.ema.module.state_dict()
+    names = [LAST, BEST] if is_best else [LAST]
     if numbered:
-        save_checkpoint(run.folder / f'checkpoint-{epoch}.pth.tar', state)
-    save_checkpoint(run.folder / 'last.pth.tar', state)
-    if is_best:
-        save_checkpoint(run.folder / 'model_best.pth.tar', state)
-    if run.recipe.compact_state:
-        save_compact(run.folder / 'compact', state)
-    prune_checkpoints(run.folder, run.recipe.checkpoint_hist)
+        names.insert(0, f'checkpoint-{epoch}.pth.tar')
+    run.writer.start(partial(_write, run.folder, snapshot(state), names, run.recipe))
+
+
+def _write(folder: Path, state: dict[str, Any], names: list[str], recipe: Recipe) -> None:
+    """Write a state under its names, in an order of which every part is sound.
+
+    What is killed between two of them goes on from the newest, which `mend_names` gives the names that it lacks.
+    """
+    save_checkpoint(folder / names[0], state, names[1:])
+    if recipe.compact_state:
+        save_compact(folder / 'compact', state)
+    prune_checkpoints(folder, recipe.checkpoint_hist)
+
+
+def metric_name(recipe: Recipe) -> str:
+    """What the best checkpoint is best in: PGD accuracy, or clean accuracy for clean training."""
+    return 'val_clean_acc' if recipe.loss == 'clean' else 'val_pgd_acc'
+
+
+def best_row(recipe: Recipe, history: list[dict[str, Any]], best: float) -> dict[str, Any] | None:
+    """The row of the epoch that was saved as the best, with this metric; None if it is of another run."""
+    metric, side = metric_name(recipe), recipe.side_at(1.0)
+    return next((row for row in history if row.get(metric) == best and row.get('side') == side), None)
+
+
+def mend_names(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
+    """Give a checkpoint the names that a kill kept from it: last.pth.tar, and model_best.pth.tar if it is the best.
+
+    Args:
+        path: the checkpoint.
+        state: what it holds.
+        recipe: says what the best is best in.
+    """
+    best = best_row(recipe, state['history'], state['best'])
+    for name in [LAST, BEST] if best is not None and best['step'] == state['step'] else [LAST]:
+        target = path.with_name(name)
+        try:
+            step = read_step(target)
+        except Exception:  # missing, or damaged
+            step = -1
+        if step < state['step']:
+            link_file(path, target)
+            logger.warning('%s was missing or older; it is %s now', target, path.name)
 
 
 def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
@@ -485,6 +549,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
         ValueError: if the checkpoint is of another model, or of batches of another size.
     """
     recipe = run.recipe
+    run.writer.wait()
     if state is None:
         state = read_state(path)
     for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
@@ -505,6 +570,9 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
+    run.saved_rows, run.saved_at = len(run.history), perf_counter()
+    if not run.world.rank and path.is_file():
+        mend_names(path, state, recipe)
     if not (run.folder / BEST).is_file():  # a compact state travels without it
         run.best = -1.0
     before = list(state.get('origins', ()))

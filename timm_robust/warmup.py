@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from .pixels import resized
-from .recipe import Recipe
 from .run import Run, image_shape, save
 from .step import turning_points
 from .validation import reestimation_batches, validate
@@ -37,9 +36,9 @@ class Timing:
     validation: float
 
 
-def pays(recipe: Recipe) -> bool:
-    """Whether a run begins with a warm-up."""
-    return recipe.budget is not None or recipe.torchcompile
+def pays(run: Run) -> bool:
+    """Whether a run begins with a warm-up; on a CPU torchcompile compiles activations alone, in seconds."""
+    return run.recipe.budget is not None or (run.recipe.torchcompile and run.world.device.type != 'cpu')
 
 
 def warm_up(run: Run) -> Timing:
@@ -96,6 +95,7 @@ def saving_seconds(run: Run) -> float:
         run.folder, started = Path(probe), time.perf_counter()
         try:
             save(run, 0, is_best=True)
+            run.writer.wait()
             return run.world.largest(time.perf_counter() - started)
         finally:
             run.folder = folder

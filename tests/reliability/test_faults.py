@@ -93,6 +93,7 @@ def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):
 
         def __getitem__(self, number):
             if number == batches.steps_per_epoch + 1:
+                run.writer.wait()
                 shutil.rmtree(tmp_path / 'run')
             return batches[number]
 

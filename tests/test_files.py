@@ -1,0 +1,79 @@
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from timm_robust.files import Writer, link_file, sweep_temporaries
+
+
+def test_a_writer_does_one_job_at_a_time_beside_its_caller():
+    writer, go, done = Writer(), threading.Event(), []
+
+    def work(number):
+        assert go.wait(60) and threading.current_thread() is not threading.main_thread()
+        done.append(number)
+
+    with writer:
+        writer.start(lambda: work(1))
+        assert not done
+        go.set()
+        writer.start(lambda: work(2))  # waits for the first
+        assert done[0] == 1
+    assert done == [1, 2] and writer.seconds >= 0
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_once_by_whoever_waits():
+    def fail():
+        raise OSError('the disk is full')
+
+    writer = Writer()
+    for wait in (writer.wait, lambda: writer.start(print), lambda: writer.__exit__(None)):
+        writer.start(fail)
+        with pytest.raises(OSError, match='the disk is full'):
+            wait()
+        writer.wait()
+    writer.start(fail)
+    while not writer.job.done():
+        pass
+    with pytest.raises(OSError, match='the disk is full'):
+        writer.check()
+    writer.check()
+
+
+def test_an_exception_on_its_way_goes_before_that_of_the_thread(caplog):
+    def fail():
+        raise OSError('the disk is full')
+
+    with pytest.raises(KeyError), Writer() as writer:
+        writer.start(fail)
+        raise KeyError
+    assert 'the disk is full' in caplog.text
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_a_second_name_takes_the_place_of_what_had_it(tmp_path, monkeypatch, links):
+    source, target = tmp_path / 'a', tmp_path / 'b'
+    source.write_text('new')
+    target.write_text('old')
+    if not links:
+        monkeypatch.setattr(os, 'link', lambda *args: (_ for _ in ()).throw(PermissionError(1, 'no links here')))
+    for _ in range(2):  # of names of one file a rename leaves both
+        link_file(source, target)
+        assert target.read_text() == 'new' and target.samefile(source) is links
+        assert sorted(os.listdir(tmp_path)) == ['a', 'b']
+
+
+def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, '-c', ''])
+    dead.wait()
+    alive = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    left = [f'.last.pth.tar.{dead.pid}.tmp', f'.last.pth.tar.{os.getpid()}.tmp', '.summary.csv.ab_1', '.args.yaml.x']
+    kept = [f'.last.pth.tar.{alive.pid}.tmp', '.last.pth.tar', '.git', '.summary.csv', 'last.pth.tar', 'compact']
+    for name in left + kept:
+        (tmp_path / name).touch()
+    (tmp_path / '.compact.abc/new').mkdir(parents=True)
+    removed = {path.name for path in sweep_temporaries(tmp_path)}
+    alive.communicate(b'\n')
+    assert removed == {*left, '.compact.abc'} and set(os.listdir(tmp_path)) == set(kept)
