@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 from pyautoattack.autopgd_base import APGDAttack
 
-from timm_robust.attacks import _checkpoints, apgd, attacked, fgsm, input_gradient, n_fgsm, pgd
+from timm_robust.attacks import _checkpoints, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
 from timm_robust.losses import cross_entropy
 from timm_robust.threat_model import ThreatModel
 
@@ -117,6 +117,24 @@ def test_attacked_leaves_the_model_as_it_was(net, x, mode, training):
     assert net.training == training and not net[1].training and net[1].momentum == 0.1
     assert [p.requires_grad for p in net.parameters()] == [False] + [True] * 5
     assert all(torch.equal(net.state_dict()[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_frozen_statistics_are_the_same_tensors_with_the_same_values(net, x, training):
+    net.train(training)
+    net(x)
+    norm, before = net[1], {key: value.clone() for key, value in net[1].named_buffers()}
+    tensors = dict(norm.named_buffers())
+    with frozen_statistics(net):
+        net(x)
+        assert all(norm.get_buffer(key) is tensor for key, tensor in tensors.items())  # compiled code reads these
+        assert torch.equal(norm.running_mean, before['running_mean'])
+    assert norm.momentum == 0.1
+    assert all(norm.get_buffer(key) is tensor for key, tensor in tensors.items())
+    assert all(torch.equal(norm.get_buffer(key), value) for key, value in before.items())
+    with pytest.raises(ZeroDivisionError), frozen_statistics(net):
+        net(x), 1 / 0
+    assert all(torch.equal(norm.get_buffer(key), value) for key, value in before.items())
 
 
 def test_unknown_mode(net):

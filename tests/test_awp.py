@@ -47,3 +47,27 @@ def test_a_factor_of_the_loss_changes_nothing_and_weights_without_a_finite_gradi
     with perturbed_weights(net, overflows, 0.01):
         assert torch.equal(net[4].weight, before[4])
         torch.testing.assert_close(net[0].weight - before[0], moves[0][0], rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_move_is_each_weights_own_bit_for_bit(net, layout):
+    net = net.to(memory_format=layout)
+    x, y = torch.rand(8, 3, 8, 8).contiguous(memory_format=layout), torch.arange(8)
+
+    def loss():
+        return nn.functional.cross_entropy(net(x), y)
+
+    weights = [net[0].weight, net[4].weight]
+    grads = [grad.contiguous() for grad in torch.autograd.grad(loss(), weights)]
+    expected = []
+    for w, grad in zip([w.detach() for w in weights], grads, strict=True):
+        expected.append(w + grad * (0.01 * w.norm() / (grad.norm() + 1e-12)))
+    with perturbed_weights(net, loss, 0.01):
+        assert all(torch.equal(w, moved) for w, moved in zip(weights, expected, strict=True))
+
+
+def test_the_statistics_of_batch_norm_stay(net):
+    before = {key: value.clone() for key, value in net[1].named_buffers()}
+    with perturbed_weights(net, lambda: net(torch.rand(8, 3, 8, 8)).sum(), 0.01):
+        pass
+    assert all(torch.equal(before[key], value) for key, value in net[1].named_buffers())

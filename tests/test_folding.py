@@ -2,6 +2,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_robust  # noqa: F401
 from timm_robust.folding import FoldedNet
@@ -13,8 +14,9 @@ def unsettle(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.5, 0.5)
             module.running_var.uniform_(0.5, 2.0)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.bias, -0.5, 0.5)
     return model.eval()
 
 
@@ -71,6 +73,76 @@ def test_refresh_takes_the_present_weights():
     assert not torch.allclose(net(x), model(x), rtol=1e-3)
     net.refresh()
     torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Bare(nn.Module):
+    """A convolution with a bias before a batch norm without scale and shift, and one of another eps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)
+        self.conv2, self.bn2 = nn.Conv2d(5, 7, 3, bias=False), nn.BatchNorm2d(7, eps=0.1)
+        self.fc = nn.Linear(7, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.bn2(self.conv2(self.bn1(self.conv1(x)))).mean((2, 3)))
+
+
+def expected_weights(model: nn.Module, pairs: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Each layer on its own, by the formula."""
+    state = dict(model.state_dict())
+    for conv, name in pairs.items():
+        norm = model.get_submodule(name)
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = (state.get(f'{conv}.bias', 0) - norm.running_mean) * scale
+        state[f'{conv}.weight'] = state[f'{conv}.weight'] * scale.view(-1, 1, 1, 1)
+        state[f'{conv}.bias'] = shift if norm.bias is None else shift + norm.bias
+    return state
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ('name', 'kwargs'),
+    [
+        ('resnet18_pssilu', {'width': 5}),
+        ('wrn28_10_pssilu', {'widen_factor': 1, 'depth': 10}),
+        ('efficientnet_b0', {}),
+        ('', {}),
+    ],
+)
+def test_weights_of_the_copy_are_each_layers_own_bit_for_bit(name, kwargs, dtype):
+    torch.manual_seed(0)
+    model = unsettle(timm.create_model(name, **kwargs) if name else Bare())
+    model = model.to(memory_format=torch.channels_last)
+    net = FoldedNet(model, torch.rand(2, 3, 32, 32), dtype)
+    assert len(net.pairs) > 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    net.refresh()
+    expected = expected_weights(model, net.pairs)
+    for key, value in net.net.state_dict().items():
+        assert torch.equal(value, expected[key].to(value.dtype)), key
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that a GPU would be sent, views aside; one over lists counts as one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_pssilu'])
+def test_a_refresh_is_an_operation_a_folded_convolution_and_few_more(name):
+    model = timm.create_model(name, **({'width': 4} if name.startswith('resnet') else {'widen_factor': 1}))
+    net = FoldedNet(model, torch.rand(2, 3, 32, 32), torch.bfloat16)
+    with Launches() as launches:
+        net.refresh()
+    assert launches.count <= len(net.pairs) + 20
 
 
 class Twice(nn.Module):

@@ -16,8 +16,8 @@ def staged(folder, **changes):
     settings = {
         'model': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'dataset': 'digits', 'val_size': 50,
         'crop_padding': 1, 'hflip': 0.0, 'eps': 0.1, 'steps': 1, 'eval_steps': 2, 'epochs': 4, 'batch_size': 400,
-        'lr': 0.05, 'warmup_epochs': 1.0, 'eps_warmup': 0.5, 'model_ema': True, 'experiment': 'run', 'output': str(folder),
-        'progressive_resizing': STAGES,
+        'lr': 0.05, 'warmup_epochs': 1.0, 'eps_warmup': 0.5, 'model_ema': True, 'experiment': 'run',
+        'output': str(folder), 'progressive_resizing': STAGES,
     }  # fmt: skip
     return Recipe(**{**settings, **changes})
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -227,11 +228,15 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norm in its present mode, its running statistics untouched."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    kept = [(m.momentum, m.num_batches_tracked) for m in norms]
+    momenta = [norm.momentum for norm in norms]
+    counts: list[Any] = [norm.num_batches_tracked for norm in norms if norm.training]
+    kept = torch.stack(counts) if counts else None  # the buffers stay where they are, as compiled code expects
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()  # type: ignore[union-attr]
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, kept, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        if kept is not None:
+            torch._foreach_copy_(counts, list(kept))

@@ -28,21 +28,26 @@ def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gam
             norm alone. A weight whose gradient is not finite stays where it is.
         gamma: length of the move, relative to each weight's own length.
     """
-    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    weights: list[torch.Tensor] = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     with frozen_statistics(model):
-        grads = [grad.contiguous() for grad in torch.autograd.grad(loss_fn(), weights)]
+        grads = list(torch.autograd.grad(loss_fn(), weights))
     if dist.is_available() and dist.is_initialized():  # every process must move its copy alike
+        grads = [grad.contiguous() for grad in grads]
         for grad in grads:
             dist.all_reduce(grad)
             grad /= dist.get_world_size()
-    kept = [w.detach().clone() for w in weights]
-    lengths, slopes = torch._foreach_norm(kept), torch._foreach_norm(grads)
-    with torch.no_grad():
-        for w, g, length, slope in zip(weights, grads, lengths, slopes, strict=True):
-            w.add_(torch.where(slope.isfinite(), g * (gamma * length / (slope + 1e-12)), 0.0))
+    kept = [torch.empty_like(w) for w in weights]
+    with torch.no_grad():  # over all tensors at once where that is one launch on a GPU
+        torch._foreach_copy_(kept, weights)
+        slopes = torch._foreach_norm([grad.contiguous() for grad in grads])  # the order of a sum decides its last bit
+        moves = torch._foreach_mul(torch._foreach_norm(kept), gamma)
+        torch._foreach_div_(moves, torch._foreach_add(slopes, 1e-12))
+        grads = list(torch._foreach_mul(grads, moves))
+        for grad, overflowed in zip(grads, torch.stack(slopes).isfinite().logical_not().unbind(), strict=True):
+            grad.masked_fill_(overflowed, 0.0)
+        torch._foreach_add_(weights, grads)
     try:
         yield
     finally:
         with torch.no_grad():
-            for w, old in zip(weights, kept, strict=True):
-                w.copy_(old)
+            torch._foreach_copy_(weights, kept)

@@ -9,7 +9,7 @@ w' = w s, b' = (b - mean) s + shift with s = scale / sqrt(var + eps). Equal to t
 from __future__ import annotations
 
 import copy
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from typing import Any
 
 import torch
@@ -141,16 +141,43 @@ def _fold(net: nn.Module, pairs: dict[str, str]) -> None:
 
 @torch.no_grad()
 def _take_weights(folded: nn.Module, model: nn.Module, pairs: dict[str, str]) -> None:
-    """Copy the model's weights into its folded copy."""
+    """Copy the model's weights into its folded copy: all channels' scales and biases at once, a launch a convolution.
+
+    On a GPU each operation is a launch, and there is one refresh an attack.
+    """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for conv, norm_name in pairs.items():
-        norm: Any = model.get_submodule(norm_name)
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        bias = weights.get(f'{conv}.bias')
-        shift = ((0 if bias is None else bias) - norm.running_mean) * scale
-        weights[f'{conv}.weight'] = weights[f'{conv}.weight'] * scale.view(-1, 1, 1, 1)
-        weights[f'{conv}.bias'] = shift if norm.bias is None else shift + norm.bias
-    for name, tensor in (*folded.named_parameters(), *folded.named_buffers()):
-        tensor.copy_(weights[name])
+    targets = {**dict(folded.named_parameters()), **dict(folded.named_buffers())}
+    if pairs:
+        scales, biases = _scales_and_biases(model, pairs, weights)
+        weights.update({f'{conv}.bias': bias for conv, bias in zip(pairs, biases, strict=True)})
+        for conv, scale in zip(pairs, scales, strict=True):
+            name = f'{conv}.weight'
+            torch.mul(weights[name], scale.view(-1, 1, 1, 1), out=targets.pop(name))
+    alike = defaultdict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]](lambda: ([], []))
+    for name, target in targets.items():
+        into, out_of = alike[target.dtype, weights[name].dtype]
+        into.append(target)
+        out_of.append(weights[name])
+    for into, out_of in alike.values():  # lists of one type each are one launch
+        torch._foreach_copy_(into, out_of)
+
+
+def _scales_and_biases(
+    model: nn.Module, pairs: dict[str, str], weights: dict[str, torch.Tensor]
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """What each folded convolution's weights are multiplied by, and its bias, [out_channels] each."""
+    norms: list[Any] = [model.get_submodule(name) for name in pairs.values()]
+    sizes = [len(norm.running_mean) for norm in norms]
+    mean = torch.cat([norm.running_mean for norm in norms])
+
+    def joined(parts: list[torch.Tensor | None], default: torch.Tensor) -> torch.Tensor:
+        """The layers' vectors as one; default where a layer has none."""
+        own = zip(parts, default.split(sizes), strict=True)
+        return torch.cat([rest if part is None else part for part, rest in own])
+
+    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+    variance = torch.cat(torch._foreach_add([norm.running_var for norm in norms], [norm.eps for norm in norms]))
+    scale = variance.rsqrt() * joined([norm.weight for norm in norms], one)
+    before = joined([weights.get(f'{conv}.bias') for conv in pairs], zero)
+    bias = (before - mean) * scale + joined([norm.bias for norm in norms], zero)
+    return scale.split(sizes), bias.split(sizes)

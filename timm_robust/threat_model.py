@@ -105,7 +105,7 @@ class ThreatModel:
         likewise.
         """
         if self.norm == 'Linf':
-            x_adv = torch.minimum(torch.maximum(x_adv, x - self.eps), x + self.eps)
+            x_adv = x_adv.clamp(x - self.eps, x + self.eps)
         else:
             delta = x_adv - x
             x_adv = x + delta * _per_image((self.eps / _l2(delta)).clamp(max=1.0), x)
