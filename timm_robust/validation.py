@@ -42,7 +42,7 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
                 robust = right & (forward(x_adv).argmax(1) == y)
-            counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.tensor(n, device=device)])
+            counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.full((), n, device=device)])
     clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
     return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
 
@@ -77,14 +77,22 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
     # not run.forward: other momenta would be compiled anew, and stay a burden
     forward = Forward(pixel_input(model, recipe.inner_size), recipe, run.world.device)
     momenta = [norm.momentum for norm in norms]
+    calls = Counter[nn.Module]()
+
+    def take_plain_mean(norm: Any, args: Any) -> None:
+        """What momentum None does, which would read each norm's counter from the device."""
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]
+
+    hooks = [norm.register_forward_pre_hook(take_plain_mean) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean
     model.train()
     with torch.no_grad():
         for x, x_adv, y in inputs:
             step.loss.descend(forward, x, x_adv, y)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        hook.remove()
         norm.momentum = momentum
     if run.world.size > 1:
         distribute_bn(model, run.world.size, reduce=True)
