@@ -60,6 +60,7 @@ bench-toy: $(VENV)/.bench
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --sizes --output ''
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --imagenet --output ''
 	$(BIN)/python benchmarks/attack.py --toy --output ''
+	$(BIN)/python benchmarks/gpu_smoke.py --toy
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info output

@@ -1,3 +1,5 @@
+import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -135,3 +137,71 @@ def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
         assert set(found['seconds']) == {'apgd-ce', 'total'} and any(found['robust'])
         verdicts[side] = found['robust']
     assert all(flags == verdicts['peer'] for flags in verdicts.values())
+
+
+@pytest.fixture
+def smoke():
+    import gpu_smoke
+
+    def run(*words):
+        return gpu_smoke.main(['--toy', '--device', 'cpu', '--only', *words])
+
+    run.module = gpu_smoke
+    return run
+
+
+def rows_of(text):
+    """Name of the check -> its result."""
+    return {line[:58].strip(): line[58:].split()[0] for line in text.splitlines() if line.startswith(KINDS)}
+
+
+KINDS = ('kernels: ', 'step: ', 'resume: ', 'validate: ', 'autoattack: ', 'compile: ')
+
+
+def test_the_smoke_test_passes_here(smoke, capsys):
+    name = 'resnet18_pssilu.fast_cifar10_linf'
+    assert smoke('kernels', name) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert set(rows.values()) == {'ok'}
+    assert {f'{kind}{name}' for kind in KINDS[1:]} < set(rows) and len(rows) == 4 + len(KINDS) - 1
+
+
+def test_the_smoke_test_steps_with_every_recipe(smoke):
+    args = argparse.Namespace(toy=True, device='cpu', data_dir=None, batch=8)
+    names = [name for name, _ in smoke.module.checks(args, Path()) if name.startswith('step: ')]
+    assert sorted(names) == sorted(f'step: {path.stem}' for path in smoke.module.RECIPES.glob('*.yaml'))
+
+
+def test_a_wrong_kernel_fails_the_smoke_test(smoke, monkeypatch, capsys):
+    right = smoke.module.pssilu
+    monkeypatch.setattr(smoke.module, 'pssilu', lambda x, alpha, beta: right(x, alpha, beta * 1.001))
+    assert smoke('kernels: pssilu eager') == 1
+    out = capsys.readouterr().out
+    assert rows_of(out) == {'kernels: pssilu eager float32': 'FAILED', 'kernels: pssilu eager bfloat16': 'ok'}
+    assert 'value is' in out and '1 of 2 checks failed' in out
+
+
+def test_a_wrong_compiler_fails_the_smoke_test(smoke, monkeypatch, capsys):
+    monkeypatch.setattr(torch, 'compile', lambda net, **_: lambda *args: 1.1 * net(*args))
+    assert smoke('compile: resnet18', 'kernels: pssilu compiled') == 1
+    assert list(rows_of(capsys.readouterr().out).values()) == ['FAILED'] * 3
+
+
+def test_a_resumed_run_that_differs_fails_the_smoke_test(smoke, monkeypatch, capsys):
+    def build_otherwise(recipe, build=smoke.module.build):
+        return build(dataclasses.replace(recipe, lr=recipe.lr * (1.1 if recipe.resume else 1.0)))
+
+    monkeypatch.setattr(smoke.module, 'build', build_otherwise)
+    assert smoke('resume: resnet18_pssilu.fgsm') == 1
+    assert 'weights differ by' in capsys.readouterr().out
+
+
+def test_a_check_that_breaks_hides_no_other(smoke, monkeypatch, capsys):
+    def broken(*args):
+        raise ValueError('no such thing')
+
+    monkeypatch.setattr(smoke.module, 'build', broken)
+    assert smoke('step: resnet18_silu.fgsm', 'kernels: pssilu eager', 'validate: resnet18_pssilu.fgsm') == 1
+    out = capsys.readouterr().out
+    assert list(rows_of(out).values()) == ['ok', 'ok', 'FAILED', 'FAILED'] and 'ValueError: no such thing' in out
+    assert smoke('nothing of this name') == 1
