@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """Training steps: ours beside the loop that one writes around torchattacks, images a second.
 
-    python benchmarks/train_step.py            # ResNet-18, PGD-10 and FGSM; on a GPU also WRN-28-10, TRADES-10
+    python benchmarks/train_step.py            # ResNet-18, PGD-10; on a CPU also FGSM, on a GPU WRN-28-10, TRADES-10
+    python benchmarks/train_step.py --steps 1  # FGSM
     python benchmarks/train_step.py --sizes    # how ours grows with batch, attack steps, width and generated images
     python benchmarks/train_step.py --imagenet # ours on ImageNet networks at 224 pixels, eager and compiled
 
 Each case runs in a process of its own, and they take turns; reported are the median of the repeats, the smallest and
-the largest. Ours is what train/adv_train.py runs, on random images. FLOP/s count 2k + 3 forwards an image for PGD-k
-(TRADES-k: 2k + 7), over the rate of a large matrix product on the same machine. Memory is the peak above what the
-process held before the network was made: the allocator's on a GPU, the process's on a CPU.
+the largest. A table is written to its file as soon as it is done. Ours is what train/adv_train.py runs, on random
+images. FLOP/s count 2k + 3 forwards an image for PGD-k (TRADES-k: 2k + 7), over the rate of a large matrix product on
+the same machine. Memory is the peak above what the process held before the network was made: the allocator's on a GPU,
+the process's on a CPU.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,26 @@ from timm_robust.run import build
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
+Found = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cases that are compared with each other.
+
+    Args:
+        name: of its file.
+        title: what they share.
+        cases: name -> what its process is told.
+        report: prints the table, and returns its rows.
+    """
+
+    name: str
+    title: str
+    cases: dict[str, Case]
+    report: Callable[[dict[str, Case], Found], dict[str, Any]]
+
+
 def measure(case: Case) -> Measure:
     """What a case's process does at each turn: some steps, timed."""
     if case['side'] == 'matmul':
@@ -45,6 +69,8 @@ def measure(case: Case) -> Measure:
     step, state = (ours if case['side'] == 'ours' else peer)(case), {'number': 0}
 
     def once() -> dict[str, Any]:
+        if DEVICE.type == 'cuda':  # the memory was given back
+            step(state['number'])
         wait()
         started = time.perf_counter()
         for _ in range(case['steps_a_turn']):
@@ -150,33 +176,32 @@ def flops_an_image(model: str, width: int | None, loss: str, k: int) -> float:
     return counter.get_total_flops() * (2 * k + (7 if loss == 'trades' else 3))
 
 
-def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours and the peer, all variants in turns, one table for each loss and attack."""
-    tables = {}
-    width, batch = (8, 16) if args.toy else (None, args.batch)
-    jobs = [(args.models, 'pgd_at', k) for k in args.steps]
-    if DEVICE.type == 'cuda':
-        jobs.append((['wrn28_10_pssilu'], 'trades', 10))
-    for models, loss, k in jobs:
+def compare(args: argparse.Namespace) -> Iterator[Table]:
+    """Ours and the peer, all variants; a table for each loss and attack."""
+    width = 8 if args.toy else None
+    jobs = [(args.models, 'pgd_at', k, args.batch) for k in args.steps]
+    if DEVICE.type == 'cuda' and 10 in args.steps:  # in fp32 the peer keeps about 130 MB an image
+        jobs.append((['wrn28_10_pssilu'], 'trades', 10, min(args.batch, 128)))
+    for models, loss, k, batch in jobs:
         cases: dict[str, Case] = {}
         shared = {'batch': batch, 'loss': loss, 'k': k, 'width': width, 'steps_a_turn': 1 if k > 1 else 3}
+        if models[0].startswith('wrn'):  # its width is another setting
+            shared['width'] = None
         for side, variants in (('peer', args.peer_variants), ('ours', args.variants)):
             for variant in variants:
                 for model in models:
                     cases[f'{side} {model} {variant}'] = shared | {'side': side, 'variant': variant, 'model': model}
         for dtype in ('float32', 'bfloat16'):
             cases[f'matmul {dtype}'] = {'side': 'matmul', 'dtype': dtype}
-        found = take_turns(__file__, cases, args.repeats)
         title = f'{loss}, {k} attack step{"s" * (k > 1)}, batch {batch}'
-        tables[title] = report(title, cases, found)
-    return tables
+        yield Table(f'{loss}-{k}', title, cases, report)
 
 
-def report(title: str, cases: dict[str, Case], found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Print a table; returns its rows."""
+def report(cases: dict[str, Case], found: Found) -> dict[str, Any]:
+    """Ours beside the peer."""
     rows: dict[str, Any] = {}
     heads = f'{"images/s":>9s}{"min to max":>18s}{"x peer":>8s}{"x silu":>8s}{"of peak":>9s}{"MiB/image":>11s}'
-    print(f'\n{title}\n{"":38s}{heads}')
+    print(f'{"":38s}{heads}')
     for name, case in cases.items():
         if case['side'] == 'matmul':
             continue
@@ -205,7 +230,7 @@ def ratio(found: dict[str, list[dict[str, Any]]], name: str, base: str) -> float
     return spread([one['images_per_s'] / other['images_per_s'] for one, other in pairs])['median']
 
 
-def sizes(args: argparse.Namespace) -> dict[str, Any]:
+def sizes(args: argparse.Namespace) -> Iterator[Table]:
     """Ours alone: one quantity at a time is changed."""
     base = {'side': 'ours', 'variant': args.variants[-1], 'model': args.models[0], 'loss': 'pgd_at'}
     base |= {'batch': 16 if args.toy else 64, 'k': 2, 'width': 8 if args.toy else 32, 'steps_a_turn': 2}
@@ -215,43 +240,66 @@ def sizes(args: argparse.Namespace) -> dict[str, Any]:
         'width': [8, 16] if args.toy else [16, 32, 64],
         'extra_rows': [0, 10_000] if args.toy else [0, 1_000_000, 20_000_000],
     }
-    tables: dict[str, dict[str, Any]] = {}
     for what, values in grids.items():
         small = {'width': 4, 'steps_a_turn': 20 if args.toy else 100, 'k': 1} if what == 'extra_rows' else {}
         cases = {f'{what} {value:,}': base | small | {what: value} for value in values}
-        found = take_turns(__file__, cases, args.repeats)
-        tables[what] = {}
-        for name, turns in found.items():
-            row = tables[what][name] = spread([one['images_per_s'] for one in turns])
-            row['mib'] = turns[-1]['memory'] / 2**20
-            row['of_first'] = ratio(found, name, next(iter(cases)))
-            between = f'({row["min"]:.1f} to {row["max"]:.1f})'
-            of_first = f'{row["of_first"]:8.2f} of the first'
-            print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB{of_first}')
-    return tables
+        yield Table(f'sizes-{what}', what, cases, report_sizes)
 
 
-def imagenet(args: argparse.Namespace) -> dict[str, Any]:
-    """Ours on ImageNet networks with one attack step: rate and memory, eager and compiled."""
+def report_sizes(cases: dict[str, Case], found: Found) -> dict[str, Any]:
+    """Rate and memory, and the rate beside the first case's."""
+    rows = {}
+    for name, turns in found.items():
+        row: dict[str, Any] = spread([one['images_per_s'] for one in turns])
+        row['mib'] = turns[-1]['memory'] / 2**20
+        row['of_first'] = ratio(found, name, next(iter(cases)))
+        rows[name] = row
+        between = f'({row["min"]:.1f} to {row["max"]:.1f})'
+        of_first = f'{row["of_first"]:8.2f} of the first'
+        print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB{of_first}')
+    return rows
+
+
+def imagenet(args: argparse.Namespace) -> Iterator[Table]:
+    """Ours on ImageNet networks with one attack step, eager and compiled; a table for each network."""
     shared = {'side': 'ours', 'loss': 'pgd_at', 'k': 1, 'steps_a_turn': 1, 'pixels': 32 if args.toy else 224}
     shared['batch'] = 4 if args.toy else args.batch // 8
-    names = (
-        ['resnet50_silu'] if args.toy else ['resnet50_relu', 'resnet50_silu', 'resnet50_pssilu', 'efficientnet_b0_silu']
-    )
-    cases = {
-        f'{name} {variant}': shared | {'model': name.replace('_relu', ''), 'variant': variant}
-        for name in names
-        for variant in (args.variants[:1] if args.toy else args.variants)
-    }
-    found, rows = take_turns(__file__, cases, args.repeats), dict[str, Any]()
+    names = ['resnet50_relu', 'resnet50_silu', 'resnet50_pssilu', 'efficientnet_b0_silu']
+    for name in ['resnet50_silu'] if args.toy else names:
+        variants = args.variants[:1] if args.toy else args.variants
+        cases = {
+            f'{name} {variant}': shared | {'model': name.replace('_relu', ''), 'variant': variant}
+            for variant in variants
+        }
+        title = f'pgd_at, 1 attack step, batch {shared["batch"]}, {shared["pixels"]} pixels'
+        yield Table(f'imagenet-{name}', title, cases, report_imagenet)
+
+
+def report_imagenet(cases: dict[str, Case], found: Found) -> dict[str, Any]:
+    """Rate and memory."""
+    rows = {}
     for name, turns in found.items():
-        row = rows[name] = spread([one['images_per_s'] for one in turns])
-        row['mib_per_image'] = turns[-1]['memory'] / 2**20 / shared['batch']
+        row: dict[str, Any] = spread([one['images_per_s'] for one in turns])
+        row['mib_per_image'] = turns[-1]['memory'] / 2**20 / cases[name]['batch']
+        rows[name] = row
         print(
             f'{name:36s}{row["median"]:10.2f} images/s ({row["min"]:.2f} to {row["max"]:.2f})'
             f'{row["mib_per_image"]:10.1f} MiB/image'
         )
-    return {f'pgd_at, 1 attack step, batch {shared["batch"]}, {shared["pixels"]} pixels': rows}
+    return rows
+
+
+def measure_tables(tables: Iterator[Table], args: argparse.Namespace) -> None:
+    """One after the other, each written when it is done; none is begun when --seconds are over."""
+    until = time.perf_counter() + args.seconds
+    for table in tables:
+        if time.perf_counter() > until:
+            print(f'\n{table.name}: not begun, for --seconds {args.seconds:g} are over')
+            continue
+        found = take_turns(__file__, table.cases, args.repeats, until)
+        print(f'\n{table.title}')
+        record = {'repeats': len(next(iter(found.values()))), 'title': table.title}
+        write(f'train_step-{table.name}', record | {'rows': table.report(table.cases, found)}, args.output, DEVICE)
 
 
 def main() -> None:
@@ -259,12 +307,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--models', nargs='+', default=['resnet18_pssilu', 'resnet18_silu', 'resnet18_relu'])
-    add('--steps', nargs='+', type=int, default=[10, 1], help='attack steps; 1 is FGSM')
-    add('--batch', type=int, default=128 if DEVICE.type == 'cpu' else 512)
+    on_gpu = DEVICE.type == 'cuda'
+    add('--steps', nargs='+', type=int, default=[10] if on_gpu else [10, 1], help='attack steps; 1 is FGSM')
+    add('--batch', type=int, default=512 if on_gpu else 128)
     add('--variants', nargs='+', default=['bf16', 'bf16+compile'], help='of ours: fp32, bf16, bf16+compile')
-    peers = ['fp32'] if DEVICE.type == 'cpu' else ['fp32', 'bf16']
-    add('--peer-variants', nargs='+', default=peers, help='fp32; bf16: autocast and channels-last')
+    peers = ['fp32', 'bf16'] if on_gpu else ['fp32']
+    add(
+        '--peer-variants',
+        nargs='*',
+        default=peers,
+        help='fp32; bf16: autocast and channels-last; nothing for ours alone',
+    )
     add('--repeats', type=int, default=5)
+    add(
+        '--seconds', type=float, default=480 if on_gpu else 1e9, help='begin no table and no further turn after so many'
+    )
     add('--sizes', action='store_true', help='how rate and memory change with batch, attack steps, width, extra images')
     add('--imagenet', action='store_true', help='ImageNet networks at 224 pixels')
     add('--toy', action='store_true', help='tiny networks, to see that it runs')
@@ -278,10 +335,10 @@ def main() -> None:
         except ImportError as error:
             sys.exit(f'error: {error}')
         return
-    kinds = {'train_step-sizes': sizes} if args.sizes else {'train_step-imagenet': imagenet} if args.imagenet else {}
-    [(what, take)] = (kinds or {'train_step': compare}).items()
-    tables = take(args)
-    write(what, {'repeats': args.repeats, 'tables': tables}, args.output, DEVICE)
+    if args.toy:
+        args.batch = 16
+    take = sizes if args.sizes else imagenet if args.imagenet else compare
+    measure_tables(take(args), args)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,9 @@
 """Cases that take turns, each in a process of its own: a busy machine slows all alike, and none inherits another's
-allocator, caches or compiled code."""
+allocator, caches or compiled code.
+
+One process is at work at a time, and on a GPU the others hold their weights alone: what a case needs to compute is
+given back after each turn.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -57,20 +62,40 @@ class Worker:
 def serve(case: Case, build: Callable[[Case], Measure]) -> None:
     """The process's side: build, warm up, then measure at each line read."""
     measure = build(case)
-    print(json.dumps({'ready': True, **measure()}), flush=True)
+    answer(measure, ready=True)
     for _ in sys.stdin:
-        print(json.dumps(measure()), flush=True)
+        answer(measure)
 
 
-def take_turns(script: str, cases: dict[str, Case], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Measure the cases one after the other, `repeats` times over; name -> what each repeat said."""
+def answer(measure: Measure, **more: Any) -> None:
+    """Measure, give the GPU's memory back, and only then say so: the next process begins at that."""
+    found = more | measure()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    print(json.dumps(found), flush=True)
+
+
+def take_turns(
+    script: str, cases: dict[str, Case], repeats: int, until: float = float('inf')
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure the cases one after the other, `repeats` times over; name -> what each repeat said.
+
+    Args:
+        script: calls `serve`.
+        cases: name -> what the script's process is told.
+        repeats: turns.
+        until: no further turn begins when `time.perf_counter()` is past this; there is one at least.
+    """
     workers: dict[str, Worker] = {}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     try:
         for name, case in cases.items():
             print(f'preparing {name}', file=sys.stderr, flush=True)
             workers[name] = Worker(script, case)
-        for _ in range(repeats):
+        for turn in range(repeats):
+            if turn and time.perf_counter() > until:
+                print(f'time is over after {turn} of {repeats} turns', file=sys.stderr, flush=True)
+                break
             for name, worker in workers.items():
                 found[name].append(worker.measure())
     finally:

@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,55 @@ def test_cases_take_turns_in_processes_of_their_own(tmp_path):
     assert len({one['pid'] for turns in found.values() for one in turns}) == 2
     with pytest.raises(RuntimeError, match='ended early'):
         take_turns(str(script), {'a': {'value': -1}}, repeats=1)
+
+
+def test_a_case_gives_its_memory_back_before_it_answers(monkeypatch):
+    from turns import serve
+
+    order = []
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: order.append('emptied'))
+    monkeypatch.setattr('builtins.print', lambda text, **_: order.append(json.loads(text)))
+    monkeypatch.setattr(sys, 'stdin', ['go', 'go'])
+    serve({}, lambda case: lambda: order.append('measured') or {'value': 1})
+    assert order == ['measured', 'emptied', {'ready': True, 'value': 1}, *['measured', 'emptied', {'value': 1}] * 2]
+
+
+def test_turns_end_with_the_time_but_there_is_one(tmp_path, capsys):
+    from turns import take_turns
+
+    script = tmp_path / 'script.py'
+    script.write_text(
+        f'import sys, json\nsys.path.insert(0, {str(FOLDER)!r})\nfrom turns import serve\n'
+        'serve(json.loads(sys.argv[2]), lambda case: lambda: {"value": 1})\n'
+    )
+    found = take_turns(str(script), {'a': {}, 'b': {}}, repeats=5, until=time.perf_counter() - 1)
+    assert found == {'a': [{'value': 1}], 'b': [{'value': 1}]}
+    assert 'time is over after 1 of 5 turns' in capsys.readouterr().err
+
+
+def test_each_table_is_written_when_it_is_done(tmp_path, monkeypatch, capsys):
+    import train_step
+
+    def take_turns(script, cases, repeats, until):
+        if 'breaks' in cases:
+            raise RuntimeError('a case ended early')
+        return {name: [{'images_per_s': 2.0}] for name in cases}
+
+    def tables():
+        for name in ('first', 'breaks', 'never'):
+            yield train_step.Table(name, 'a title', {name: {}}, lambda cases, found: {'rate': len(found)})
+
+    monkeypatch.setattr(train_step, 'take_turns', take_turns)
+    args = argparse.Namespace(repeats=5, seconds=100, output=str(tmp_path))
+    with pytest.raises(RuntimeError, match='ended early'):
+        train_step.measure_tables(tables(), args)
+    assert [file.name.partition('-cpu')[0] for file in tmp_path.iterdir()] == ['train_step-first']
+    record = json.loads(next(tmp_path.iterdir()).read_text())
+    assert record['title'] == 'a title' and record['repeats'] == 1 and record['rows'] == {'rate': 1}
+    args.seconds = -1
+    train_step.measure_tables(tables(), args)
+    assert 'breaks: not begun, for --seconds -1 are over' in capsys.readouterr().out
 
 
 def test_results_name_hardware_versions_and_commit(tmp_path):
