@@ -36,7 +36,7 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
     else:
         epochs = run.total_steps / run.batches.steps_per_epoch
         validations = max(epochs / recipe.val_interval, 1)
-        total = start_up + epochs * per_epoch + validations * timing.validation + epochs * saving
+        total = start_up + epochs * per_epoch + validations * (timing.validation + saving)  # no other epoch is saved
     images = round(epochs * run.batches.steps_per_epoch) * batch
     line = {
         'model': run.recipe.model,

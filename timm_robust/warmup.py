@@ -76,9 +76,8 @@ def reserve(run: Run, timing: Timing, saving: float) -> None:
     """Tell the clock what a budget must leave time for."""
     in_flight = run.recipe.log_interval if run.world.device.type == 'cuda' else 1  # a GPU is waited for at a log line
     run.clock.last_step = in_flight * max(timing.steps.values())
-    epochs = 1 if run.held_out is None else run.recipe.val_interval
     run.clock.validations.append(timing.validation + saving)
-    run.clock.breaks.append(timing.validation + epochs * saving)
+    run.clock.breaks.append(timing.validation + saving)  # at most: a thread writes
     run.clock.interval = training_interval(run) * timing.steps[0.0]
 
 
