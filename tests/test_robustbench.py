@@ -235,6 +235,21 @@ def test_an_unknown_name_is_refused():
         ValueError, match=r"'wrn28_10_pssilu\.zzz' is no model of RobustBench for cifar10 Linf, and none of"
     ):
         door.load_model('wrn28_10_pssilu.zzz')
+    for options in ({'norm': 'L2'}, {'threat_model': 'L2'}, {'threat_model': 'Linf', 'norm': 'L2'}):
+        for name in ('resnet18_pssilu', 'resnet18_pssilu.fgsm', 'Dai2021Parameterizing'):
+            with pytest.raises(
+                ValueError, match=f"'{name}' is no model of RobustBench for cifar10 L2, and none of ours"
+            ):
+                door.load_model(name, **options)
+
+
+@NEEDS
+def test_norm_chooses_as_threat_model_does(monkeypatch):
+    asked = []
+    monkeypatch.setattr(door.robustbench().utils, 'load_model', lambda name, **options: asked.append((name, options)))
+    door.load_model('Rebuffi2021Fixing_70_16_cutmix_extra', norm='L2', model_dir='here')
+    expected = {'dataset': 'cifar10', 'threat_model': 'L2', 'model_dir': 'here'}
+    assert asked == [('Rebuffi2021Fixing_70_16_cutmix_extra', expected)]
 
 
 def test_a_missing_package_says_what_to_type(monkeypatch):

@@ -39,20 +39,23 @@ from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
 from .threat_model import LEADERBOARD_EPS, parse_eps
 
 
-def load_model(name: str, dataset: str = 'cifar10', threat_model: str = 'Linf', **options: Any) -> nn.Module:
+def load_model(
+    name: str, dataset: str = 'cifar10', threat_model: str = 'Linf', norm: str | None = None, **options: Any
+) -> nn.Module:
     """RobustBench's load_model, which finds our models too: 'wrn28_10_pssilu', or with its tag, in full or in part.
 
     Args:
         name: a model of RobustBench's zoo, '<arch>', '<arch>.<method>' or '<arch>.<tag>'.
         dataset: 'cifar10', ...
         threat_model: 'Linf', 'L2' or 'corruptions'.
+        norm: RobustBench's older word for threat_model; where both are given, this one counts, as there.
         options: further arguments of RobustBench's own load_model.
 
     Raises:
         ImportError: if RobustBench is missing.
         ValueError: if no model has that name.
     """
-    package = robustbench()
+    package, threat_model = robustbench(), norm or threat_model
     end = f'_{dataset}_{threat_model}'.lower()
     name = name.removesuffix(end)
     zoo = package.model_zoo.model_dicts
