@@ -43,8 +43,77 @@ def test_gradients_of_first_and_second_order(name, point):
     def f(x, *params):
         return act.call(x, list(params))
 
-    assert torch.autograd.gradcheck(f, (x, *act.params()))
-    assert torch.autograd.gradgradcheck(f, (x, *act.params()))
+    forward_mode = {'check_forward_ad': True, 'check_batched_forward_grad': True}
+    assert torch.autograd.gradcheck(f, (x, *act.params()), check_batched_grad=True, **forward_mode)
+    assert torch.autograd.gradgradcheck(f, (x, *act.params()), check_batched_grad=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize(('name', 'point'), CASES, ids=case_ids)
+def test_torch_func_differentiates_in_every_mode_and_order(name, point):
+    act = make(name, point, torch.float64)
+    values = torch.cat([torch.tensor([-2.3, -0.4, 0.7, 3.1], dtype=torch.float64), *(p.detach() for p in act.params())])
+
+    def f(values):  # of x and the parameters together
+        return act.call(values[:4], list(values[4:].split(1)))
+
+    def total(values):
+        return f(values).pow(2).sum()
+
+    def gradient(values):  # by the fused passes
+        leaf = values.clone().requires_grad_()
+        return torch.autograd.grad(total(leaf), leaf)[0]
+
+    h = 1e-6
+    steps = h * torch.eye(len(values), dtype=torch.float64)
+    jacobian = torch.stack([(f(values + step) - f(values - step)) / (2 * h) for step in steps], 1)
+    hessian = torch.stack([(gradient(values + step) - gradient(values - step)) / (2 * h) for step in steps])
+    close = {'atol': 1e-7 * max(1.0, hessian.abs().max().item()), 'rtol': 1e-6}
+    value, tangent = torch.func.jvp(f, (values,), (torch.ones_like(values),))
+    assert torch.equal(value, f(values))
+    torch.testing.assert_close(tangent, jacobian.sum(1), **close)
+    for derivative in (torch.func.jacfwd, torch.func.jacrev):
+        torch.testing.assert_close(derivative(f)(values), jacobian, **close)
+        for outer in (torch.func.jacfwd, torch.func.jacrev):
+            torch.testing.assert_close(outer(derivative(total))(values), hessian, **close)
+    torch.testing.assert_close(torch.func.hessian(total)(values), hessian, **close)
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_vmap_over_inputs_parameters_and_both(name):
+    x = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(0))
+    acts = [make(name, point) for point in (POINTS.get(name, [{}]) * 3)[:3]]
+    stacked = [torch.stack(tensors).detach() for tensors in zip(*(act.params() for act in acts), strict=True)]
+    call = type(acts[0]).call
+    results = {
+        'x': (torch.func.vmap(call, (0, None))(x, acts[0].params()), [acts[0](row) for row in x]),
+        'x, second dimension': (torch.func.vmap(call, (1, None), 1)(x, acts[0].params()), [acts[0](row) for row in x]),
+        'both': (torch.func.vmap(call)(x, stacked), [act(row) for act, row in zip(acts, x, strict=True)]),
+    }
+    if stacked:
+        results['parameters'] = torch.func.vmap(call, (None, 0))(x[0], stacked), [act(x[0]) for act in acts]
+    for mapped, rows in results.values():
+        torch.testing.assert_close(mapped, torch.stack(rows))
+    slopes = torch.func.vmap(torch.func.grad(lambda number: call(number, acts[0].params())))(x.flatten())
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(slopes, torch.autograd.grad(acts[0](leaf).sum(), leaf)[0].flatten())
+
+
+@pytest.mark.parametrize('frozen', [True, False])
+def test_derivatives_of_what_compiled_kernels_computed(frozen):
+    x = torch.randn(1 << 16).requires_grad_()
+    params = [torch.tensor([value], requires_grad=not frozen) for value in (1.3, 0.2)]
+    kernels = (module._forward_kernel, module._backward_kernel, module._sloped_kernel)
+    with module.using(kernels):
+        y = pssilu(x, *params)
+        assert type(y.grad_fn).__name__ == ('_SlopedPSSiLUBackward' if frozen else '_FusedPSSiLUBackward')
+        tangents = torch.randn(2, 1 << 16)
+        rows = [torch.autograd.grad(y, x, tangent, retain_graph=True)[0] for tangent in tangents]
+        (batch,) = torch.autograd.grad(y, x, tangents, is_grads_batched=True)
+        torch.testing.assert_close(batch, torch.stack(rows))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+            tangent = torch.autograd.forward_ad.unpack_dual(pssilu(dual, *params)).tangent
+        torch.testing.assert_close(tangent, rows[0])
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
@@ -252,17 +321,6 @@ def test_frozen_parameters_get_no_gradient(name):
     assert x.grad is not None and all(p.grad is None for p in act.parameters())
 
 
-def test_vmap_and_functional_gradients():
-    x, act = torch.randn(4, 30), PSSiLU(beta=0.2)
-    alpha, beta = act.alpha.detach(), act.beta.detach()
-    rows = torch.func.vmap(lambda row: pssilu(row, alpha, beta))(x)
-    torch.testing.assert_close(rows, pssilu(x, alpha, beta))
-    grad = torch.func.grad(lambda x: pssilu(x, alpha, beta).sum())(x)
-    leaf = x.clone().requires_grad_()
-    pssilu(leaf, alpha, beta).sum().backward()
-    torch.testing.assert_close(grad, leaf.grad)
-
-
 @pytest.mark.parametrize('name', ACTIVATIONS)
 def test_compile_full_graph_and_export(name):
     act = make(name, POINTS.get(name, [{}])[-1])
@@ -277,6 +335,30 @@ def test_compile_full_graph_and_export(name):
     for ours, theirs in zip(eager_grads, compiled_grads, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(torch.export.export(act, (x,)).module()(x), act(x))
+    assert torch.compile(act, fullgraph=True, backend='aot_eager')(torch.tensor(0.5)).shape == ()
+
+
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_a_trace_is_saved_without_python(name, tmp_path):
+    act, x = make(name, POINTS.get(name, [{}])[-1]), torch.linspace(-3, 3, 12).view(3, 4)
+    torch.jit.save(torch.jit.trace(act, x), tmp_path / 'act.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'act.pt')(2 * x), act(2 * x))
+
+
+@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('name', ACTIVATIONS)
+def test_export_to_onnx(name, dynamo, tmp_path):
+    pytest.importorskip('onnxscript' if dynamo else 'onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    act, x = make(name, POINTS.get(name, [{}])[-1]), torch.linspace(-60, 60, 12).view(3, 4)
+    if name == 'pelu' and not dynamo:
+        with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match='expm1'):  # of torch's older exporter
+            torch.onnx.export(act, (x,), tmp_path / 'act.onnx', dynamo=False)
+        return
+    torch.onnx.export(act, (x,), tmp_path / 'act.onnx', dynamo=dynamo, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'act.onnx')
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), act(x).detach())
 
 
 @pytest.mark.slow

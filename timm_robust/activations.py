@@ -67,7 +67,7 @@ class Shape:
 def psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Parametric Softplus: log(1 + exp(a x)) / a, a = max(abs(alpha), 0.001). Dai et al. 2021, arXiv:2110.05626."""
     a = alpha.abs().clamp(min=0.001)  # ALPHA_MIN
-    return (-F.logsigmoid(-a * x) / a).to(x.dtype)
+    return (_log1p_exp(a * x) / a).to(x.dtype).view_as(x)  # a number stays one, whatever alpha's shape
 
 
 def prelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -77,18 +77,18 @@ def prelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 def pprelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """PReLU+: alpha x for x > 0, 0 otherwise. Dai et al. 2021, arXiv:2110.05626."""
-    return F.relu(x) * alpha.to(x.dtype)
+    return (F.relu(x) * alpha.to(x.dtype)).view_as(x)
 
 
 def pelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """X for x > 0, alpha (exp(x) - 1) otherwise: ELU with a learnable scale. Dai et al. 2021, arXiv:2110.05626."""
-    return F.relu(x) + alpha.to(x.dtype) * torch.expm1(x - F.relu(x))
+    return (F.relu(x) + alpha.to(x.dtype) * torch.expm1(x - F.relu(x))).view_as(x)
 
 
 def reblu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Rectified bendable linear unit: x + alpha (sqrt(x^2 + 1) - 1) for x > 0, 0 otherwise. Dai et al. 2021."""
     y = _wide(F.relu(x))
-    return (alpha * (torch.sqrt(y * y + 1) - 1) + y).to(x.dtype)
+    return (alpha * (torch.sqrt(y * y + 1) - 1) + y).to(x.dtype).view_as(x)
 
 
 def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,17 @@ def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     """
     y, raw = _wide(F.relu(x)), _wide(raw)
     a = (raw * raw).clamp(min=1e-6)  # RAW_SQUARE_MIN
-    return (y - torch.log1p(a * y) / a).to(x.dtype)
+    return (y - torch.log1p(a * y) / a).to(x.dtype).view_as(x)
+
+
+def _log1p_exp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)).
+
+    Not by logsigmoid where a compiler reads it: torch exports that to ONNX as log(sigmoid), which is -inf far left.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return F.relu(x) + torch.log1p(torch.exp(-x.abs()))
+    return -F.logsigmoid(-x)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +118,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 def parametric_softplus(x: torch.Tensor, alpha: float = 10.0) -> torch.Tensor:
     """log(1 + exp(alpha x)) / alpha, alpha fixed. Xie et al. 2020, arXiv:2006.14536."""
-    return -F.logsigmoid(-alpha * x) / alpha
+    return _log1p_exp(alpha * x) / alpha
 
 
 # --- modules ----------------------------------------------------------------------------------------------------------
@@ -369,7 +379,7 @@ class Softplus(Activation):
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """log(1 + exp(x))."""
-        return -F.logsigmoid(-x)
+        return _log1p_exp(x)
 
     def shape(self) -> Shape:
         """log(2) at 0, infimum 0, max abs(f'') = 1/4."""

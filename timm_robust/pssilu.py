@@ -2,8 +2,10 @@
 
 Written out, PSSiLU is five passes over the data forward, more backward, and keeps four intermediate tensors alive. In
 eager mode the autograd function below makes one buffer and keeps x alone; where a compiler reads the code
-(torch.compile, torch.export, TorchScript) it finds the formula, which compilers fuse into one kernel each way. Equal
-to rounding; twice differentiable.
+(torch.compile, torch.export, torch.onnx.export, TorchScript) it finds the formula, which compilers fuse into one kernel
+each way. Forward-mode derivatives and torch.func's transforms (jvp, jacfwd, hessian, vmap over x or over stacked
+parameters) get the formula too, which can be differentiated in every mode and order; the autograd function is twice
+differentiable, in reverse mode. Equal to rounding.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.fx
+from torch.autograd import forward_ad
 
 BETA_MAX = 0.99
 """abs(beta) acts as min(abs(beta), BETA_MAX): at 1 the formula divides by zero. Representable below 1 in bf16 too."""
@@ -44,7 +47,7 @@ def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.T
     if torch.jit.is_scripting():
         return _pssilu_formula(x, alpha, beta)
     else:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _pssilu_formula(x, alpha, beta)
         return _eager(x, alpha, beta)
 
@@ -53,21 +56,39 @@ def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.T
 def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """As `_pssilu`, for beta = 0."""
     if torch.jit.is_scripting():
-        return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
+        return _psilu_formula(x, alpha)
     else:
-        if torch.compiler.is_compiling():
-            return (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return _psilu_formula(x, alpha)
         return _eager(x, alpha, None)
 
 
 def _eager(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    if _transformed(x):
+        return _forward_kernel(x, alpha.reshape(()), None if beta is None else beta.reshape(()))
     return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
+
+
+def _transformed(x: torch.Tensor) -> bool:
+    """Whether torch.func, forward mode or is_grads_batched is at work: none of them takes passes in place."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.is_legacy_batchedtensor(x)
+    )
 
 
 def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """PSSiLU as the paper writes it: what compilers fuse, and what the fused path is held against."""
     b = beta.abs().clamp(max=0.99)  # BETA_MAX: TorchScript reads no module globals
-    return (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
+    y = (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
+    return y.reshape(()) if x.dim() == 0 else y  # alpha's shape [1] makes a vector of a number
+
+
+def _psilu_formula(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """As `_pssilu_formula`, for beta = 0."""
+    y = (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
+    return y.reshape(()) if x.dim() == 0 else y
 
 
 _COMPILED_FROM = 1 << 16
@@ -197,16 +218,10 @@ class _FusedPSSiLU(torch.autograd.Function):
         ctx.kernels = _kernels
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> tuple:
-        if in_dims[0] is None or any(dim is not None for dim in in_dims[1:]):
-            raise ValueError('vmap over alpha or beta of PSSiLU is not supported; map over x, or call it in a loop')
-        return _FusedPSSiLU.apply(x, alpha, beta), in_dims[0]
-
-    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, alpha, beta = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+        if torch.is_grad_enabled() or _transformed(grad):  # create_graph=True: the gradient is differentiated itself
             return _pssilu_backward_formula(grad, x, alpha, beta, needs)
         if ctx.kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x, grad)) is not None:
             found = ctx.kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
@@ -247,7 +262,7 @@ class _SlopedPSSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, alpha, beta, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or _transformed(grad):
             return _pssilu_backward_formula(grad, x, alpha, beta, ctx.needs_input_grad)
         return slope * grad, None, None  # in this order, for x's layout
 
@@ -263,7 +278,6 @@ def _sloped(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> 
         and x.numel() >= _COMPILED_FROM
         and x.dtype != torch.float64
         and _flat(x) is not None
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
