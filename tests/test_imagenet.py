@@ -80,6 +80,16 @@ def test_a_forward_pass_of_each_kind_and_features():
             (64, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)
         ]  # fmt: skip
     assert any(name.endswith('shared_act.alpha') for name, _ in features.named_parameters())
+    usual = features(x)
+    for kind in ('list', 'dict'):
+        other = timm.create_model('resnet50_pssilu', features_only=True, feature_cls=kind).eval()
+        other.load_state_dict(features.state_dict())
+        found = other(x)
+        assert isinstance(found, dict) == (kind == 'dict')
+        found = list(found.values()) if kind == 'dict' else found
+        assert all(torch.equal(a, b) for a, b in zip(found, usual, strict=True))
+    with pytest.raises(ValueError, match=r"feature_cls='fx' cannot see .*allowed: 'getter', 'list', 'dict', 'hook'"):
+        timm.create_model('resnet50_pssilu', features_only=True, feature_cls='fx')
     b0 = timm.create_model('efficientnet_b0_silu', num_classes=7).eval()
     with torch.no_grad():
         assert b0(x).shape == (1, 7)

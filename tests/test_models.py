@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -204,6 +205,86 @@ def robustbench_keys(state_dict, blocks, prefix=''):
         parts = ['bn1' if p == 'norm' else 'convShortcut' if p == 'shortcut' else p for p in parts]
         out[prefix + '.'.join(parts)] = value
     return out
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_psilu'])
+def test_curvature_of_a_networks_loss(name, x):
+    model = small(name, num_classes=3).double().eval()
+    x, direction = x[:2].double(), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    y = torch.tensor([0, 2])
+
+    def loss(x):
+        return F.cross_entropy(model(x), y)
+
+    def gradient(x):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    h = 1e-5
+    along = (loss(x + h * direction) - loss(x - h * direction)) / (2 * h)
+    curved = (gradient(x + h * direction) - gradient(x - h * direction)) / (2 * h)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (direction,))[1], along, rtol=1e-6, atol=1e-9)
+    product = torch.func.jvp(torch.func.grad(loss), (x,), (direction,))[1]
+    torch.testing.assert_close(product, curved, rtol=1e-5, atol=1e-8)
+    row = x[:1, :, :1, :4]
+
+    def corner(values):
+        return loss(torch.cat([torch.cat([values, x[:1, :, :1, 4:]], 3), x[:1, :, 1:]], 2).expand_as(x))
+
+    other = torch.func.jacrev(torch.func.jacrev(corner))(row)
+    torch.testing.assert_close(torch.func.hessian(corner)(row), other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_psilu'])
+def test_networks_with_stacked_weights_run_in_one_vmap(name, x):
+    models = [small(name).eval() for _ in range(3)]
+    with torch.no_grad():
+        for i, model in enumerate(models):
+            for p in model.parameters():
+                p.mul_(1 + 0.2 * i)
+    stacked = torch.func.stack_module_state(models)
+
+    def call(params, buffers, x):
+        return torch.func.functional_call(models[0], (params, buffers), (x,))
+
+    rows = torch.stack([model(x) for model in models])
+    torch.testing.assert_close(torch.func.vmap(call, (0, 0, None))(*stacked, x), rows, rtol=1e-4, atol=1e-5)
+
+    def loss(params, buffers):
+        return call(params, buffers, x).logsumexp(1).sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss))(*stacked)
+    for i, model in enumerate(models):
+        model(x).logsumexp(1).sum().backward()
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(grads[key][i], p.grad, rtol=1e-3, atol=1e-3 * p.grad.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_psilu'])
+def test_a_trace_is_saved_and_the_older_onnx_export_works(name, x, tmp_path):
+    model = small(name).eval()
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
+    torch.testing.assert_close(torch.jit.load(tmp_path / 'model.pt')(x[:2]), model(x[:2]))
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_pssilu', 'resnet18_relu'])
+@pytest.mark.parametrize('indices', [None, (1, 2), (-2,)])
+def test_features_as_a_list_and_as_a_dict(name, indices, x):
+    settings = {'features_only': True, **({} if indices is None else {'out_indices': indices})}
+    usual = small(name, **settings).eval()
+    as_list, as_dict = (small(name, feature_cls=kind, **settings).eval() for kind in ('list', 'dict'))
+    expected, found = usual(x), as_dict(x)
+    assert isinstance(found, dict) and list(found) == [str(index) for index in usual.feature_info.out_indices]
+    for ours in (as_list(x), list(found.values())):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert as_dict.feature_info.channels() == [feature.shape[1] for feature in expected]
+    assert as_dict.state_dict().keys() == usual.state_dict().keys()
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', 'module.module.'])

@@ -127,6 +127,43 @@ def test_weights_of_the_users_own_win_and_features_take_them(x, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(found, expected[-len(found) :], strict=True))
 
 
+@pytest.mark.parametrize('kind', ['list', 'dict'])
+@pytest.mark.parametrize('shared', [True, False])
+def test_features_as_a_list_and_as_a_dict(kind, shared, x):
+    settings = {'model': 'test_resnet', 'act': 'pssilu', 'shared': shared, 'features_only': True}
+    found, usual = (timm.create_model('act_swapped', **settings, feature_cls=k).eval() for k in (kind, 'getter'))
+    usual.load_state_dict({k if shared else f'model.{k}': v for k, v in found.state_dict().items()}, strict=shared)
+    features, expected = found(x), usual(x)
+    assert isinstance(features, dict if kind == 'dict' else list)
+    features = list(features.values()) if kind == 'dict' else features
+    assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+
+
+def test_torch_jit_script_is_refused_and_what_the_refusal_names_works(x, tmp_path):
+    model = replace_activations(net('test_resnet').eval(), 'pssilu')
+    with pytest.raises(RuntimeError, match=r'cannot read a network whose places share one PSSiLU; what works: torch'):
+        torch.jit.script(model)
+    expected = model(x)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / 'model.pt')
+    assert torch.allclose(torch.jit.load(tmp_path / 'model.pt')(x), expected, atol=1e-5)
+    assert torch.allclose(torch.export.export(model, (x,)).module()(x), expected, atol=1e-5)
+    assert torch.allclose(torch.compile(model, backend='eager')(x), expected, atol=1e-5)
+    own = replace_activations(model, 'pssilu', shared=False)
+    assert torch.allclose(torch.jit.script(own)(x), expected, atol=1e-5)
+
+
+def test_forward_mode_and_stacked_weights_reach_the_one_activation(x):
+    models = [replace_activations(net('test_resnet').eval(), 'pssilu') for _ in range(2)]
+    with torch.no_grad():
+        models[1].shared_act.alpha.fill_(3.0)
+    stacked = torch.func.stack_module_state(models)
+    rows = torch.func.vmap(lambda *state: torch.func.functional_call(models[0], state, (x,)))(*stacked)
+    torch.testing.assert_close(rows, torch.stack([model(x) for model in models]), rtol=1e-4, atol=1e-5)
+    model, x, direction = models[1].double(), x.double(), torch.randn_like(x).double()
+    by_reverse_mode = torch.autograd.functional.jvp(model, x, direction)[1]
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (direction,))[1], by_reverse_mode)
+
+
 def test_replacing_twice_leaves_the_second(x):
     model = replace_activations(replace_activations(net('test_resnet'), 'pssilu'), 'smoothrelu', shared=False)
     assert not hasattr(model, 'shared_act') and not any(isinstance(module, SharedAct) for module in model.modules())

@@ -7,15 +7,17 @@ activation's plain function to both.
 """
 
 import re
+from collections import OrderedDict
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from timm.layers import create_classifier
-from timm.models import checkpoint
+from timm.models import FeatureDictNet, FeatureListNet, checkpoint
 from timm.models._features import (
+    FeatureGetterNet,
     feature_take_indices,
-)  # timm's own families import it from here; there is no public path
+)  # timm's own families import them from here; there is no public path
 
 from ..activations import Activation, ReLU, get_activation
 
@@ -231,6 +233,28 @@ class SharedActNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [B, C, H, W] in [0, 1] to logits [B, num_classes]."""
         return self.forward_head(self.forward_features(x))
+
+
+class FeatureGetterDict(FeatureGetterNet):
+    """timm's getter around a whole network, with the keys of its FeatureDictNet: '0', '1', ..."""
+
+    def forward(self, x: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Number of a feature, as text -> the feature [B, C, h, w]."""
+        names = [str(index) for index in self.feature_info.out_indices]
+        return OrderedDict(zip(names, super().forward(x), strict=True))
+
+
+def whole_features(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """A network's arguments, where features_only with feature_cls 'list' or 'dict' leaves the network whole.
+
+    timm's own two call the parts of a network in turn, which a shared activation's parameters do not reach.
+    """
+    if not kwargs.get('features_only'):
+        return kwargs
+    kind = kwargs.get('feature_cls', 'getter')
+    kind = kind.lower() if isinstance(kind, str) else kind
+    whole = {'list': 'getter', FeatureListNet: 'getter', 'dict': FeatureGetterDict, FeatureDictNet: FeatureGetterDict}
+    return {**kwargs, 'feature_cls': whole.get(kind, kind)}
 
 
 def shared_act_key(key: str) -> Optional[str]:

@@ -16,7 +16,7 @@ from timm.models.efficientnet import _gen_efficientnet  # the one private name: 
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..activations import ACTIVATIONS
-from ._shared_act import name_entrypoint
+from ._shared_act import name_entrypoint, whole_features
 from ._weights import tagged, with_weights
 from .replaced import exchange
 
@@ -89,9 +89,14 @@ def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> 
     if not shared:
         place = {key: kwargs[key] for key in ('device', 'dtype') if ACTIVATIONS[act].initial and key in kwargs}
         layer['act_layer'] = GELUTanh if act == 'gelu' else partial(ACTIVATIONS[act], **place)
-    feature_cfg = {'feature_cls': 'getter'} if shared else None
+    if shared:
+        kwargs = whole_features(kwargs)
+        if kwargs.get('features_only') and kwargs['feature_cls'] == 'fx':
+            raise ValueError(
+                f"feature_cls='fx' cannot see {name}'s one activation; allowed: 'getter', 'list', 'dict', 'hook'"
+            )
     settings = {'block': Bottleneck, **_SIZES[size], **layer, **kwargs}
-    return build_model_with_cfg(model_cls, name, pretrained, feature_cfg=feature_cfg, **settings)
+    return build_model_with_cfg(model_cls, name, pretrained, **settings)
 
 
 def _register(name: str) -> None:

@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
+from ._shared_act import whole_features
 from ._weights import SOURCES
 
 ARCHITECTURE, SHARED = 'act_swapped', 'shared_act'
@@ -32,7 +33,7 @@ _KINDS: Tuple[Type[nn.Module], ...] = (
 class SharedAct(nn.Module):
     """A place that applies the network's one activation, which its root owns: no parameter stands twice.
 
-    torch.compile and torch.export read it; the deprecated torch.jit.script cannot.
+    torch.compile, torch.export, torch.onnx.export and torch.jit.trace read it; the deprecated torch.jit.script cannot.
     """
 
     def __init__(self, act: Activation) -> None:
@@ -42,6 +43,14 @@ class SharedAct(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The activation of any shape."""
         return self.owner[0](x)
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks every module before it reads the network
+        name = type(self.owner[0]).__name__
+        raise RuntimeError(
+            f'torch.jit.script cannot read a network whose places share one {name}; what works: torch.compile(model), '
+            'torch.export.export(model, (x,)), torch.onnx.export(model, (x,), path), torch.jit.trace(model, x), or an '
+            'activation in each place: replace_activations(model, act, shared=False)'
+        )
 
 
 def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
@@ -143,8 +152,8 @@ def act_swapped(
     own = pretrained_cfg is not None or any(overlay.get(key) for key in SOURCES)  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
-    if kwargs.get('features_only') and (shared or own):
-        kwargs.setdefault('feature_cls', 'getter')  # keeps the network whole
+    if shared or own:
+        kwargs = whole_features(kwargs)
     cfg: Dict[str, Any] = {}
     if pretrained_cfg is not None:
         cfg = resolve_pretrained_cfg(ARCHITECTURE, pretrained_cfg, pretrained_cfg_overlay).to_dict()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..activations import ACTIVATIONS, Activation
-from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key
+from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
 from ._weights import register_aliases, tagged, with_weights
 
 __all__ = ['WideResNet']
@@ -161,7 +161,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **with_weights(variant, pretrained, kwargs),
+        **with_weights(variant, pretrained, whole_features(kwargs)),
     )
 
 
