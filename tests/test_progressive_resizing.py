@@ -7,6 +7,7 @@ from timm_robust import engine
 from timm_robust.checkpoint import load_checkpoint
 from timm_robust.engine import Stopped, build, fit
 from timm_robust.pixels import resized
+from timm_robust.plan import plan
 from timm_robust.recipe import Recipe
 
 STAGES = {8: 1, 16: 1, 32: 2}  # 3 steps an epoch
@@ -98,6 +99,12 @@ def test_batch_norm_follows_the_side(tmp_path):
     maps = [run.model.conv1(resized(run.batches[i][0], 16)).mean((0, 2, 3)) for i in range(n)]
     torch.testing.assert_close(run.model.bn1.running_mean, torch.stack(maps).mean(0))
     assert run.model.bn1.momentum == 0.1
+
+
+def test_the_plan_tells_the_rate_at_each_side(tmp_path):
+    line = plan(build(staged(tmp_path)), steps=1)
+    rates = [line[f'images_per_s_at_{side}'] for side in (8, 16, 32)]
+    assert line['images_per_s'] == pytest.approx(4 / (1 / rates[0] + 1 / rates[1] + 2 / rates[2]))
 
 
 def test_best_is_of_the_last_stage(tmp_path, monkeypatch):

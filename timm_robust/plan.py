@@ -37,10 +37,12 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         epochs = run.total_steps / run.batches.steps_per_epoch
         validations = max(epochs / recipe.val_interval, 1)
         total = start_up + epochs * per_epoch + validations * (timing.validation + saving)  # no other epoch is saved
+    sides = {recipe.side_at(share): seconds for share, seconds in timing.steps.items() if recipe.stages}
     images = round(epochs * run.batches.steps_per_epoch) * batch
     line = {
         'model': run.recipe.model,
         'images_per_s': batch / step_seconds,
+        **{f'images_per_s_at_{side}': batch / seconds for side, seconds in sides.items()},
         'step_ms': 1e3 * step_seconds,
         'start_up_s': start_up,
         'validation_s': timing.validation,
