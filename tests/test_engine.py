@@ -818,7 +818,7 @@ def test_averaged_statistics_are_re_estimated(tmp_path):
     conv = torch.nn.functional.conv2d(run.batches[0][0], run.ema.module.conv1.weight, padding=1)
     theirs = conv.mean((0, 2, 3))
     run.forward.net = None  # compiled, it would be compiled anew for the momenta of this
-    reestimate_batch_norm(run)
+    reestimate_batch_norm(run, run.recipe.ema_bn_batches)
     assert (means[0] - theirs).norm() < 0.2 * theirs.norm()
 
 
