@@ -15,7 +15,7 @@ from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData
 from timm_robust.pixels import pixel_input
 from timm_robust.releases import RELEASES, releases_of, split_name
-from timm_robust.robustbench_zoo import LINF, entry_of, to_ours, to_theirs
+from timm_robust.robustbench_zoo import LINF, check_network, entry_of, to_ours, to_theirs
 from timm_robust.robustness import evaluate
 from timm_robust.threat_model import ThreatModel
 
@@ -130,6 +130,43 @@ def test_copies_that_differ_and_other_networks_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r'a\.pt is not Carmon2019Unlabeled: .*Missing key'):
         door.convert('Carmon2019Unlabeled', tmp_path / 'a.pt', tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+@NEEDS
+@pytest.mark.parametrize(
+    ('source', 'entry', 'kind'),
+    [
+        ('Wang2023Better_WRN-28-10', 'Carmon2019Unlabeled', 'deepmind'),
+        ('Carmon2019Unlabeled', 'Wang2023Better_WRN-28-10', 'trades'),
+    ],
+)
+def test_equal_shapes_of_another_network_are_refused(tmp_path, source, entry, kind):
+    torch.save(theirs(source).state_dict(), tmp_path / 'a.pt')
+    with pytest.raises(ValueError, match=rf'named as those of a network of kind {kind}; .*the file of another entry'):
+        door.convert(entry, tmp_path / 'a.pt', tmp_path / 'ours')
+    assert not (tmp_path / 'ours').exists()
+    folder = door.convert(source, tmp_path / 'a.pt', tmp_path / 'ours')
+    for wrong in (entry, 'Hendrycks2019Using'):  # the same network as Carmon's, with other statistics
+        with pytest.raises(ValueError, match=rf'{wrong} is wrn28_10_.* with (activation|mean) .*, the model given has'):
+            door.convert(wrong, folder, tmp_path / 'b.pt')
+    with pytest.raises(ValueError, match='named as those of a network of kind timm_robust'):
+        door.convert(entry, folder / 'model.safetensors', tmp_path / 'other')
+    assert not (tmp_path / 'b.pt').exists() and not (tmp_path / 'other').exists()
+
+
+def test_padding_is_part_of_the_network():
+    model = timm.create_model('wrn28_10_silu', device='meta')
+    entry = entry_of('Wang2023Better_WRN-28-10')
+    with pytest.raises(ValueError, match='with same_padding True, the model given has False'):
+        check_network(model, 'Wang2023Better_WRN-28-10', entry)
+
+
+def test_a_prefix_that_robustbench_strips_is_stripped():
+    weights = {'conv1.weight': torch.ones(1), 'block1.layer.0.bn1.weight': torch.zeros(1)}
+    entry = entry_of('Chen2020Efficient')
+    expected = to_ours(weights, entry)
+    assert set(expected) == {'conv1.weight', 'stages.0.0.bn1.weight'}
+    assert to_ours({f'model.{key}': value for key, value in weights.items()}, entry) == expected
 
 
 def test_a_web_page_and_a_pickle_are_named(tmp_path):

@@ -35,7 +35,7 @@ from .releases import RELEASES, STAGED
 from .results import atomic_file
 from .robustbench_package import SETTINGS, robustbench
 from .robustbench_report import compare, submission, write_entries
-from .robustbench_zoo import LINF, ZooEntry, entry_of, to_ours, to_theirs
+from .robustbench_zoo import LINF, ZooEntry, check_network, entry_of, to_ours, to_theirs
 from .threat_model import LEADERBOARD_EPS, parse_eps
 
 
@@ -179,7 +179,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> Path:
         target: the folder to write; or, for the way back, the .pt file.
 
     Raises:
-        ValueError: if the entry does not convert, or the weights are not its.
+        ValueError: if the entry does not convert, or the weights or the network are not its.
         FileNotFoundError: if the source does not exist.
     """
     entry, target = entry_of(name), Path(target)
@@ -208,6 +208,7 @@ def _to_robustbench(name: str, entry: ZooEntry, source: str | Path, target: Path
     robustbench()  # imported first: what it makes on import must not land on 'meta'
     path = Path(source)
     model = load_any(path if path.exists() else str(source))
+    check_network(model, name, entry)
     with torch.device('meta'):
         theirs = zoo_network(name)
     weights = to_theirs(model.state_dict(), list(theirs.state_dict()), entry)

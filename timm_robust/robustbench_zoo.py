@@ -8,9 +8,11 @@ PSSiLU, listed under every block's name), 'resnet' (post-activation ResNet-18).
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 
 from .models import cifar_resnet, wide_resnet
@@ -106,14 +108,66 @@ def to_ours(weights: dict[str, torch.Tensor], entry: ZooEntry) -> dict[str, torc
     """RobustBench's weights under our names; copies of one parameter become one.
 
     Raises:
-        ValueError: if copies differ, or the statistics of the inputs are others than the entry's.
+        ValueError: if copies differ, the statistics of the inputs are others than the entry's, or the names are those
+            of another code's network: shapes alone do not tell DeepMind's activation and padding from TRADES'.
     """
     weights = dict(weights)
+    if all(key.startswith('model.') for key in weights):  # Chen2020Efficient's file
+        weights = {key.removeprefix('model.'): value for key, value in weights.items()}
+    others = {kind for kind in map(_kind_of, weights) if kind} - {_BLOCKS.get(entry.kind, entry.kind)}
+    if others:
+        raise ValueError(
+            f"its weights are named as those of a network of kind {', '.join(sorted(others))}; the entry's is "
+            f'{entry.kind}, with another activation or padding: is it the file of another entry?'
+        )
     for name, expected in (('mu', entry.mean), ('sigma', entry.std)):  # buffers of some networks
         found = weights.pop(name, torch.tensor(expected))
         if not torch.allclose(found.flatten(), torch.tensor(expected), atol=1e-4):
             raise ValueError(f'{name} is {found.flatten().tolist()}, expected {list(expected)}; is it another entry?')
     return _FAMILIES.get(entry.kind, wide_resnet).checkpoint_filter_fn(weights, torch.nn.Identity())
+
+
+_BLOCKS = {'paf': 'trades'}
+
+
+def _kind_of(name: str) -> str | None:
+    """Whose blocks a weight's name belongs to: 'trades', 'deepmind', 'resnet' or 'timm_robust'; None outside blocks."""
+    if re.match(r'(sub_)?block\d\.layer\.', name):
+        return 'trades'
+    if re.match(r'layer\.\d\.block\.', name):
+        return 'deepmind'
+    if name.startswith('stages.'):
+        return 'timm_robust'
+    return 'resnet' if re.match(r'layer\d\.', name) else None
+
+
+def check_network(model: torch.nn.Module, name: str, entry: ZooEntry) -> None:
+    """Refuse a network that computes another function than the entry's with the same weights.
+
+    Raises:
+        ValueError: naming what differs: class, activation, padding, or the statistics of the inputs.
+    """
+    with torch.device('meta'):
+        expected = timm.create_model(entry.arch, **entry.model_kwargs)
+    ours, theirs = _function_of(model), _function_of(expected) | {'mean': entry.mean, 'std': entry.std}
+    for what, wanted in theirs.items():
+        if ours[what] != wanted:
+            raise ValueError(
+                f'{name} is {entry.arch} with {what} {wanted}, the model given has {ours[what]}; name the entry '
+                'that it was converted from'
+            )
+
+
+def _function_of(model: torch.nn.Module) -> dict[str, Any]:
+    """What decides the function of a network beside its weights."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    return {
+        'class': type(model).__name__,
+        'activation': type(getattr(model, 'act', None)).__name__,
+        'same_padding': any(getattr(module, 'pads', False) for module in model.modules()),
+        'mean': tuple(config.get('mean') or (0.0, 0.0, 0.0)),
+        'std': tuple(config.get('std') or (1.0, 1.0, 1.0)),
+    }
 
 
 def to_theirs(weights: dict[str, torch.Tensor], names: list[str], entry: ZooEntry) -> dict[str, torch.Tensor]:
