@@ -16,6 +16,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from timm_robust.cards import RESULTS
+from timm_robust.download import without_password
 from timm_robust.hub import Options, Outcome, publish, repo_of
 from timm_robust.releases import STAGED, TABLE
 
@@ -41,13 +42,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
-    """Publish one model; whatever goes wrong becomes one line, without the token."""
+    """Publish one model; whatever goes wrong becomes one line, without the token or a password."""
     try:
         return publish(folder, options, table=releases, say=say)
     except KeyboardInterrupt:
         raise
     except Exception as error:  # the edge: network errors of three client libraries end here
-        message = ' '.join(f'{type(error).__name__}: {error}'.split())
+        message = ' '.join(without_password(f'{type(error).__name__}: {error}').split())
         if token := get_token():
             message = message.replace(token, '***')
         say(f'error: {folder.name}: {message}')

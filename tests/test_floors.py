@@ -11,6 +11,7 @@ FLOORS = {
     'results': 0,
     'releases': 0.5,
     'download': 0.6,
+    'model_config': 0,
     'gallery_chart': 2.25,
     'gallery': 2.5,
     'hub': 5.5,

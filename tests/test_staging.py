@@ -17,7 +17,7 @@ import timm_robust.models._weights as resolver
 from timm_robust.cards import model_card, read_results, results_page, strongest
 from timm_robust.checkpoint import load_model, read_hyper_parameters
 from timm_robust.data import load_dataset
-from timm_robust.download import weights_file
+from timm_robust.download import read_release
 from timm_robust.engine import build, fit
 from timm_robust.model_files import canonical, stored
 from timm_robust.plots import read_run
@@ -235,7 +235,7 @@ def test_releases_without_a_folder_here_stay_in_the_table(copy):
 def released(copy, monkeypatch):
     """The staged model, released: in the table that the registry asks."""
     table = read_table(copy / 'releases.json')
-    monkeypatch.setattr(resolver, 'weights_file', partial(weights_file, staged=copy / 'model_cards'))
+    monkeypatch.setattr(resolver, 'read_release', partial(read_release, staged=copy / 'model_cards'))
     monkeypatch.setitem(resolver.RELEASES, NAME, table[NAME])
     cfg = timm.models.PretrainedCfg(**resolver.tagged('resnet18_pssilu', {'url': ''})[NAME])
     cfg = dataclasses.replace(
@@ -276,6 +276,22 @@ def test_a_flipped_bit_is_refused(released):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r'is not on the Hub yet.*pretrained_cfg_overlay'):
         timm.create_model(NAME, pretrained=True)
+
+
+def test_a_file_swapped_after_its_check_is_not_loaded(released, monkeypatch, tmp_path):
+    expected, read = load_model(released), resolver.read_release
+
+    def swapping(release):
+        content = read(release)
+        other = {key: value * 0 for key, value in expected.state_dict().items()}
+        (released / 'model.safetensors').write_bytes(save(other))
+        return content
+
+    monkeypatch.setattr(resolver, 'read_release', swapping)
+    model = timm.create_model(NAME, pretrained=True)
+    assert torch.equal(model.fc.weight, expected.fc.weight)
+    assert 'state_dict' not in model.pretrained_cfg  # the tensors would stay in memory, and in a config.json
+    timm.models.save_for_hf(model, tmp_path / 'saved')
 
 
 def test_a_users_own_weights_win(released, tmp_path):

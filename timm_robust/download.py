@@ -1,23 +1,28 @@
-"""The checked file of released weights: out of the checkout, else from the Hugging Face Hub at the pinned commit.
+"""The checked content of released weights: out of the checkout, else from the Hugging Face Hub at the pinned commit.
 
 No client checks the content of what it downloads: a flipped bit arrives silently, over HTTP and over xet. Here the
-SHA-256 in the package decides.
+SHA-256 in the package decides, over the very bytes that are loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .releases import STAGED, WEIGHTS, Release
 
-_CONNECT_S = 3.0
+_CONNECT_S, _POLL_S, _QUIET_S = 3.0, 5.0, 60.0
+_logger = logging.getLogger(__name__)
 _OWN = 'or pass a file of your own: pretrained_cfg_overlay=dict(file=PATH)'
 
 
-def weights_file(release: Release, staged: Path = STAGED) -> Path:
-    """A release's model.safetensors, checked against the SHA-256 in the package.
+def read_release(release: Release, staged: Path = STAGED) -> bytes:
+    """The content of a release's model.safetensors, checked against the SHA-256 in the package.
 
     Args:
         release: which.
@@ -31,14 +36,14 @@ def weights_file(release: Release, staged: Path = STAGED) -> Path:
     """
     path = staged / release.name / WEIGHTS
     if path.is_file():
-        return release.check(path)
+        return release.read(path)
     if release.commit is None:
         raise FileNotFoundError(
             f'{release.name} is not on the Hub yet, and {path} does not exist; use a checkout of the repository, which '
             f'holds it, {_OWN}'
         )
     try:
-        return release.check(_fetch(release))
+        return release.read(_fetch(release))
     except ValueError as error:  # a damaged cache is worth one more download
         damage = error
     try:
@@ -46,7 +51,7 @@ def weights_file(release: Release, staged: Path = STAGED) -> Path:
     except ConnectionError as error:
         raise ConnectionError(f'the cached file is damaged ({damage}), and cannot be fetched again: {error}') from None
     try:
-        return release.check(path)
+        return release.read(path)
     except ValueError as error:
         for file in (path.resolve(), path):
             file.unlink(missing_ok=True)
@@ -67,7 +72,8 @@ def _fetch(release: Release, **options: Any) -> Path:
             return Path(cached)
     _knock(where)
     try:
-        return Path(huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, **options))
+        with _telling_stalls(release.repo, where):
+            return Path(huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, **options))
     except errors.GatedRepoError:
         raise PermissionError(
             f'{where} is gated; ask for access at {_page(release)}, then type: hf auth login'
@@ -81,7 +87,7 @@ def _fetch(release: Release, **options: Any) -> Path:
         raise FileNotFoundError(f'{where}: that commit is gone; type pip install -U timm-robust, {_OWN}') from None
     except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
-            f'{where} cannot be reached: {error.__cause__ or error}; try again later, {_OWN}'
+            f'{where} cannot be reached: {without_password(error.__cause__ or error)}; try again later, {_OWN}'
         ) from None
     except errors.EntryNotFoundError:
         raise FileNotFoundError(f'{where} holds no {WEIGHTS}; type pip install -U timm-robust, {_OWN}') from None
@@ -91,7 +97,78 @@ def _fetch(release: Release, **options: Any) -> Path:
             f'{where}: the Hub answered {_status(error)}; check HF_TOKEN or type hf auth login, {_OWN}'
         ) from None
     except (OSError, RuntimeError) as error:
-        raise ConnectionError(f'{where}: the download failed: {error}; try again, {_OWN}') from None
+        raise ConnectionError(f'{where}: the download failed: {without_password(error)}; try again, {_OWN}') from None
+
+
+def fetch_folder(spec: str) -> Path:
+    """The config.json and the weights of a repository on the Hub, 'owner/name' or 'owner/name@revision', unread.
+
+    Returns:
+        The folder in the client's cache that holds them.
+
+    Raises:
+        ConnectionError: if they cannot be had.
+    """
+    import huggingface_hub
+
+    repo, _, revision = spec.partition('@')
+    folder = Path()
+    try:
+        with _telling_stalls(repo, repo):
+            for names in (['config.json', WEIGHTS, '*.yaml'], ['config.json', 'pytorch_model.bin']):
+                folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
+                if (folder / WEIGHTS).is_file():
+                    break
+    except Exception as error:  # of requests, httpx or httpx2, by the client's version
+        reason = ' '.join(without_password(error).split())
+        raise ConnectionError(f'hf-hub:{spec} cannot be had from the Hub: {reason}') from None
+    return folder
+
+
+def without_password(text: object) -> str:
+    """The text, with user and password taken out of the addresses in it: https://user:secret@host to https://host."""
+    return re.sub(r'(?<=://)[^/\s]+@', '', str(text))
+
+
+@contextlib.contextmanager
+def _telling_stalls(repo: str, where: str) -> Iterator[None]:
+    """Say in the log when a download makes no progress for a minute: the client waits and retries in silence."""
+    from huggingface_hub import constants
+
+    blobs = Path(constants.HF_HUB_CACHE) / f'models--{repo.replace("/", "--")}' / 'blobs'
+    done = threading.Event()
+    thread = threading.Thread(target=_watch, args=(lambda: _bytes_in(blobs), done.wait, where), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _watch(count: Callable[[], int], wait: Callable[[float], bool], where: str) -> None:
+    """Warn for each minute in which the number of bytes stays the same, until `wait` returns True."""
+    seen, quiet = count(), 0.0
+    while not wait(_POLL_S):
+        now = count()
+        quiet = quiet + _POLL_S if now == seen else 0.0
+        seen = now
+        if quiet and quiet % _QUIET_S == 0:
+            _logger.warning(
+                '%s: the download has made no progress for %.0f s (%s bytes are here); still waiting, Ctrl-C ends it',
+                where,
+                quiet,
+                f'{now:,}',
+            )
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes in the files of a folder, half-written ones included."""
+    total = 0
+    for path in folder.glob('*'):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += path.stat().st_size
+    return total
 
 
 def _knock(where: str) -> None:
@@ -104,8 +181,9 @@ def _knock(where: str) -> None:
     try:
         get_session().head(constants.ENDPOINT, timeout=_CONNECT_S)
     except Exception as error:  # of requests, httpx or httpx2, by the client's version
+        place = without_password(constants.ENDPOINT)
         raise ConnectionError(
-            f'{where} cannot be reached ({type(error).__name__} at {constants.ENDPOINT}); check the network, {_OWN}'
+            f'{where} cannot be reached ({type(error).__name__} at {place}); check the network, {_OWN}'
         ) from None
 
 
@@ -116,7 +194,7 @@ def _where(release: Release) -> str:
 def _page(release: Release) -> str:
     from huggingface_hub import constants
 
-    return f'{constants.ENDPOINT}/{release.repo}'
+    return f'{without_password(constants.ENDPOINT)}/{release.repo}'
 
 
 def _status(error: Exception) -> int | None:

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub import errors as hub_errors
 
 from .cards import read_results
+from .download import without_password
 from .releases import TABLE, WEIGHTS, read_table, sha256, write_table
 from .staging import ORGANISATION, check, files_of
 
@@ -167,7 +168,7 @@ def publish(
     verify(api, folder, repo, outcome.commit)
     if options.tag and plan.tagged is None:
         api.create_tag(repo, tag=options.tag, revision=outcome.commit)
-    outcome.tag, outcome.url = options.tag, f'{api.endpoint}/{repo}'
+    outcome.tag, outcome.url = options.tag, without_password(f'{api.endpoint}/{repo}')
     if options.revision == 'main' and not plan.private:
         note_commit(folder, name, repo, outcome.commit, table)
     return outcome

@@ -68,8 +68,8 @@ class Release:
         """Norm of the threat model, 'Linf' or 'L2'."""
         return {'linf': 'Linf', 'l2': 'L2'}[self.tag.rpartition('_')[2]]
 
-    def check(self, path: Path) -> Path:
-        """The path, if the file there is the released one.
+    def read(self, path: Path) -> bytes:
+        """The content of the file there, if it is the released one: the bytes that were checked, whatever comes after.
 
         Raises:
             ValueError: if it is not, saying how it differs.
@@ -79,9 +79,10 @@ class Release:
             with open(path, 'rb') as file:
                 pointer = ' (a Git LFS pointer; type: git lfs pull)' * file.read(32).startswith(b'version https://git-')
             raise ValueError(f'{path} has {size:,} bytes{pointer}, the released {self.name} {self.size:,}; {_MEND}')
-        if (found := sha256(path)) != self.sha256:
+        content = path.read_bytes()
+        if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
             raise ValueError(f'{path} has SHA-256 {found}, the released {self.name} {self.sha256}; {_MEND}')
-        return path
+        return content
 
 
 _MEND = 'fetch it again, or load it as your own with pretrained_cfg_overlay=dict(file=PATH)'

@@ -1,11 +1,12 @@
-"""Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked file."""
+"""Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked bytes."""
 
 from typing import Any, Callable, Dict
 
+import safetensors.torch
 from timm.models import register_model, resolve_pretrained_cfg
 from torch import nn
 
-from ..download import weights_file
+from ..download import read_release
 from ..releases import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, releases_of
 from ._shared_act import name_entrypoint
 
@@ -28,14 +29,17 @@ def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
 
 
 def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
-    """The arguments of build_model_with_cfg, with the file of the released weights where those are asked for.
+    """The arguments of build_model_with_cfg, with the released weights where those are asked for.
+
+    They are handed over as tensors, made of the bytes whose SHA-256 was checked: a file could be another one when timm
+    opens it. `model_config.forget_weights` takes them out of the model's pretrained_cfg again.
 
     Weights of the user's own (a `pretrained_cfg` of theirs, or a file, url, hf_hub_id or state_dict in
     `pretrained_cfg_overlay`) are left to timm.
 
     Raises:
         RuntimeError: if the network has no released weights, or none of that tag.
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `download.weights_file`.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `download.read_release`.
     """
     cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.get('pretrained_cfg_overlay') or {})
     if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in SOURCES):
@@ -53,7 +57,8 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
             + '. Train it with train/adv_train.py and one of train/recipes/, or pass weights of your own: '
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
-    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(weights_file(RELEASES[name]))}}
+    weights = safetensors.torch.load(read_release(RELEASES[name]))
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'state_dict': weights}}
 
 
 def register_aliases(

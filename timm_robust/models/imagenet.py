@@ -16,6 +16,7 @@ from timm.models.efficientnet import _gen_efficientnet  # the one private name: 
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..activations import ACTIVATIONS
+from ..model_config import forget_weights
 from ._shared_act import name_entrypoint, whole_features
 from ._weights import tagged, with_weights
 from .replaced import exchange
@@ -103,12 +104,12 @@ def _register(name: str) -> None:
     size, _, act = name.rpartition('_')
 
     def resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _resnet(name, size, act, pretrained, **with_weights(name, pretrained, kwargs))
+        return forget_weights(_resnet(name, size, act, pretrained, **with_weights(name, pretrained, kwargs)))
 
     def efficientnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         width, depth, _, dropout = _EFFICIENTNETS[size.partition('_')[2]]
         kwargs = {'drop_rate': dropout, **with_weights(name, pretrained, kwargs)}
-        return _gen_efficientnet(name, width, depth, pretrained=pretrained, **kwargs)
+        return forget_weights(_gen_efficientnet(name, width, depth, pretrained=pretrained, **kwargs))
 
     entrypoint = efficientnet if size.startswith('efficientnet') else resnet
     doc = f'{size} with {ACTIVATIONS[act].__name__}, as in Smooth Adversarial Training (Xie et al. 2020).'

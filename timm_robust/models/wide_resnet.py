@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..activations import ACTIVATIONS, Activation
+from ..model_config import forget_weights
 from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
 from ._weights import register_aliases, tagged, with_weights
 
@@ -155,7 +156,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         WideResNet,
         variant,
         pretrained,
@@ -163,6 +164,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
         **with_weights(variant, pretrained, whole_features(kwargs)),
     )
+    return forget_weights(model)
 
 
 def _register(size: str, act: str) -> None:

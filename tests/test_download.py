@@ -1,0 +1,86 @@
+"""What is said while a download waits, and what is never said."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+
+from timm_robust import download
+from timm_robust.download import without_password
+
+
+class Sizes:
+    """A download that has so many bytes after each look; `wait` says that it is done after the last."""
+
+    def __init__(self, *sizes):
+        self.sizes, self.looks = sizes, 0
+
+    def count(self):
+        return self.sizes[min(self.looks, len(self.sizes) - 1)]
+
+    def wait(self, seconds):
+        self.looks += 1
+        return self.looks == len(self.sizes)
+
+
+def said(caplog, *sizes):
+    caplog.clear()
+    fake = Sizes(*sizes)
+    with caplog.at_level(logging.WARNING, 'timm_robust'):
+        download._watch(fake.count, fake.wait, 'some.model')
+    return caplog.messages
+
+
+def test_a_minute_without_progress_is_said_once_a_minute(caplog):
+    looks = int(download._QUIET_S / download._POLL_S)
+    [message] = said(caplog, *[7] * (looks + 3))
+    assert message.startswith(
+        'some.model: the download has made no progress for 60 s (7 bytes are here); still waiting'
+    )
+    assert len(said(caplog, *[7] * (2 * looks + 2))) == 2
+    assert not said(caplog, *[7] * looks, *[8] * looks)  # it goes on just in time
+    assert not said(caplog, *range(10 * looks))
+
+
+def test_the_bytes_of_half_written_files_count(tmp_path):
+    (tmp_path / 'a.1f.incomplete').write_bytes(b'123')
+    (tmp_path / 'b').write_bytes(b'12')
+    assert download._bytes_in(tmp_path) == 5 and download._bytes_in(tmp_path / 'none') == 0
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('at https://me:secret@hub.example/x; try', 'at https://hub.example/x; try'),
+        ('http://secret@host and ssh://a:b@c', 'http://host and ssh://c'),
+        ('https://me:se@cret@host', 'https://host'),
+        ('owner/name@main https://host/a@b', 'owner/name@main https://host/a@b'),
+    ],
+)
+def test_addresses_lose_their_password(text, expected):
+    assert without_password(text) == expected
+
+
+def test_a_password_in_the_endpoint_is_never_said(tmp_path):
+    """Nobody listens at the address; what fails there is told by our messages, and by the client's."""
+    code = """
+import json
+from timm_robust.checkpoint import load_model
+from timm_robust.download import _page, read_release
+from timm_robust.releases import Release
+release = Release('resnet18_relu.at_cifar10_linf', 'a' * 64, 5, None, 'owner/name', 'b' * 40)
+messages = [_page(release)]
+for call in (lambda: read_release(release), lambda: load_model('hf-hub:owner/name')):
+    try:
+        call()
+    except ConnectionError as error:
+        messages.append(str(error))
+print(json.dumps(messages))
+"""
+    environment = {**os.environ, 'HF_ENDPOINT': 'http://me:canary@127.0.0.1:9', 'HF_HOME': str(tmp_path)}
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=200)
+    messages = json.loads(run.stdout.splitlines()[-1])
+    assert len(messages) == 3 and 'at http://127.0.0.1:9' in messages[1] and 'canary' not in run.stdout
