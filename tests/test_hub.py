@@ -145,10 +145,11 @@ def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path, xet):
     name, code = (
         'wrn28_10_relu.fgsm_digits_linf',
         """
-from timm_robust.download import weights_file
-from timm_robust.releases import RELEASES, sha256
+import hashlib
+from timm_robust.download import read_release
+from timm_robust.releases import RELEASES
 [release] = RELEASES.values()
-print(sha256(weights_file(release)))
+print(hashlib.sha256(read_release(release)).hexdigest())
 """,
     )
     (tmp_path / 'big').mkdir()
@@ -418,14 +419,22 @@ except ConnectionError as error:
 def test_other_ways_to_load(hub, published, tmp_path):
     code = f"""
 import json, timm, timm_robust, torch
+from timm_robust.checkpoint import load_model
 x = torch.full((1, 3, 32, 32), 0.5)
 by_hub = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
 adapted = timm.create_model('{NAME}', pretrained=True, num_classes=3, in_chans=1)
 own = timm.create_model('{NAME}', pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='{REPO}', file=None))
-print(json.dumps([by_hub(x)[0].tolist(), list(adapted(x[:, :1]).shape), own.eval()(x)[0].tolist()]))
+checked = load_model('hf-hub:{REPO}')
+try:
+    load_model('hf-hub:{REPO}2')
+except ConnectionError as error:
+    missing = str(error)
+parts = [by_hub(x)[0].tolist(), list(adapted(x[:, :1]).shape), own.eval()(x)[0].tolist(), checked(x)[0].tolist()]
+print(json.dumps([*parts, missing]))
 """
-    by_hub, shape, own = json.loads(stranger(hub, published, tmp_path, code=code))
-    assert by_hub == own == logits(published) and shape == [1, 3]
+    by_hub, shape, own, checked, missing = json.loads(stranger(hub, published, tmp_path, code=code))
+    assert by_hub == own == checked == logits(published) and shape == [1, 3]
+    assert missing.startswith(f'hf-hub:{REPO}2 cannot be had from the Hub: ') and '\n' not in missing
 
 
 def test_the_table_in_the_package_names_files_that_are_released():

@@ -28,14 +28,18 @@ import torch
 import yaml
 from torch import nn
 
+from .download import fetch_folder
 from .files import link_file, sync_folder
+from .model_config import check_model_kwargs, find_weights, forget_weights, read_config
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 HYPER_PARAMETERS = 'train_hparams.yaml'
 _SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
-_SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # what timm.create_model reads itself
+_HUB, _LOCAL = ('hf-hub:', 'hf_hub:'), 'local-dir:'  # as timm.create_model spells them
 _NUMBERED = re.compile(r'checkpoint-(\d+)\.pth\.tar')
 _SCALARS = (int, float, bool, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device)
+_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_COUNTERS = (torch.int64, torch.int32, torch.bool)
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 _SEQUENCES = (list, tuple, set, torch.Size)
 _logger = logging.getLogger(__name__)
@@ -179,7 +183,7 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: as load_checkpoint.
-        ValueError: as load_checkpoint, and for a weight that is not finite, naming it.
+        ValueError: as load_checkpoint, and for a weight that is not finite or of another kind of number, naming it.
     """
     path = Path(path)
     if path.suffix != '.safetensors':
@@ -202,6 +206,9 @@ def _weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict
         raise ValueError(f"{path} holds no weights: neither 'state_dict' nor tensors, but {', '.join(map(str, state))}")
     weights = {}
     for name, value in raw.items():
+        if value.dtype not in (*_WEIGHTS, *_COUNTERS):
+            allowed = ', '.join(str(dtype).removeprefix('torch.') for dtype in (*_WEIGHTS, *_COUNTERS))
+            raise ValueError(f'{path}: {name} is {str(value.dtype).removeprefix("torch.")}; allowed: {allowed}')
         if not value.isfinite().all():
             count = int((~value.isfinite()).sum())
             raise ValueError(f'{path}: {count} of {value.numel()} values of {name} are not finite; training diverged')
@@ -267,21 +274,26 @@ def load_model(
             a timm name: 'resnet18' (random weights), 'resnet18.a1_in1k' (pretrained), 'hf-hub:owner/name';
             a training checkpoint, with the averaged weights if it has any;
             a .safetensors file beside its config.json;
-            a folder with a config.json (timm's local-dir:), or a training folder (its model_best.pth.tar).
-            A name of the registry wins over a folder of that name; write './name' for the folder.
+            a folder with a config.json ('local-dir:' may stand before it), or a training folder (its
+            model_best.pth.tar).
+            A name of the registry wins over a folder of that name; write './name' for the folder. Weights of files,
+            folders and 'hf-hub:' are read here, not by timm: no code in them runs.
         num_classes: for a new head on a timm name or a config.json; None: as many as the weights have.
         device: where the model goes.
         model_kwargs: further arguments of timm.create_model; pretrained=True or False overrides the tag.
 
     Raises:
         FileNotFoundError: if a path is missing, with what its folder holds.
-        ValueError: for an unknown name, with the nearest ones, and for weights that do not fit.
+        ValueError: for an unknown name, with the nearest ones, for weights that do not fit, and for a file that names
+            other arguments than those of a model's constructor.
     """
     path, name = Path(spec), str(spec)
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
-    if name.startswith(_SOURCES):
-        model = timm.create_model(name, **{'pretrained': True, **model_kwargs})
+    if name.startswith(_HUB):
+        model = _from_config(fetch_folder(name.partition(':')[2]), {'pretrained': True, **model_kwargs})
+    elif name.startswith(_LOCAL):
+        model = _from_config(Path(name.removeprefix(_LOCAL)), {'pretrained': True, **model_kwargs})
     elif path.is_file() or name.endswith(_SUFFIXES):
         model = _from_file(path, model_kwargs)
     elif isinstance(spec, str) and timm.is_model(name):
@@ -327,28 +339,57 @@ def _from_file(path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
         if not timm.is_model(state['arch']):
             raise ValueError(f'{path}: {_unknown(state["arch"])}')
         weights = _weights_of(state, path)
-        saved = {**(state.get('model_kwargs') or {}), 'num_classes': state.get('num_classes')}
-        model = timm.create_model(state['arch'], **{**saved, **model_kwargs})
+        saved = state.get('model_kwargs') or {}
+        check_model_kwargs(saved, f'model_kwargs of {path}')
+        try:
+            model = timm.create_model(
+                state['arch'], **{**saved, 'num_classes': state.get('num_classes'), **model_kwargs}
+            )
+        except (ValueError, RuntimeError, AssertionError, AttributeError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(
+                f'cannot make {state["arch"]} with the model_kwargs of {path}: {_reason(error)}'
+            ) from error
         _note_size(model, (state.get('recipe') or {}).get('img_size'))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f'the weights in {path} do not fit the model: {" ".join(str(error).split())[:500]}') from None
+    _check_kinds(model, weights, path)
     return model
 
 
 def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
-    """A model from the config.json that timm stages for the Hub."""
-    if not (folder / 'config.json').is_file():
-        raise FileNotFoundError(f'{folder / "config.json"} is missing; it says which model the weights are for')
+    """A model from the config.json that timm stages for the Hub; its weights, if wanted, through read_weights."""
+    config, weights = folder / 'config.json', {}
+    if not config.is_file():
+        raise FileNotFoundError(f'{config} is missing; it says which model the weights are for')
+    if model_kwargs.get('pretrained'):
+        file = find_weights(folder)
+        weights = read_weights(file)
     try:
-        model = timm.create_model(f'local-dir:{folder}', **model_kwargs)
+        arch, saved = read_config(folder)
+        if weights:
+            saved['pretrained_cfg']['state_dict'] = weights
+        model = forget_weights(timm.create_model(arch, **{**saved, **model_kwargs}))
     except (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:500]  # timm does not check what it reads
-        raise ValueError(f'cannot make a model from {folder / "config.json"}: {reason}') from error
+        raise ValueError(f'cannot make a model from {config}: {_reason(error)}') from error  # timm does not check it
+    if weights:
+        _check_kinds(model, weights, file)
     if (folder / HYPER_PARAMETERS).is_file():
         _note_size(model, read_hyper_parameters(folder).get('img_size'))
     return model
+
+
+def _reason(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+
+
+def _check_kinds(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse counts where the model has weights: load_state_dict would convert them without a word."""
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(f'{path}: {name} is {weights[name].dtype}, the model has {own.dtype} there')
 
 
 def read_hyper_parameters(folder: Path) -> dict[str, Any]:

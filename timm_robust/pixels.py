@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,6 +75,9 @@ def pixel_input(model: nn.Module, img_size: int | None = None) -> nn.Module:
 
     A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation. img_size None is what
     pretrained_cfg holds under 'img_size', where load_model puts the size that a run resized its images to.
+
+    Raises:
+        ValueError: for a mean that is not finite, or a std that is not finite and positive.
     """
     img_size = img_size or (getattr(model, 'pretrained_cfg', None) or {}).get('img_size')
     model = _normalised(model)
@@ -82,7 +86,17 @@ def pixel_input(model: nn.Module, img_size: int | None = None) -> nn.Module:
 
 def _normalised(model: nn.Module) -> nn.Module:
     config = getattr(model, 'pretrained_cfg', None) or {}
-    mean, std = config.get('mean') or (0.0,), config.get('std') or (1.0,)
+    mean = (0.0,) if config.get('mean') is None else config['mean']
+    std = (1.0,) if config.get('std') is None else config['std']
+    _check_statistics('mean', mean, -math.inf, 'finite numbers')
+    _check_statistics('std', std, 0, 'finite numbers > 0')
     if set(mean) == {0.0} and set(std) == {1.0}:
         return model
     return PixelInput(model, mean, std)
+
+
+def _check_statistics(name: str, values: Sequence[float], above: float, allowed: str) -> None:
+    """Refuse what no channel has: it would make every logit NaN, which no attack can lower."""
+    numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+    if not numbers or not values or not all(above < value < math.inf for value in values):
+        raise ValueError(f"pretrained_cfg's {name} {values!r} cannot be; allowed: {allowed}, one a channel")

@@ -20,6 +20,7 @@ import torch
 import yaml
 
 from .clock import parse_duration
+from .model_config import check_model_kwargs
 from .results import atomic_file
 from .schedule import MOMENTUM_SWING
 from .threat_model import NORMS, ThreatModel, parse_eps
@@ -220,6 +221,7 @@ class Recipe:
         for name in SETTINGS:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
         _ = self.threat_model
+        check_model_kwargs(self.model_kwargs)
         for name in ('step_size', 'eval_step_size'):
             _check_step_size(name, getattr(self, name))
         if self.budget is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def open_dataset(name: str, root: str | None, split: str, **options: Any) -> Any
             options['cache_tarfiles'] = False  # an open file shared by worker processes would share its position
     try:
         return create_dataset(name, root, split, search_split=name not in STREAMS[:2], **options)
+    except pickle.UnpicklingError as error:  # timm keeps an index beside tars of more than 10 GB, and reads it back
+        index = Path(str(root)).with_name(f'_{Path(str(root)).stem}_tarinfos.pickle')
+        raise ValueError(f'{index} is no index that timm wrote ({error}); delete it') from None
     except (AssertionError, RuntimeError, KeyError) as error:
         raise ValueError(f'cannot open split {split!r} of dataset {name!r} in {root}: {error}') from error
 

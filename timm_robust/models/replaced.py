@@ -14,6 +14,7 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
+from ..model_config import check_model_kwargs
 from ._shared_act import whole_features
 from ._weights import SOURCES
 
@@ -147,11 +148,18 @@ def act_swapped(
     """A timm network with another activation: create_model('act_swapped', model='resnet50', act='pssilu').
 
     pretrained=True takes timm's weights of the network; a folder or Hub repository of such a network has its own.
+
+    Raises:
+        ValueError: if `model` is no other name of timm's registry, or an argument is none of its constructor's: both
+            may come from a file.
     """
     overlay = pretrained_cfg_overlay or {}
     own = pretrained_cfg is not None or any(overlay.get(key) for key in SOURCES)  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
+    check_model_kwargs(kwargs, ARCHITECTURE)
+    if not isinstance(model, str) or not timm.is_model(model) or model.partition('.')[0] == ARCHITECTURE:
+        raise ValueError(f"{ARCHITECTURE}: model {model!r} must be another name of timm's registry, such as 'resnet50'")
     if shared or own:
         kwargs = whole_features(kwargs)
     cfg: Dict[str, Any] = {}
