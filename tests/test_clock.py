@@ -65,9 +65,15 @@ def test_a_budget_leaves_time_for_the_breaks_to_come(wall):
         clock.note_validation(validation, interval=8)
         clock.go()
     assert clock.breaks == [3, 31, 3] and clock.elapsed() == 61
-    assert clock.training_seconds() == pytest.approx((100 - 61 - 33) * 8 / (8 + 3))
-    assert clock.training_seconds(elapsed=20) == pytest.approx((100 - 20 - 33) * 8 / (8 + 3))
-    assert clock.training_seconds(elapsed=70) == 0
+    # 33 s are kept for the last validation; the others follow each 8 s of training and take 3 s
+    lefts = {6: 6, 8: 8, 10: 8, 11: 8, 12: 9, 19: 16, 21.5: 16, 22: 16, 47: 35, -3: 0}
+    for left, seconds in lefts.items():
+        assert clock.training_seconds(elapsed=100 - 33 - left) == pytest.approx(seconds), left
+    assert clock.training_seconds() == pytest.approx(6)
+    wall[0] += 4
+    clock.stop()  # half way to the next validation
+    assert clock.training_seconds(elapsed=100 - 33 - 4) == 4
+    assert clock.training_seconds(elapsed=100 - 33 - 11) == pytest.approx(8)
 
 
 def test_a_resumed_budget_goes_on_at_its_share(wall):

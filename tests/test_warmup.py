@@ -138,6 +138,7 @@ def test_a_run_warms_up_where_it_pays(tmp_path, settings, warmed, monkeypatch):
     run = build(tiny(tmp_path, max_steps=None, **settings))
     engine.make_folder(run)
     engine.prepare(run)
+    run.writer.wait()
     assert len(calls) == warmed and (run.folder / 'last.pth.tar').is_file()
     assert not list(run.folder.glob('.saving*'))
 
@@ -205,14 +206,18 @@ class Simulation:
             monkeypatch.setattr(place, 'compiled', lambda net, *args: net)
         monkeypatch.setattr(module, 'read_data', lambda *args: self.after(50, read_data(*args)))
         for place in (engine, warmup):
-            monkeypatch.setattr(place, 'save', lambda *args, **kwargs: self.after(3, save(*args, **kwargs)))
+            monkeypatch.setattr(place, 'save', self.save)
             monkeypatch.setattr(place, 'validate', self.validate)
-
         monkeypatch.setattr(module, 'make_batches', lambda *args: Batches(make_batches(*args), self))
 
     def after(self, seconds, result=None):
         self.now += seconds
         return result
+
+    def save(self, run, *args, **kwargs):
+        save(run, *args, **kwargs)
+        run.writer.wait()  # before this clock moves on
+        self.now += 3
 
     def compile(self, what):
         self.now += 0 if what in self.compiled else 60
@@ -287,7 +292,7 @@ def test_a_budget_begins_at_the_beginning_and_ends_in_time(tmp_path, monkeypatch
     assert (first.number, first.share, first.rate, first.eps) == (0, 0.0, 0.0, 0.0)  # rate and eps grow from 0
     assert last.share > 0.98 and last.rate < 0.02 * run.recipe.lr and last.eps == 0.1
     speed = speeds(simulation.seen, simulation.step)
-    assert min(speed) > 0 and max(speed) < 1.5 * sorted(speed)[len(speed) // 2]
+    assert 0 < max(speed) < 1.3 * min(speed)
     assert simulation.now == line['seconds'] and 0.9 * BUDGET < line['seconds'] < BUDGET
     assert 'val_pgd_acc' in run.history[-1] and line['steps'] == len(simulation.seen) > 200
 
@@ -320,7 +325,7 @@ def test_a_rollback_takes_the_schedule_back_with_the_weights(tmp_path, monkeypat
 
     monkeypatch.setattr(engine, 'check_epoch', check)
     run, line = simulation.session(budgeted(tmp_path))
-    again = [seen for seen in simulation.seen if seen.number == 5 * run.batches.steps_per_epoch]
+    again = [seen for seen in simulation.seen if seen.number == 4 * run.batches.steps_per_epoch]  # it was saved there
     assert line['rollbacks'] == 1 and len(again) == 2 and again[0].share == pytest.approx(again[1].share, abs=1e-9)
     assert simulation.seen[-1].share > 0.98 and 0.9 * BUDGET < line['seconds'] < BUDGET
 

@@ -54,7 +54,7 @@ class Clock:
         self._since: float | None = None  # then; None: the clock is stopped
         self._seconds = 0.0  # that were left for training then
         self._stopped: float | None = None  # when it was stopped last, start-up aside
-        self._break = 0.0  # seconds that were no training, since the last validation
+        self._break = self._trained = 0.0  # seconds that were no training, and those that were, since a validation
 
     def elapsed(self) -> float:
         """Seconds spent, in this session and those before."""
@@ -66,6 +66,7 @@ class Clock:
         A share of None is that of the seconds in the budget, as checkpoints without a share had it.
         """
         self.spent, self.started, self._since, self._stopped = spent, time.perf_counter(), None, None
+        self._break = self._trained = 0.0
         if share is None:
             share = min(spent / self.budget, 1.0) if self.budget else 0.0
         self._share = share
@@ -78,6 +79,8 @@ class Clock:
 
     def stop(self) -> None:
         """What follows is no training."""
+        if self._since is not None:
+            self._trained += time.perf_counter() - self._since
         self._share, self._since = self._passed(), None
         if self._stopped is None:
             self._stopped = time.perf_counter()
@@ -92,7 +95,7 @@ class Clock:
         self._note_break()
         self.validations.append(seconds)
         self.breaks.append(self._break)
-        self.interval, self._break = interval, 0.0
+        self.interval, self._break, self._trained = interval, 0.0, 0.0
 
     def _note_break(self) -> None:
         """Count the time since the clock was stopped."""
@@ -101,12 +104,18 @@ class Clock:
             self._break, self._stopped = self._break + now - self._stopped, now
 
     def training_seconds(self, elapsed: float | None = None) -> float:
-        """Seconds left for training after those elapsed: without the breaks to come, and what ends the run."""
+        """Seconds left for training after those elapsed: without the breaks to come, and what ends the run.
+
+        A validation that would leave no time for another step is taken for the last one.
+        """
         if self.budget is None:
             return math.inf
         left = self.budget - (self.elapsed() if elapsed is None else elapsed) - self.closing
         if self.breaks and self.interval:
-            left *= self.interval / (self.interval + median(self.breaks))
+            pause = median(self.breaks)
+            left += self._trained  # as if the last validation had just ended
+            count = max(left, 0.0) // (self.interval + pause)
+            left = min(left - count * pause, (count + 1) * self.interval) - self._trained
         return max(left, 0.0)
 
     @property

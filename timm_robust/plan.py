@@ -22,7 +22,7 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
     start_up = run.clock.elapsed()
     with fastest_convolutions(run.world.device):
         timing = warm_up(run)
-        if pays(run):
+        if pays(run) or recipe.torchcompile:
             start_up = run.clock.elapsed()
         timing = Timing({share: _step_seconds(run, share, steps) for share in timing.steps}, timing.validation)
     saving = saving_seconds(run)
