@@ -15,6 +15,7 @@ from .papers import Paper, extra_data_of, papers_of
 from .threat_model import LEADERBOARD_EPS
 
 RESULTS, FLAGS = 'results.json', 'flags'
+PILOT = 'studies/progressive_resizing/record.json'
 _ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')  # the strongest first
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
 _RESAMPLES = 10_000
@@ -112,6 +113,9 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     notes = dict.fromkeys(n for r in records for n in [*r['training']['notes'], *measurement_notes(r)])
     lines += ['', *[f'- {note}' for note in notes]] if notes else []
     lines += ['', '## Does PSSiLU help?', '', *_question(cards, records)]
+    if recipes is not None and (recipes.parent / PILOT).is_file():
+        pilot = json.loads((recipes.parent / PILOT).read_text())
+        lines += ['', '## Do smaller images first pay?', '', *_stages(pilot)]
     if recipes is not None and recipes.is_dir():
         done = {record['model'] for record in records}
         waiting = [path for path in sorted(recipes.glob('*.yaml')) if path.stem not in done]
@@ -291,6 +295,30 @@ def _row(record: dict[str, Any]) -> str:
         f'{hours(training["seconds"])}, {trained_on(training)} | {training["images_per_s"]:g} | {shape[0]} | '
         f'{shape[1]} |'
     )
+
+
+def _stages(pilot: dict[str, Any]) -> list[str]:
+    """Two runs of equal arithmetic, with progressive resizing and without; what `measure.py` beside PILOT wrote."""
+    origin, n = pilot['origin'], pilot['n']
+    lines = [
+        '`resnet18_pssilu` at half width on CIFAR-10, N-FGSM at Linf 8/255: two runs of equal FLOPs, all else equal,',
+        f'one each; clean and PGD-10 accuracy of the last weights on {n} images held out of the training set.',
+        f'{origin["hardware"]}, one core a run, shared with other work, torch {origin["versions"]["torch"]}, commit `{origin["commit"]}`.',
+        'The commands: `train/studies/README.md`.',
+        '',
+        '| pixels a side = epochs | images seen | hours | clean | PGD-10 |',
+        '|---|---|---|---|---|',
+    ]
+    for arm in pilot['arms']:
+        stages = ', '.join(f'{side} = {epochs}' for side, epochs in (arm['stages'] or {32: arm['epochs']}).items())
+        clean, robust = percent(arm['clean_acc'], n), percent(arm['pgd_acc'], n)
+        lines.append(f'| {stages} | {arm["images"]:,} | {arm["hours"]} | {clean} | {robust} |')
+    clean, robust = (
+        '{:+.1f} ({:+.1f} to {:+.1f})'.format(*(100 * value for value in pilot['gains'][key]))
+        for key in ('clean_correct', 'robust')
+    )
+    gain = 'Gain of the stages in points, paired over the images, with its 95 % interval'
+    return [*lines, '', f'{gain}: clean {clean}, PGD-10 {robust}.']
 
 
 def _at(result: dict[str, Any]) -> str:
