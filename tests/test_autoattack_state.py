@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -200,26 +201,104 @@ def test_another_measurements_folder_is_refused(tmp_path):
         autoattack(model, x, y, LINF, version='apgd', batch_size=12, state_dir=tmp_path)
 
 
+def stored(**changes) -> Found:
+    values = {'broken': torch.tensor([1]), 'x_adv': torch.rand(1, 3, 2, 2), 'labels': torch.tensor([7])}
+    return Found(**(values | {'rejected': 2, 'messages': ['a warning'], 'seconds': 1.5} | changes))
+
+
 def test_damaged_files_are_named(tmp_path):
-    store, part = BatchStore(tmp_path, {'seed': 0}), torch.arange(4)
-    found = Found(torch.tensor([1]), torch.rand(1, 3, 2, 2), torch.tensor([7]), 2, ['a warning'], 1.5)
+    store, part, found = BatchStore(tmp_path, {'seed': 0}), torch.arange(4), stored()
     store.save('fab-t', 3, part, found)
-    back = store.load('fab-t', 3, part)
+    back = store.load('fab-t', 3, part, (3, 2, 2))
     assert torch.equal(back.x_adv, found.x_adv)
     assert (back.rejected, back.messages, back.seconds) == (2, ['a warning'], 1.5)
-    assert store.load('fab-t', 4, part) is None
-    with pytest.raises(ValueError, match='other images'):
-        store.load('fab-t', 3, part + 1)
+    assert store.load('fab-t', 4, part, (3, 2, 2)) is None
+    with pytest.raises(ValueError, match=r'fab-t-00003\.npz is of another measurement'):
+        store.load('fab-t', 3, part + 1, (3, 2, 2))
     file = tmp_path / 'fab-t-00003.npz'
     for content in (file.read_bytes()[:-200], b'', b'<html>'):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r'fab-t-00003\.npz is damaged.*delete it'):
-            store.load('fab-t', 3, part)
-    (tmp_path / 'identity.json').write_text('{')
-    with pytest.raises(ValueError, match=r'identity\.json is damaged'):
-        BatchStore(tmp_path, {'seed': 0})
-    (tmp_path / 'identity.json').write_text(json.dumps({'seed': 0}))
-    BatchStore(tmp_path, {'seed': 0})
+        with pytest.raises(ValueError, match=r'fab-t-00003\.npz is damaged'):
+            store.load('fab-t', 3, part, (3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'broken': torch.tensor([4])}, 'not different ones of 0..3'),
+        ({'broken': torch.tensor([-1])}, 'not different ones'),
+        ({'broken': torch.tensor(1)}, '0-d'),
+        ({'broken': torch.tensor([True])}, 'broken is .* not'),
+        (
+            {'broken': torch.tensor([1, 1]), 'x_adv': torch.rand(2, 3, 2, 2), 'labels': torch.tensor([7, 7])},
+            'different',
+        ),
+        ({'x_adv': torch.rand(1, 3, 2, 3)}, 'x_adv is .* not'),
+        ({'x_adv': torch.rand(1, 3, 2, 2).double()}, 'x_adv is .* not'),
+        ({'labels': torch.tensor([7, 8])}, 'labels is .* not'),
+        ({'rejected': -1}, 'rejected is -1'),
+        ({'seconds': float('nan')}, 'seconds is nan'),
+        ({'messages': 'text'}, 'messages is no list'),
+    ],
+)
+def test_what_no_attack_can_have_found_is_damage(tmp_path, change, message):
+    store, part = BatchStore(tmp_path, {'seed': 0}), torch.arange(4)
+    store.save('fab-t', 3, part, stored(**change))
+    with pytest.raises(ValueError, match=f'is damaged .*{message}'):
+        store.load('fab-t', 3, part, (3, 2, 2))
+
+
+@pytest.mark.parametrize('text', [None, '{', '[]', '[' * 100_000])
+def test_without_a_sound_identity_only_files_of_this_measurement_count(tmp_path, text):
+    part = torch.arange(4)
+    for seed in (0, 1):
+        BatchStore(tmp_path / str(seed), {'seed': seed}).save('fab-t', seed, part, stored())
+    shutil.copy(tmp_path / '1/fab-t-00001.npz', tmp_path / '0')
+    path = tmp_path / '0/identity.json'
+    path.unlink() if text is None else path.write_text(text)
+    store = BatchStore(tmp_path / '0', {'seed': 0})
+    assert json.loads(path.read_text()) == {'seed': 0}
+    assert store.load('fab-t', 0, part, (3, 2, 2)).seconds == 1.5
+    with pytest.raises(ValueError, match='is of another measurement'):
+        store.load('fab-t', 1, part, (3, 2, 2))
+
+
+def test_forged_finds_are_not_believed_and_damage_is_attacked_again(tmp_path):
+    model, lines = conv_net(), []
+    x, y = images(model)
+    settings = {'version': 'apgd', 'batch_size': 5, 'state_dir': tmp_path, 'progress': lines.append}
+    expected = autoattack(model, x, y, LINF, **settings)
+    assert expected.robust.sum() > 0
+    part, broken = torch.arange(5), (~expected.robust[:5]).nonzero()[:, 0]
+    clean, found, y_broken = x[broken], expected.x_adv[broken], y[broken]
+    outside = (clean + 1.5 * (found - clean)).clamp(0, 1)  # fools the model from outside the ball
+    assert len(broken) and (model(outside).argmax(1) != y_broken).all()
+    digest = hashlib.sha256((tmp_path / 'identity.json').read_bytes()).hexdigest()
+    for x_adv in (clean, outside, torch.full_like(clean, torch.nan)):
+        for labels in (model(x_adv).argmax(1), (y_broken + 1) % 10):
+            about = {'rejected': 0, 'messages': [], 'seconds': 0.0, 'measurement': digest}
+            arrays = {'images': part, 'broken': broken, 'x_adv': x_adv, 'labels': labels, 'about': json.dumps(about)}
+            np.savez(tmp_path / 'apgd-ce-00000.npz', **{key: np.asarray(value) for key, value in arrays.items()})
+            lines.clear()
+            assert same(autoattack(model, x, y, LINF, **settings), expected)
+            assert sum('apgd-ce, batch 1: the model does not confirm' in line for line in lines) == 1
+    (tmp_path / 'apgd-ce-00001.npz').write_bytes(b'PK')
+    assert same(autoattack(model, x, y, LINF, **settings), expected)
+    [line] = [line for line in lines if '00001.npz is damaged' in line]
+    assert line.endswith('attacking this batch again')
+
+
+def test_a_state_that_cannot_be_kept_ends_no_measurement(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError('cannot write: no space left')
+
+    model, lines = conv_net(), []
+    x, y = images(model)
+    settings = {'version': 'apgd', 'batch_size': 12}
+    monkeypatch.setattr(BatchStore, 'save', refuse)
+    kept = autoattack(model, x, y, LINF, state_dir=tmp_path, progress=lines.append, **settings)
+    assert same(kept, autoattack(model, x, y, LINF, **settings))
+    assert 'cannot write: no space left; going on without' in lines
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')

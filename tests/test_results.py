@@ -3,11 +3,21 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from timm_robust.results import RobustnessResult, atomic_file, environment, git_commit, public_name
+from timm_robust import results
+from timm_robust.results import (
+    RobustnessResult,
+    atomic_file,
+    atomic_folder,
+    environment,
+    git_commit,
+    public_name,
+    recover_folder,
+)
 
 
 def result(**changes) -> RobustnessResult:
@@ -44,6 +54,73 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(FileNotFoundError, match='mkdir -p'):
         result().to_json(tmp_path / 'none' / 'results.json')
+
+
+def replace_folder(target):
+    with atomic_folder(target) as new:
+        (new / 'file').write_text('new')
+
+
+@pytest.mark.parametrize('exchange', [True, False], ids=['exchanged', 'renamed'])
+def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
+    target = tmp_path / 'a[b].c'
+    if not exchange:
+        monkeypatch.setattr(results, '_exchange', lambda *paths: False)
+    for _ in range(2):
+        replace_folder(target)
+        (target / 'file').write_text('old')
+    replace_folder(target)
+    assert (target / 'file').read_text() == 'new' and [path.name for path in tmp_path.iterdir()] == ['a[b].c']
+    with pytest.raises(KeyboardInterrupt), atomic_folder(target) as new:
+        (new / 'file').write_text('half')
+        raise KeyboardInterrupt
+    assert (target / 'file').read_text() == 'new' and [path.name for path in tmp_path.iterdir()] == ['a[b].c']
+
+
+@pytest.mark.parametrize('step', [1, 2])
+def test_a_rename_that_fails_or_is_killed_leaves_the_old_folder(tmp_path, monkeypatch, step):
+    target, count = tmp_path / 'a[b].c', []
+    rename = Path.rename
+
+    def failing(path, to):
+        count.append(path)
+        if len(count) == step:
+            raise OSError('refused')
+        return rename(path, to)
+
+    def killed(path, to):
+        count.append(path)
+        if len(count) == step:
+            os._exit(9)
+        return rename(path, to)
+
+    replace_folder(target)
+    (target / 'file').write_text('old')
+    monkeypatch.setattr(results, '_exchange', lambda *paths: False)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='refused'):
+        patch.setattr(Path, 'rename', failing)
+        replace_folder(target)
+    assert (target / 'file').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1
+    count.clear()
+    if not (child := os.fork()):
+        Path.rename = killed
+        replace_folder(target)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert target.exists() == (step == 1)
+    recover_folder(target)
+    assert (target / 'file').read_text() == 'old'
+    replace_folder(target)
+    assert (target / 'file').read_text() == 'new'
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='other systems have no renameat2')
+def test_here_two_folders_change_names_in_one_step(tmp_path):
+    for name in 'ab':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'file').write_text(name)
+    assert results._exchange(tmp_path / 'a', tmp_path / 'b') and (tmp_path / 'a/file').read_text() == 'b'
+    assert not results._exchange(tmp_path / 'a', tmp_path / 'absent')
 
 
 @pytest.mark.parametrize(

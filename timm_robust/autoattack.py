@@ -92,13 +92,13 @@ def autoattack(
         screen: a coarser, faster network, such as `Bf16`. APGD-CE and APGD-T run on it first; what they find and the
             model confirms is broken, and whatever is left goes through the whole attack as without it.
         state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was, and
-            'standard' where 'apgd' ended.
+            'standard' where 'apgd' ended. What the model does not confirm anew, and what is damaged, is attacked again.
         world: the processes that share the batches out; each gets the whole result, the same as one process alone.
 
     Raises:
         ImportError: if pyautoattack is missing.
         ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), and a state_dir of
-            another measurement or with a damaged file.
+            another measurement.
     """
     started = time.perf_counter()
     _check(x, y, threat_model, version, batch_size)
@@ -189,14 +189,38 @@ class _Batches:
 
     def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
         """What a step finds in one batch, now or in the run before."""
-        found = self.store.load(step.name, number, part) if self.store else None
+        found = self._recall(step.name, number, part) if self.store else None
         if found is None:
             found = self._find(step, self.x[part], self.y[part])
-            if self.store:
-                self.store.save(step.name, number, part, found)
+            try:
+                if self.store:
+                    self.store.save(step.name, number, part, found)
+            except OSError as error:  # what was found counts all the same
+                self.report.say(f'{error}; going on without')
         else:
             self.report.resume(len(part) * step.work, found.seconds)
         self.report.say(f'{step.name}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
+        return found
+
+    def _recall(self, name: str, number: int, part: torch.Tensor) -> Found | None:
+        """What the run before found in a batch, if the model confirms it anew; None where it has to be attacked."""
+        assert self.store is not None
+        try:
+            found = self.store.load(name, number, part, self.x.shape[1:])
+            if found is None:
+                return None
+            images, x, y = self.x[part], self.x[part], self.y[part]
+            images[found.broken] = found.x_adv.to(x.device)
+            clamped, labels, broken = recheck(self.plain.logits, images, x, y, self.threat_model, len(x))
+            index = found.broken.to(x.device)
+            same = torch.equal(labels[index].cpu(), found.labels) and torch.equal(clamped, images)
+            if not (same and broken[index].all()):
+                raise ValueError(
+                    f'{name}, batch {number + 1}: the model does not confirm what {self.store.folder} holds'
+                )
+        except ValueError as error:
+            self.report.say(f'{error}; attacking this batch again')
+            return None
         return found
 
     def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:

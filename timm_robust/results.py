@@ -7,7 +7,9 @@ names no path, user or host of the machine that made it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import difflib
+import glob
 import json
 import os
 import platform
@@ -16,12 +18,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
@@ -130,21 +134,77 @@ class RobustnessResult:
         Raises:
             ValueError: if the file is no JSON object, lacks a key or has one that is unknown.
         """
-        try:
-            record = json.loads(Path(path).read_text(encoding='utf-8'))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f'{path} is not JSON: {error}') from None
-        if not isinstance(record, dict):
-            raise ValueError(f'{path} holds a {type(record).__name__}, not one result; expected a JSON object')
-        known = [f.name for f in fields(cls)]
+        return cls.from_dict(read_object(path), str(path))
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any], where: str) -> RobustnessResult:
+        """The record that a file holds, every value held against its type.
+
+        Args:
+            record: key -> value; those with a default may be missing.
+            where: it stands, for the message.
+
+        Raises:
+            ValueError: naming the key that is unknown, missing or wrong.
+        """
+        known = {f.name: f for f in fields(cls)}
         for key in record:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1)
                 hint = f'; did you mean {near[0]!r}?' if near else f'; allowed: {", ".join(known)}'
-                raise ValueError(f'{path}: key {key!r} is unknown{hint}')
-        if missing := [key for key in known if key not in record]:
-            raise ValueError(f'{path} lacks {", ".join(missing)}; write it with RobustnessResult.to_json')
-        return cls(**record)
+                raise ValueError(f'{where}: key {key!r} is unknown{hint}')
+        needed = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+        if missing := [key for key in needed if key not in record]:
+            raise ValueError(f'{where} lacks {", ".join(missing)}; write it with RobustnessResult.to_json')
+        check_types(record, {key: hint for key, hint in get_type_hints(cls).items() if key in record}, where)
+        try:
+            result = cls(**record)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from None
+        if result.n < 1 or result.norm not in ('Linf', 'L2') or result.eps < 0:
+            raise ValueError(f'{where}: no measurement has n {result.n}, norm {result.norm}, eps {result.eps}')
+        if result.attack != 'none' and result.robust_acc is None:
+            raise ValueError(f'{where} has no accuracy under its attack, {result.attack}')
+        return result
+
+    @property
+    def robust_acc(self) -> float | None:
+        """Share of images that resist the strongest attack; None where none ran."""
+        if self.attack == 'apgd' and self.apgd_acc is None:  # 2 or 3 classes: APGD-CE alone
+            return list(self.per_attack.values())[-1] if self.per_attack else None
+        return {'autoattack': self.autoattack_acc, 'apgd': self.apgd_acc, 'pgd': self.pgd_acc}.get(self.attack)
+
+    def check_verdicts(self, path: Path) -> None:
+        """Hold the record against the verdicts on every image, as --flags-file writes them.
+
+        Raises:
+            FileNotFoundError: if there are none.
+            ValueError: naming what differs.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f'{path} is missing; it holds the verdicts of a measurement; measure again')
+        names = ['y', 'y_pred', 'clean_correct'] + ['robust', 'pgd_robust'] * (self.attack != 'none')
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                flags = {name: np.asarray(arrays[name]).astype(np.int64) for name in names}
+        except Exception as error:  # damage ends in errors of NumPy, zipfile, zlib and json
+            raise ValueError(f'{path} is damaged ({" ".join(str(error).split())[:200]}); fetch it again') from None
+        if any(array.shape != (self.n,) for array in flags.values()):
+            raise ValueError(f'{path} is not of {self.n} images; measure again')
+        right = flags['clean_correct']
+        shares: dict[str, tuple[float | None, Any]] = {'clean_acc': (self.clean_acc, right)}
+        if self.attack != 'none':
+            shares |= {
+                'pgd_acc': (self.pgd_acc, flags['pgd_robust']),
+                'accuracy under attack': (self.robust_acc, flags['robust']),
+            }
+        if not np.array_equal(right, flags['y_pred'] == flags['y']) or any(
+            (a > right).any() for _, a in shares.values()
+        ):
+            raise ValueError(f'{path} contradicts itself: images count as right that the predictions get wrong')
+        for name, (share, array) in shares.items():
+            if share is None or round(share * self.n, 6) != int(array.sum()):
+                raise ValueError(f'{path} has {int(array.sum())} of {self.n} images right, the record {name} {share}')
 
     def to_line(self) -> str:
         """The record as JSON on one line, for logs and pipes."""
@@ -170,6 +230,92 @@ class RobustnessResult:
         return '\n'.join(f'{label:<{width}}  {text}' for label, text in rows)
 
 
+_STAGED = {'model': str, 'weights': dict[str, Any], 'training': dict[str, Any], 'measurements': list[dict[str, Any]]}
+_WEIGHTS = {'sha256': str, 'size': int, 'parameters': int}
+_TRAINING = {
+    'epoch': int,
+    'weights': str,
+    'epochs': int,
+    'steps': int,
+    'seconds': float,
+    'images_per_s': float,
+    'activation': dict[str, float],
+    'origins': list[dict[str, Any]],
+    'notes': list[str],
+}
+_ORIGIN = {'hardware': str, 'versions': dict[str, str | None]}
+
+
+def read_staged(path: Path) -> dict[str, Any]:
+    """results.json of a staged model: 'model', 'weights', 'training' and 'measurements', every value of its type.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    record = read_object(path)
+    check_types(record, _STAGED, str(path))
+    check_types(record['weights'], _WEIGHTS, f'{path}, weights')
+    check_types(record['training'], _TRAINING, f'{path}, training')
+    for origin in record['training']['origins']:
+        check_types({'versions': {}} | origin, _ORIGIN, f'{path}, origins')
+    for item in record['measurements']:
+        check_types(item, {'key': str, 'note': str | None, 'result': dict[str, Any]}, f'{path}, measurements')
+        result = RobustnessResult.from_dict(item['result'], f'{path}, {item["key"]}')
+        if item['key'] != f'{result.attack}_{result.n}' or result.model != record['model']:
+            raise ValueError(f'{path}: {item["key"]} is of {result.attack} on {result.n} images of {result.model}')
+        item['result'] = asdict(result)
+    return record
+
+
+def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is not JSON: {error}') from None
+    if not isinstance(record, dict):
+        raise ValueError(f'{path} holds a {type(record).__name__}, not one result; expected a JSON object')
+    return record
+
+
+def check_types(record: dict[str, Any], hints: dict[str, Any], where: str) -> None:
+    """Refuse a record out of a file that lacks one of these keys, or has another type of value there.
+
+    Args:
+        record: key -> value.
+        hints: key -> type, such as `dict[str, float | None]`; numbers must be finite.
+        where: it stands, for the message.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key, hint in hints.items():
+        if key not in record:
+            raise ValueError(f'{where} lacks {key}')
+        if not _fits(record[key], hint):
+            wanted = hint.__name__ if isinstance(hint, type) and not get_args(hint) else hint
+            raise ValueError(f'{where}: {key} is {str(record[key])[:60]!r}, not {wanted}')
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
+    if hint in (int, float):
+        allowed = (int, float) if hint is float else (int,)
+        return type(value) in allowed and -(2**63) < value < 2**63
+    return hint is Any or type(value) is hint
+
+
 def public_name(spec: str) -> str:
     """A model's name without the machine's paths: 'a/b/run/best.pth' -> 'run/best.pth'; 'hf-hub:org/repo' stays."""
     prefix, colon, rest = spec.rpartition(':')
@@ -178,6 +324,44 @@ def public_name(spec: str) -> str:
     if path.expanduser().parent == Path.home():
         parts = parts[-1:]
     return prefix + colon + '/'.join(parts[-2:])
+
+
+def check_output(path: str | os.PathLike[str], is_older: Callable[[Path], bool] | None = None) -> None:
+    """Refuse, before the work, a file that could not be written after it, or that would replace something else.
+
+    Args:
+        path: of the file.
+        is_older: whether the file that stands there is of this kind; an empty one may always be replaced.
+
+    Raises:
+        OSError: if the folder is missing, or the disk refuses.
+        FileExistsError: if another kind of file stands there.
+    """
+    target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise FileNotFoundError(f'cannot write {target}; type mkdir -p {target.parent}, and name a file there')
+    if is_older and target.exists() and not (target.is_file() and (not target.stat().st_size or is_older(target))):
+        raise FileExistsError(f'{target} is something else, and stays; name another file, or delete it')
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.') as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(f'cannot write {target}: {error.strerror}; name a file in a folder that can be written') from None
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record of to_json, perhaps of an older version."""
+    try:
+        record = json.loads(path.read_bytes()) if path.stat().st_size < 1 << 20 else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and {'model', 'dataset', 'attack', 'clean_acc'} <= record.keys()
+
+
+def say(message: str) -> None:
+    """A line on stderr, at once; a log that cannot be written, as on a full disk, ends nothing."""
+    with contextlib.suppress(OSError, ValueError):  # closed: ValueError
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -195,6 +379,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     try:
         with os.fdopen(handle, 'wb') as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
@@ -209,16 +395,49 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside path that takes its place when the body ends, and vanishes if it fails."""
+    """A new folder beside path that takes its place when the body ends, and vanishes if it fails.
+
+    Where the system cannot exchange two names in one step, a kill between two renames leaves the old folder under a
+    hidden name beside it, where `recover_folder` finds it.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{target.name}.', dir=target.parent) as temporary:
-        new = Path(temporary) / 'new'
+    recover_folder(target)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
+    new, old = temporary / 'new', temporary / 'old'
+    try:
         new.mkdir()
         yield new
-        if target.exists():
-            target.rename(Path(temporary) / 'old')
-        new.rename(target)
+        if not target.exists():
+            new.rename(target)
+        elif not _exchange(new, target):
+            target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+    finally:
+        if target.exists() or not old.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Give a folder its name back that an `atomic_folder` killed between two renames took from it."""
+    for old in sorted(target.parent.glob(f'.{glob.escape(target.name)}.*/old')):
+        if not target.exists():
+            old.rename(target)
+            shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change their names in one step, where the system can (Linux, on most disks)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # no such function, or Windows
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
