@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import random
+import shutil
 import tarfile
 
 import numpy as np
@@ -9,7 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_robust.data import StreamBatches, StreamData, is_stream, load_dataset, split_holdout
+from timm_robust.data import ImageData, StreamBatches, StreamData, is_stream, load_dataset, split_holdout
+from timm_robust.data.memory import new_labels
+from timm_robust.distributed import World
+from timm_robust.recipe import Recipe
+from timm_robust.run import read_data
 
 CLASSES = ('ant', 'bee', 'cat')
 
@@ -173,6 +178,95 @@ def test_torchvision_data_and_a_label_without_a_class(folder):
         _ = StreamData.labels.fget(data._with(_all_labels=None))
     with pytest.raises(ValueError, match=r'label 7 is not in 0\.\.2'):
         list(data.batches(8))
+
+
+# The classes of training, and pictures that cannot be read
+
+
+def test_a_split_that_lacks_a_class_keeps_its_labels(tmp_path):
+    write_folder(tmp_path)
+    shutil.copytree(tmp_path / 'train', tmp_path / 'val')
+    shutil.rmtree(tmp_path / 'val/ant')
+    held = StreamData('', tmp_path, 'val', img_size=16, workers=0, classes=CLASSES)
+    assert held.classes == CLASSES and set(held.labels.tolist()) == {1, 2}
+    x, y = next(held.batches(20))
+    assert y.tolist() == [number % 3 for number in numbers(x)] == held.labels.tolist()
+    (tmp_path / 'val/bee').rename(tmp_path / 'val/dog')
+    with pytest.raises(ValueError, match='has classes that training did not have: dog; those of training are ant, bee'):
+        StreamData('', tmp_path, 'val', classes=CLASSES)
+
+
+def test_validation_and_a_resumed_run_keep_the_classes_of_training(tmp_path):
+    write_folder(tmp_path)
+    shutil.copytree(tmp_path / 'train', tmp_path / 'val')
+    shutil.rmtree(tmp_path / 'val/ant')
+    recipe = Recipe(model='test_resnet', dataset='folder', data_dir=str(tmp_path), val_split='val', workers=0)
+    train, held = read_data(recipe, World(torch.device('cpu')), 0)
+    assert train.classes == held.classes == CLASSES and set(held.labels.tolist()) == {1, 2}
+    shutil.rmtree(tmp_path / 'train/bee')
+    train, held = read_data(recipe, World(torch.device('cpu')), 0, CLASSES)
+    assert set(train.labels.tolist()) == {0, 2} and set(held.labels.tolist()) == {1, 2}
+
+
+def test_classes_are_held_against_each_other_by_name():
+    assert new_labels(('a', 'b'), ('a', 'b', 'c'), 'x') is None
+    assert new_labels(('c', 'a'), ('a', 'b', 'c'), 'x') == [2, 0]
+    assert new_labels(('0', '1', '3'), ('0', '1', '2', '3'), 'x') == [0, 1, 3]  # folders called by numbers
+    for theirs, ours in ((('0', '1'), ('a', 'b')), (('a', 'b'), ('0', '1')), (('a', '1'), ('a', 'b'))):
+        assert new_labels(theirs, ours, 'x') in (None, [0, 1])  # without names there is nothing to compare
+    for theirs in (('a', 'd'), ('A', 'b'), ('0', '1', '2', '3')):
+        with pytest.raises(ValueError, match=r'x has classes that training did not have: [dA3];'):
+            new_labels(theirs, ('a', 'b', 'c'), 'x')
+    data = ImageData(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]), ('c', 'a'), 'x')
+    moved = data.with_classes(('a', 'b', 'c'))
+    assert moved.labels.tolist() == [2, 0, 2] and moved.classes == ('a', 'b', 'c')
+
+
+def spoil(root, count, n=400, split='train'):
+    """A folder of n pictures of which some, evenly spread, are cut off, empty, or too large to be meant."""
+    write_folder(root, lambda number, size: encoded(number % 256, size), n=n, split=split)
+    bomb = Image.new('1', (20_000, 20_000))  # beyond what PIL decodes
+    buffer = io.BytesIO()
+    bomb.save(buffer, 'PNG')
+    names = []
+    for k in range(count):
+        path = root / split / CLASSES[k % 3] / f'{k:03}.png'
+        path.write_bytes([path.read_bytes()[:-40], b'', buffer.getvalue()][k % 3])
+        names.append(f'{CLASSES[k % 3]}/{k:03}.png')
+    return names
+
+
+def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(tmp_path, caplog):
+    names = spoil(tmp_path, 3)
+    data = StreamData('', tmp_path, img_size=16, workers=0)
+    memory = data.in_memory()
+    assert len(memory) == 397 and sorted(data.unreadable.values()) == sorted(names)
+    assert [number % 256 for number in in_order(400) if number > 2] == numbers(memory.pixels())
+    [note] = memory.notes
+    assert '3 of 400 pictures' in note and all(name in note for name in names) and str(tmp_path) not in note
+    assert all(any(name in line for line in caplog.messages) for name in names)
+    few = data.subset(range(40))  # of which one cannot be read: more than 1 %
+    with pytest.raises(ValueError, match=r'1 of 40 pictures .* cannot be read \(ant/000.png\); at most 1% may be'):
+        few.in_memory()
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_training_puts_others_of_the_batch_in_their_place_and_refuses_many(tmp_path, workers):
+    spoil(tmp_path, 3)
+    data = StreamData('', tmp_path, img_size=16, workers=workers)
+    batches = StreamBatches(data, 100, 0, scale=(1, 1), ratio=(1, 1), hflip=0, color_jitter=0)
+    for step in range(4):
+        x, y = batches[step]
+        assert len(x) == 100 and (x[:, 2].mean((1, 2)) > 0.9).all()  # none is blank
+        rows = data.rows[batches.indices(step)]
+        good = torch.tensor([row not in data.unreadable for row in rows.tolist()])
+        assert torch.equal(y[good], data.labels[rows[good]])
+    assert len(data.unreadable) == 3
+    spoil(tmp_path, 5)
+    batches = StreamBatches(data, 100, 0)  # the workers of the first have read ahead
+    with pytest.raises(ValueError, match=r'5 of 400 pictures .* cannot be read .*, \.\.\.\); at most 1%'):
+        for step in range(4):
+            batches[step]
 
 
 # StreamBatches

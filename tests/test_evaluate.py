@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 from timm_robust import robustness as module
@@ -266,7 +267,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def test_the_command_line_end_to_end(checkpoint, tmp_path, capsys):
     files = [tmp_path / 'results.json', tmp_path / 'flags.npz']
-    files[0].write_text('an older result')
+    files[0].write_text('{"model": "m", "dataset": "d", "attack": "none", "clean_acc": 0.5, "of": "an older version"}')
     where = ['--dataset', 'digits', '--results-file', str(files[0]), '--flags-file', str(files[1])]
     main(
         [
@@ -363,6 +364,101 @@ def test_two_processes_print_one_record_with_the_verdicts_of_one(checkpoint, tmp
     assert shared['per_attack'] == alone['per_attack'] and shared['clean_acc'] > shared['apgd_acc']
     flags = [np.load(tmp_path / f'{name}.npz') for name in ('one', 'two')]
     assert all((flags[0][key] == flags[1][key]).all() for key in flags[0].files)
+
+
+def measuring(checkpoint, *more):
+    return [str(checkpoint), '--dataset', 'digits', '-n', '2', '--attack', 'none', *map(str, more)]
+
+
+def no_measurement(monkeypatch):
+    monkeypatch.setattr('timm_robust.evaluate.evaluate', lambda *a, **k: pytest.fail('measured before it looked'))
+
+
+@pytest.mark.parametrize('option', ['--results-file', '--flags-file'])
+def test_a_file_of_another_kind_is_never_replaced(checkpoint, tmp_path, option, monkeypatch, capsys):
+    no_measurement(monkeypatch)
+    record, flags = tmp_path / 'r.json', tmp_path / 'f.npz'
+    record.write_text('{"model": "m", "weights": {}, "training": {}, "measurements": []}')  # of a release
+    np.savez(flags, image=np.zeros(3), label=np.zeros(3))
+    kept = {path: path.read_bytes() for path in (checkpoint, record, flags)}
+    for path in (*kept, '/dev/null', checkpoint.parent):
+        with pytest.raises(SystemExit) as end:
+            main(measuring(checkpoint, option, path))
+        assert end.value.code == 2
+        assert re.search(f'error: .*{path}.*name (another|a) file', capsys.readouterr().err)
+    assert kept == {path: path.read_bytes() for path in kept}
+
+
+def test_a_record_does_not_replace_flags_nor_flags_a_record(checkpoint, tmp_path, monkeypatch, capsys):
+    files = ['--results-file', tmp_path / 'a', '--flags-file', tmp_path / 'b']
+    for _ in range(2):  # each replaces its own
+        main(measuring(checkpoint, *files))
+    no_measurement(monkeypatch)
+    for wrong in (['--results-file', tmp_path / 'b'], ['--flags-file', tmp_path / 'a']):
+        with pytest.raises(SystemExit):
+            main(measuring(checkpoint, *wrong))
+        assert 'is something else, and stays' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(measuring(checkpoint, '--results-file', tmp_path / 'c', '--flags-file', tmp_path / 'x/../c'))
+    assert 'name two files' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('option', ['--results-file', '--flags-file', '--state-dir'])
+def test_what_cannot_be_written_is_said_before_the_attack(checkpoint, tmp_path, option, monkeypatch, capsys):
+    no_measurement(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        main(measuring(checkpoint, option, '/proc/self/new'))  # refuses root too
+    assert end.value.code == 2 and re.search('error: .*/proc/self/new', capsys.readouterr().err)
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_the_files_and_not_the_record(checkpoint, tmp_path, monkeypatch, capsys):
+    def refuse(path, is_older=None):
+        if not calls.append(path) and len(calls) > 2:  # the first look at each is before the attack
+            raise OSError(f'no space for {path}')
+
+    calls = []
+    monkeypatch.setattr('timm_robust.evaluate.check_output', refuse)
+    files = [tmp_path / 'r.json', tmp_path / 'f.npz']
+    with pytest.raises(SystemExit) as end:
+        main(measuring(checkpoint, '--results-file', files[0], '--flags-file', files[1]))
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and json.loads(out.splitlines()[-1])['n'] == 2
+    assert all(f'no space for {path}' in err.splitlines()[-1] for path in files)
+
+
+def test_a_log_and_an_output_on_a_full_disk_end_no_measurement(checkpoint, tmp_path, monkeypatch):
+    with open('/dev/full', 'w') as full, monkeypatch.context() as patch:
+        patch.setattr(sys, 'stderr', full)
+        main(measuring(checkpoint, '--results-file', tmp_path / 'r.json'))
+    assert RobustnessResult.from_json(tmp_path / 'r.json').n == 2
+    command = [sys.executable, '-m', 'timm_robust.evaluate', *measuring(checkpoint, '--results-file', tmp_path / 's')]
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and 'error: cannot print the record: No space left' in done.stderr
+    assert 'Exception ignored' not in done.stderr and RobustnessResult.from_json(tmp_path / 's').n == 2
+
+
+def test_the_classes_of_training_are_those_of_the_checkpoint(tmp_path, capsys):
+    model = timm.create_model('test_resnet', num_classes=3)
+    state = {'arch': 'test_resnet', 'num_classes': 3, 'state_dict': model.state_dict()}
+    torch.save(state, tmp_path / 'old.pth.tar')
+    torch.save(state | {'classes': ['ant', 'bee', 'cat']}, tmp_path / 'new.pth.tar')
+    for name in ('bee', 'cat'):
+        (tmp_path / 'images/test' / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new('RGB', (40, 40)).save(tmp_path / f'images/test/{name}/{number}.png')
+    where = ['--dataset', 'folder', '--data-dir', str(tmp_path / 'images'), '--attack', 'none', '--quiet']
+    flags = ['--img-size', '32', '--flags-file', str(tmp_path / 'f.npz')]
+    main([str(tmp_path / 'new.pth.tar'), *where, *flags])
+    assert np.load(tmp_path / 'f.npz')['y'].tolist() == [1, 1, 2, 2]
+    (tmp_path / 'images/test/bee').rename(tmp_path / 'images/test/dog')
+    for name, message in (
+        ('new', 'has classes that training did not have: dog; those of training are ant, bee, cat'),
+        ('old', 'the model has 3 outputs, images has 2 classes'),  # it does not say which
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([str(tmp_path / f'{name}.pth.tar'), *where, *flags])
+        assert end.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_without_n_a_small_split_is_measured_whole(checkpoint, capsys):

@@ -350,6 +350,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
                 f'cannot make {state["arch"]} with the model_kwargs of {path}: {_reason(error)}'
             ) from error
         _note_size(model, (state.get('recipe') or {}).get('img_size'))
+        _note_classes(model, state.get('classes'))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -406,6 +407,25 @@ def read_hyper_parameters(folder: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no settings; stage the model again')
     return settings
+
+
+def trained_classes(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes that a model was trained on, in the order of its outputs; None if they are not known."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return class_list(names, getattr(model, 'num_classes', None))
+
+
+def class_list(names: Any, num_classes: Any) -> tuple[str, ...] | None:
+    """Names of classes out of a file; None unless there is one text for each output."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) if names and len(names) == num_classes else None
+
+
+def _note_classes(model: nn.Module, names: Any) -> None:
+    """Keep the names of the classes where timm keeps them, and `trained_classes` looks for them."""
+    if class_list(names, getattr(model, 'num_classes', None)):
+        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'label_names': tuple(names)}  # type: ignore
 
 
 def _note_size(model: nn.Module, img_size: Any) -> None:

@@ -9,8 +9,12 @@ line, the record as JSON. eps is in pixels on the [0, 1] scale, whatever mean an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
+import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,10 +25,10 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .allocator import keep_freed_memory
-from .checkpoint import load_model
+from .checkpoint import load_model, trained_classes
 from .data import DATASETS, SPLITS, ImageData, StreamData, is_stream, load_dataset
 from .distributed import World
-from .results import ATTACKS, SCREENS, RobustnessResult, atomic_file
+from .results import ATTACKS, SCREENS, RobustnessResult, atomic_file, check_output, is_record, say
 from .robustness import evaluate
 from .threat_model import NORMS, ThreatModel, parse_eps
 
@@ -47,11 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if record is not None:
             _take_settings(args, record)
         args.dataset = args.dataset or 'cifar10'
-        for file in filter(None, (args.results_file, args.flags_file)):
-            if not Path(file).parent.is_dir() or Path(file).is_dir():
-                raise FileNotFoundError(
-                    f'cannot write {file}; type mkdir -p {Path(file).parent}, and name a file there'
-                )
+        _check_files(args)
         threat_model = ThreatModel(args.norm, args.eps)
         world = World.join(args.device)
         model = load_model(args.model, device=world.device, **args.model_kwargs)
@@ -60,30 +60,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:  # whatever fails up to here is input
         parser.error(str(error) or type(error).__name__)
     if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
-        _print(f'note: {args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
+        say(f'note: {args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     settings['n'] = min(_DEFAULT_N, len(data)) if args.n is None else args.n
-    progress = None if args.quiet or world.rank else _print
+    if is_stream(args.dataset):  # without those that could not be read
+        settings['n'] = len(data)
+    progress = None if args.quiet or world.rank else say
     try:
         result, tensors = evaluate(
             model, data, threat_model, name=args.model, progress=progress, world=world, **settings
         )
         world.leave()
-        if world.rank:
-            return
-        if args.results_file:
-            result.to_json(args.results_file)
-        if args.flags_file:
-            arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items() if value.ndim == 1}
-            with atomic_file(args.flags_file) as file:
-                np.savez(file, **arrays)
     except torch.cuda.OutOfMemoryError:
         parser.error(f'out of memory; type --batch-size {max(args.batch_size // 2, 1)}')
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, 'interrupted\n')
-    print(result.table(), result.to_line(), sep='\n')
+    if world.rank:
+        return
+    if failures := _hand_out(args, result, tensors):
+        parser.error('; '.join(failures))
     if record is not None and (differences := _differences(record, result)):
         parser.exit(1, 'not repeated: ' + '; '.join(differences) + '\n')
 
@@ -94,7 +91,9 @@ def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> Imag
         return load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
     config = dict(getattr(model, 'pretrained_cfg', None) or {})
     size = args.img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
-    options = {'num_classes': getattr(model, 'num_classes', None), 'download': args.dataset_download}
+    options: dict[str, Any] = {'download': args.dataset_download, 'classes': trained_classes(model)}
+    if args.dataset.partition('/')[0] in ('wds', 'hfids', 'tfds'):  # folders know their classes, and may lack some
+        options['num_classes'] = getattr(model, 'num_classes', None)
     stream = StreamData(args.dataset, args.data_dir, args.split, size, **options)
     if stream.iterable and world.size > 1:
         raise ValueError(
@@ -105,6 +104,66 @@ def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> Imag
     if not stream.iterable:  # folders come class by class: the first images would all be of one
         first = stream.subset(torch.arange(n) * len(stream) // n)
     return first.in_memory()
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Refuse files and a folder that could not be written after hours of attack, or that would replace others."""
+    if args.results_file and args.flags_file and Path(args.results_file).resolve() == Path(args.flags_file).resolve():
+        raise ValueError(f'--results-file and --flags-file are both {args.flags_file}; name two files')
+    if args.results_file:
+        check_output(args.results_file, is_record)
+    if args.flags_file:
+        check_output(args.flags_file, _is_flags)
+    if args.state_dir:
+        Path(args.state_dir).mkdir(parents=True, exist_ok=True)
+        check_output(Path(args.state_dir) / 'state')
+
+
+def _is_flags(path: Path) -> bool:
+    """Whether a file is one of --flags-file."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {'y.npy', 'y_pred.npy', 'clean_correct.npy'} <= set(archive.namelist())
+
+
+def _write_flags(tensors: dict[str, torch.Tensor], path: str) -> None:
+    arrays: dict[str, Any] = {key: value.cpu().numpy() for key, value in tensors.items() if value.ndim == 1}
+    with atomic_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def _hand_out(args: argparse.Namespace, result: RobustnessResult, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Print the record first, then write the files, each whatever became of the others; what failed."""
+    failures = []
+    try:
+        print(result.table(), result.to_line(), sep='\n', flush=True)
+    except OSError as error:
+        failures.append(f'cannot print the record: {error.strerror}')
+        say(result.to_line())
+        _let_go(sys.stdout)
+    writers = (
+        (args.results_file, is_record, result.to_json),
+        (args.flags_file, _is_flags, partial(_write_flags, tensors)),
+    )
+    for path, is_older, write in writers:
+        try:
+            if path:
+                check_output(path, is_older)
+                write(path)
+        except OSError as error:
+            failures.append(str(error))
+    _let_go(sys.stderr)
+    return failures
+
+
+def _let_go(stream: Any) -> None:
+    """Give up what a stream cannot write, or the exit would try once more, and fail."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, 'w') as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
@@ -184,10 +243,6 @@ def _parser() -> _Parser:
     add('--flags-file', help='write labels, predictions and flags of each image there, as .npz')
     add('--quiet', action='store_true', help='no progress on stderr')
     return parser
-
-
-def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

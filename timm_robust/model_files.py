@@ -82,11 +82,13 @@ def canonical(content: bytes) -> bytes:
 
 
 def _config(model: nn.Module, tag: str, model_args: dict[str, Any] | None) -> str:
-    """The config.json of timm, with the tag of these weights, and the size of the images that they were trained on."""
+    """The config.json of timm, with the tag of these weights, and the size and classes of the images of training."""
     config = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore[arg-type]
     if side := config.pop('img_size', None):  # ours, which timm refuses
         config['input_size'] = (config['input_size'][0], side, side)
+    names = config.pop('label_names', None)
     model.pretrained_cfg = config  # type: ignore[assignment]
+    labels = {'label_names': list(names)} if names else None
     with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None)
+        save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None, model_config=labels)
         return (Path(folder) / 'config.json').read_text()

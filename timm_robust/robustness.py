@@ -17,6 +17,7 @@ from torch import nn
 from .attacks import pgd
 from .autoattack import autoattack, predict, recheck, share, undisturbed
 from .autoattack_runner import Fp32Logits, device_of, dtype_of, upstream
+from .checkpoint import trained_classes
 from .data import ImageData
 from .distributed import World
 from .honesty import doubts
@@ -97,7 +98,8 @@ def evaluate(
         robust and y_pred_adv [n] and x_adv [n, C, H, W] in float32; and PGD's own pgd_robust [n].
 
     Raises:
-        ValueError: for an unknown attack, an n that the data does not have, or a model that does not fit the data.
+        ValueError: for an unknown attack, an n that the data does not have, a model that does not fit the data, or
+            data with a class that the model was not trained on, where its classes have names.
     """
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
     if attack not in ATTACKS:
@@ -110,6 +112,8 @@ def evaluate(
     if attack in _VERSIONS:
         upstream()  # if it is missing, say so now
     data = data if n is None else data.first(n)
+    if classes := trained_classes(model):
+        data = data.with_classes(classes)
     x, pixels = data.pixels(), pixel_input(model, img_size)
     facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
     facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
@@ -139,7 +143,7 @@ def evaluate(
             settings |= {'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
             facts |= {'screen': screen, 'processes': world.size if world else 1}
-        facts['warnings'] = facts.get('warnings', []) + found
+        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *found]
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)

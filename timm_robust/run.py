@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from .averaging import ModelEma
 from .checkpoint import (
     BEST,
     LAST,
+    class_list,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -143,7 +145,8 @@ def build(recipe: Recipe) -> Run:
     split_seed = choose_split_seed(recipe, path, state)
     torch.manual_seed(recipe.seed)
     with world.in_turn(recipe.dataset_download):
-        train, held_out = read_data(recipe, world, split_seed)
+        classes = class_list(state.get('classes'), state.get('num_classes')) if state else None
+        train, held_out = read_data(recipe, world, split_seed, classes)
     model = create_model(recipe, train.num_classes).to(world.device)
     example = check_fit(model, recipe, train)
     if recipe.channels_last:
@@ -235,25 +238,32 @@ def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] |
     return int(state.get('split_seed', state['recipe']['seed']))  # older checkpoints were drawn by the recipe's
 
 
-def read_data(recipe: Recipe, world: World, split_seed: int) -> tuple[Any, Any]:
-    """Training images, and those held out of them by this seed or of a validation split (None for none)."""
+def read_data(recipe: Recipe, world: World, split_seed: int, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """Training images, and those held out of them by this seed or of a validation split (None for none).
+
+    The classes of the validation split are those of training by name, and those of training what they were in the run
+    that is resumed.
+    """
     if is_stream(recipe.dataset):
         size = recipe.img_size or default_size(recipe.model)
         settings: dict[str, Any] = {'img_size': size, 'workers': recipe.workers, 'download': recipe.dataset_download}
         settings['num_classes'] = recipe.num_classes
-        train: Any = StreamData(recipe.dataset, recipe.data_dir, recipe.train_split, **settings)
+        train: Any = StreamData(recipe.dataset, recipe.data_dir, recipe.train_split, classes=classes, **settings)
         held_out: Any = None
         if recipe.val_split:
-            held_out = StreamData(recipe.dataset, recipe.data_dir, recipe.val_split, **settings)
+            split = recipe.val_split
+            held_out = StreamData(recipe.dataset, recipe.data_dir, split, classes=train.classes, **settings)
         elif recipe.val_size:
             train, held_out = split_holdout(train, recipe.val_size, split_seed)
         if held_out is not None and not held_out.iterable:  # timm's reader shares out what has no numbers
             held_out = held_out.subset(world.share(torch.arange(len(held_out))))
         return train.to(world.device), held_out.to(world.device) if held_out is not None else None
     data = load_dataset(recipe.dataset, recipe.data_dir, recipe.train_split, recipe.dataset_download)
+    data = data.with_classes(classes) if classes else data
     rest, held = data, None
     if recipe.val_split:
         held = load_dataset(recipe.dataset, recipe.data_dir, recipe.val_split, recipe.dataset_download)
+        held = held.with_classes(data.classes)
     elif recipe.val_size:
         rest, held = split_holdout(data, recipe.val_size, split_seed)
     if held is not None:
@@ -471,6 +481,8 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'arch': architecture(run.recipe)[0],
         'model_kwargs': architecture(run.recipe)[1],
         'num_classes': run.model.num_classes,
+        'classes': list(run.batches.data.classes),
+        'unreadable': sorted(getattr(run.batches.data, 'unreadable', {}).values()),
         'recipe': asdict(run.recipe),
         'split_seed': run.split_seed,
         'epoch': epoch,

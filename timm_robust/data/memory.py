@@ -24,12 +24,14 @@ class ImageData:
         labels: [N] of int64, each in 0..num_classes - 1.
         classes: the name of each class.
         name: the data set, as model tags spell it: 'cifar10'.
+        notes: what a measurement on it has to say of it, such as pictures that could not be read.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: tuple[str, ...]
     name: str
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse tensors of the wrong type or shape, and labels without a class."""
@@ -60,6 +62,14 @@ class ImageData:
     def to(self, device: torch.device | str) -> ImageData:
         """The same data on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+    def with_classes(self, classes: Sequence[str]) -> ImageData:
+        """The same images with their labels among these classes; raises as `new_labels`."""
+        table = new_labels(self.classes, classes, self.name)
+        if table is None:
+            return self if len(classes) == self.num_classes else replace(self, classes=tuple(classes))
+        labels = torch.tensor(table, device=self.labels.device)[self.labels]
+        return replace(self, labels=labels, classes=tuple(classes))
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageData:
         """The images with these indices, in this order (a copy)."""
@@ -157,6 +167,42 @@ def seed_of(*parts: Any) -> int:
     """A seed in 0..2^63 - 1 for each stream of random numbers, hashed from its name: neighbours share nothing."""
     digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') >> 1
+
+
+def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[int] | None:
+    """The label of each class of a data set among the classes of training, by name; None where labels stay.
+
+    Classes that are called by their numbers, '0', '1', ..., on either side have no names and keep their labels, unless
+    all of theirs are found among ours.
+
+    Args:
+        theirs: the classes of the data set; it may lack some of ours.
+        ours: those that a network was trained on.
+        name: of the data set, for the message.
+
+    Raises:
+        ValueError: naming the classes that training did not have.
+    """
+    if tuple(theirs) == tuple(ours[: len(theirs)]):
+        return None
+    unknown = [c for number, c in enumerate(theirs) if c not in ours and c != str(number)]
+    numbers = [str(number) for number in range(max(len(theirs), len(ours)))]
+    if all(c in ours for c in theirs):
+        return [ours.index(c) for c in theirs]
+    if list(theirs) == numbers[: len(theirs)] or list(ours) == numbers[: len(ours)]:
+        unknown = list(theirs[len(ours) :])
+    if unknown:
+        raise ValueError(
+            f'{name} has classes that training did not have: {_few(unknown)}; those of training are {_few(ours)}; '
+            'take these folders away, or name them as in training'
+        )
+    return [ours.index(c) if c in ours else number for number, c in enumerate(theirs)]
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names, and how many there are more."""
+    more = f' and {len(names) - 8} more' if len(names) > 8 else ''
+    return ', '.join(names[:8]) + more
 
 
 class Labelled(Protocol):

@@ -178,7 +178,9 @@ def _decode(encoded: list[tuple[Path, list[bytes]]], count: int) -> torch.Tensor
         try:
             with pil.open(io.BytesIO(item)) as image:
                 pixels = np.asarray(image.convert('RGB'))
-        except (OSError, ValueError, SyntaxError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # also no bytes at all, or a picture of a million pixels a side
             raise ValueError(f'{file}, row {row}: no readable image: {error}') from error
         if images is None:
             images = torch.empty(count, 3, *pixels.shape[:2], dtype=torch.uint8)

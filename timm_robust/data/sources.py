@@ -80,8 +80,8 @@ def source_name(name: str, root: str | None) -> str:
     return path.parent.name if path.name in _SPLIT_NAMES else path.name
 
 
-def class_names(dataset: Any, num_classes: int | None, name: str) -> tuple[str, ...]:
-    """Names of the classes; numbers where the reader has none.
+def class_names(dataset: Any, num_classes: int | None, name: str, fill: bool = True) -> tuple[str, ...]:
+    """Names of the classes; numbers where the reader has none, and up to num_classes if they are to be filled up.
 
     Raises:
         ValueError: if the number is not known, or smaller than what the reader knows.
@@ -92,6 +92,8 @@ def class_names(dataset: Any, num_classes: int | None, name: str) -> tuple[str, 
     known = max(named, default=-1) + 1 or len(getattr(dataset, 'classes', ()))
     if not known and not num_classes:
         raise ValueError(f'{name}: the reader does not know the number of classes; add --num-classes N')
+    if known and not fill:
+        num_classes = known
     if num_classes and num_classes < known:
         raise ValueError(f'{name} has {known} classes, so num_classes {num_classes} is too small')
     return tuple(named.get(number, str(number)) for number in range(num_classes or known))

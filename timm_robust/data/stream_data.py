@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .memory import ImageData
+from .memory import ImageData, new_labels
 from .sources import class_names, open_dataset, read_labels, source_name
-from .transforms import Samples, SampleStream, Size, eval_transform
+from .transforms import Samples, SampleStream, Size, eval_transform, read_sample
+
+MOST_UNREADABLE = 0.01
+"""Of the pictures of a split: with more, neither training nor a measurement is what it says it is."""
+_logger = logging.getLogger('timm_robust')
 
 
 class StreamData:
@@ -31,6 +36,7 @@ class StreamData:
         interpolation: 'bilinear', 'bicubic', ... of the resizing.
         workers: processes that read and decode; 0: this one.
         num_classes: needed where the reader does not know the classes ('wds/'); elsewhere at least as many.
+        classes: those of training: the labels are theirs, by name, and this split may lack some; see `new_labels`.
         download: whether torchvision, Hugging Face or TensorFlow may fetch the data.
         **reader: further arguments of timm's reader, such as class_map, input_key and target_key.
 
@@ -51,6 +57,7 @@ class StreamData:
         interpolation: str = 'bilinear',
         workers: int = 4,
         num_classes: int | None = None,
+        classes: Sequence[str] | None = None,
         download: bool = False,
         **reader: Any,
     ) -> None:
@@ -61,7 +68,11 @@ class StreamData:
         self.dataset = open_dataset(**self._options)
         self.iterable = isinstance(self.dataset, IterableDataset)
         self.name = source_name(name, root)
-        self.classes = class_names(self.dataset, num_classes, self.name)
+        own = class_names(self.dataset, len(classes) if classes else num_classes, self.name, fill=not classes)
+        table = new_labels(own, classes, self.name) if classes else None
+        self.classes = tuple(classes or own)
+        self._own, self._labels = len(own), None if table is None else torch.tensor(table)
+        self.unreadable: dict[int, str] = {}
         self._size, self._rows, self._all_labels = len(self.dataset), None, None
         if not self._size:
             raise ValueError(
@@ -88,8 +99,8 @@ class StreamData:
             ValueError: if the reader cannot tell them, and for a label without a class.
         """
         if self._all_labels is None:
-            self._all_labels = torch.as_tensor(read_labels(self.dataset, self.name), dtype=torch.int64)
-            self._check(self._all_labels)
+            labels = torch.as_tensor(read_labels(self.dataset, self.name), dtype=torch.int64)
+            self._all_labels = self._relabelled(labels)
         return self._all_labels[self.rows]
 
     @property
@@ -106,7 +117,7 @@ class StreamData:
         if self.iterable:
             raise ValueError(f'{self.name} has an order, not numbers; validate on its own split, with --val-size 0')
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
-        return self._with(_rows=rows, _size=len(rows))
+        return self._with(_rows=rows, _size=len(rows), unreadable={})
 
     def first(self, n: int) -> StreamData:
         """The first n images.
@@ -121,8 +132,11 @@ class StreamData:
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every image once, in order: (x float32 in [0, 1], y); the last batch (of each worker) may be smaller.
 
+        Pictures that cannot be read are left out, and noted in `unreadable`, row -> name.
+
         Raises:
-            ValueError: for a label without a class, and if an iterable data set has more or fewer images than it said.
+            ValueError: for a label without a class, if an iterable data set has more or fewer images than it said, and
+                after the last image if more than 1 % were unreadable.
         """
         if self.iterable:
             dataset: Any = SampleStream(self.open(0), self.transform, 0, len(self) if self.workers < 2 else None)
@@ -131,9 +145,12 @@ class StreamData:
             keys = [(0, row) for row in self.rows.tolist()]
             loader = self.loader(Samples(self.dataset, self.transform), 0, batch_size=batch_size, sampler=keys)
         seen = 0
-        for x, y in loader:
+        for x, y, bad in loader:
             seen += len(y)
-            yield self.place(x, y)
+            self._note(bad)
+            if (good := bad < 0).any():
+                yield self._place(x[good], y[good])
+        self._check_readable()
         shared = getattr(getattr(self.dataset, 'reader', None), 'dist_num_replicas', 1) > 1  # len is rounded then
         if seen != len(self) and not shared:
             raise ValueError(f'{self.name} holds {seen} readable images, not the {len(self)} that its split claims')
@@ -142,7 +159,8 @@ class StreamData:
         """The images, decoded once: what evaluation takes; 5,000 of 224x224 need 750 MB."""
         parts = [((255 * x).round().to(torch.uint8), y) for x, y in self.to('cpu').batches(256)]
         images, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-        return ImageData(images, labels, self.classes, self.name).to(self.device)
+        notes = (f'{self._found_unreadable()}, and left out',) if self.unreadable else ()
+        return ImageData(images, labels, self.classes, self.name, notes).to(self.device)
 
     def open(self, seed: int, batch_size: int | None = None) -> Any:
         """An iterable data set anew, for one pass by all workers; with a batch size for training: shuffled, endless."""
@@ -161,19 +179,65 @@ class StreamData:
         pinned = self.device.type == 'cuda'
         return DataLoader(dataset, num_workers=workers, pin_memory=pinned, generator=generator, **options)
 
-    def place(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def place(self, x: torch.Tensor, y: torch.Tensor, bad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A training batch on the device; others of the batch, in order, stand in for pictures that cannot be read.
+
+        Args:
+            x: images [B, 3, H, W] of uint8.
+            y: labels [B], as the reader counts.
+            bad: the numbers of those that were unreadable, -1 for all others, [B].
+
+        Raises:
+            ValueError: for a label without a class, and if more than 1 % of the pictures met so far are unreadable.
+        """
+        self._note(bad)
+        self._check_readable()
+        good = (bad < 0).nonzero()[:, 0]
+        if len(good) < len(bad):
+            if not len(good):
+                raise ValueError(f'{self._found_unreadable()}: a whole batch; mend or delete them')
+            stand_in = torch.where(bad < 0, torch.arange(len(bad)), good[torch.arange(len(bad)) % len(good)])
+            x, y = x[stand_in], y[stand_in]
+        return self._place(x, y)
+
+    def _place(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch on the device: float32 in [0, 1] and labels."""
-        self._check(y)
+        y = self._relabelled(y)
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         return x.float().div_(255), y
 
-    def _check(self, labels: torch.Tensor) -> None:
-        """Refuse labels without a class."""
-        wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+    def _relabelled(self, labels: torch.Tensor) -> torch.Tensor:
+        """The reader's labels as `classes` counts them; those without a class are refused."""
+        wrong = labels[(labels < 0) | (labels >= self._own)]
         if len(wrong):
-            raise ValueError(
-                f'{self.name}: label {int(wrong[0])} is not in 0..{self.num_classes - 1}; is it unlabelled?'
-            )
+            raise ValueError(f'{self.name}: label {int(wrong[0])} is not in 0..{self._own - 1}; is it unlabelled?')
+        return labels if self._labels is None else self._labels[labels]
+
+    def _note(self, bad: torch.Tensor) -> None:
+        """Note the numbers (not -1) of pictures that could not be read, each once, with a line in the log."""
+        for row in bad[bad >= 0].tolist():
+            if row in self.unreadable:
+                continue
+            try:
+                self.unreadable[row] = str(self.dataset.filename(row))
+            except Exception:  # torchvision's and some of timm's readers have no names
+                self.unreadable[row] = f'number {row}'
+            try:
+                read_sample(self.dataset, row)
+                reason = 'not at first'
+            except Exception as error:
+                reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+            _logger.warning('%s: %s cannot be read (%s)', self.name, self.unreadable[row], reason)
+
+    def _check_readable(self) -> None:
+        """Refuse a split of which too much is unreadable."""
+        if len(self.unreadable) > MOST_UNREADABLE * len(self):
+            raise ValueError(f'{self._found_unreadable()}; at most {MOST_UNREADABLE:.0%} may be; mend or delete them')
+
+    def _found_unreadable(self) -> str:
+        names = [*self.unreadable.values()]
+        more = ', ...' if len(names) > 3 else ''
+        return f'{len(names)} of {len(self)} pictures of {self.name} cannot be read ({", ".join(names[:3])}{more})'
 
     def _with(self, **changes: Any) -> StreamData:
         """A copy with changes; the opened data set is shared."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -117,12 +118,31 @@ class Samples(Dataset):
         """Keep them."""
         self.dataset, self.transform, self.seed = dataset, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        """The sample, the same in whichever process and order it is made."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        """The sample, the same in whichever process and order it is made, and -1; or a blank one, 0, and its number."""
         epoch, number = key
         with seeded(self.seed, 'sample', epoch, number):
-            image, label = self.dataset[number]
-            return self.transform(image.convert('RGB')), int(label)
+            try:
+                image, label = read_sample(self.dataset, number)
+            except MemoryError:
+                raise
+            except Exception:  # of PIL and of the readers, for files that are no pictures
+                return self.transform(Image.new('RGB', (64, 64))), 0, number
+            return self.transform(image), label, -1
+
+
+def read_sample(dataset: Any, number: int) -> tuple[Image.Image, int]:
+    """An image of a map-style data set, decoded, and its label.
+
+    Raises:
+        Exception: whatever an unreadable picture ends in; timm itself would hand out the next one in its place.
+    """
+    if hasattr(dataset, 'reader'):
+        file, label = dataset.reader[number][:2]
+        image = Image.open(file)
+    else:
+        image, label = dataset[number]
+    return image.convert('RGB'), -1 if label is None else int(label)
 
 
 class SampleStream(IterableDataset):
@@ -139,10 +159,10 @@ class SampleStream(IterableDataset):
         """Keep them."""
         self.dataset, self.transform, self.seed, self.limit = dataset, transform, seed, limit
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """One pass."""
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """One pass, as `Samples`; what is unreadable the readers themselves leave out."""
         worker = get_worker_info()
         for number, (image, label) in enumerate(islice(self.dataset, self.limit)):
             with seeded(self.seed, worker.id if worker else 0, number):
                 pixels = self.transform(image.convert('RGB'))
-            yield pixels, int(label)
+            yield pixels, int(label), -1
