@@ -1,7 +1,10 @@
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for records.py: --import-mode=importlib does not
 
 
 @pytest.fixture(scope='session')

@@ -149,7 +149,17 @@ def test_the_demo_runs_end_to_end(tmp_path):
     run = subprocess.run([sys.executable, str(ROOT / 'train/demo.py'), *args], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert set(json.loads(run.stdout.splitlines()[-1])) == {'standard training', 'robust training'}
+    assert (tmp_path / '.demo').is_file()
     with Image.open(tmp_path / 'demo.png') as picture:
         assert picture.size[0] > 600
         assert len(picture.convert('L').getcolors(1 << 16)) > 50  # not blank
     assert len(load_dataset('digits', split='test')) == 360
+
+
+def test_the_demo_leaves_folders_of_others_alone(tmp_path):
+    (tmp_path / 'robust').mkdir()
+    (tmp_path / 'robust/thesis.txt').write_text('years of work')
+    command = [sys.executable, str(ROOT / 'train/demo.py'), '--output', str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2 and f'error: {tmp_path} is not of a demo, and stays; name a new folder' in run.stderr
+    assert [path.name for path in tmp_path.rglob('*')] == ['robust', 'thesis.txt']

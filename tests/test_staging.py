@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from safetensors.torch import load, save
 
 import timm_robust.models._weights as resolver
 from timm_robust.cards import model_card, read_results, results_page, strongest
-from timm_robust.checkpoint import load_model, read_hyper_parameters
+from timm_robust.checkpoint import load_model, read_hyper_parameters, trained_classes
 from timm_robust.data import load_dataset
 from timm_robust.download import read_release
 from timm_robust.engine import build, fit
@@ -78,6 +79,7 @@ def test_a_staged_folder_holds_what_the_hub_and_the_reader_need(staged, run):
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'resnet18_pssilu' and config['pretrained_cfg']['tag'] == 'fgsm_digits_linf'
     assert config['pretrained_cfg']['mean'] == [0, 0, 0] and config['pretrained_cfg']['std'] == [1, 1, 1]
+    assert config['label_names'] == list(trained_classes(load_model(folder))) == [str(i) for i in range(10)]
     assert config['robustness']['attack'] == 'pgd' and config['robustness']['n'] == 10
     everything = ''.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.yaml', '.md', '.csv'))
     assert str(run.parent) not in everything and str(staged) not in everything
@@ -193,9 +195,14 @@ def test_check_finds_what_changed(copy):
     folder = copy / 'model_cards' / NAME
     check(folder)
     (folder / 'extra').write_text('')
-    with pytest.raises(ValueError, match='extra is not listed in SHA256SUMS'):
+    with pytest.raises(ValueError, match='extra is no part of a release; take it away'):
         check(folder)
     (folder / 'extra').unlink()
+    (folder / 'training.png').rename(folder.parent / 'kept.png')
+    (folder / 'training.png').symlink_to(folder.parent / 'kept.png')
+    with pytest.raises(ValueError, match=r'training\.png is a symbolic link; put the file itself there'):
+        check(folder)
+    (folder.parent / 'kept.png').replace(folder / 'training.png')
     text = (folder / 'summary.csv').read_text()
     (folder / 'summary.csv').write_text(text + '\n')
     with pytest.raises(ValueError, match=r'summary\.csv is not the file of SHA256SUMS'):
@@ -216,11 +223,92 @@ def test_the_table_follows_the_weights(copy):
     table.write_text(json.dumps(entry))
     render(cards, table)
     assert read_table(table)[NAME].commit == 'a' * 40
-    record = read_results(cards / NAME)
-    record['weights']['sha256'] = 'b' * 64
-    (cards / NAME / 'results.json').write_text(json.dumps(record))
+    entry[NAME]['sha256'] = 'b' * 64
+    table.write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=f'the table of releases has other weights of {NAME}, SHA-256 bbb'):
+        render(cards, table)
+    (cards / NAME / 'SHA256SUMS').unlink()  # as staging others does
     render(cards, table)
     assert read_table(table)[NAME].commit is None  # the commit held other weights
+
+
+def test_what_contradicts_the_record_is_not_rendered(copy):
+    cards, table = copy / 'model_cards', copy / 'releases.json'
+    folder, flags = cards / NAME, cards / NAME / 'flags/pgd_10.npz'
+    kept = {path: path.read_bytes() for path in (*folder.rglob('*.*'), table, cards / 'RESULTS.md') if path.is_file()}
+
+    def refused(message, **changes):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            render(cards, table)
+        with pytest.raises((ValueError, FileNotFoundError)):
+            check(folder)
+        for path, content in kept.items():
+            if path not in changed:
+                assert path.read_bytes() == content, path  # nothing was written
+            path.write_bytes(content)
+        changed.clear()
+
+    def edit(**keys):
+        record = json.loads(kept[folder / 'results.json'])
+        record['measurements'][1]['result'].update(keys)
+        (folder / 'results.json').write_text(json.dumps(record))
+        changed.append(folder / 'results.json')
+
+    changed = [folder / 'model.safetensors']
+    weights = bytearray(kept[changed[0]])
+    weights[-100] ^= 1
+    changed[0].write_bytes(weights)
+    refused(r'model\.safetensors has SHA-256 .*, results\.json says')
+    for keys, message in (
+        ({'pgd_acc': 0.9}, 'the record pgd_acc 0.9'),
+        ({'clean_acc': 0.9}, 'the record clean_acc 0.9'),
+        ({'n': 9}, 'pgd_10 is of pgd on 9'),
+        ({'model': 'resnet18_relu.fgsm_digits_linf'}, 'pgd_10 is of pgd on 10 images of resnet18_relu'),
+    ):
+        edit(**keys)
+        refused(message)
+    arrays = dict(np.load(flags))
+    changed.append(flags)
+    np.savez(flags, **(arrays | {'robust': ~arrays['robust']}))
+    refused('contradicts itself|images right')
+    changed.append(flags)
+    flags.unlink()
+    refused(r'pgd_10\.npz is missing')
+    other = arrays['y'].copy()
+    other[:] = 1 - other
+    changed.append(flags)
+    np.savez(flags, **(arrays | {'y': other, 'y_pred': np.where(arrays['clean_correct'], other, other + 1)}))
+    refused(r'pgd_10\.npz is not the file of SHA256SUMS')
+    changed.append(folder / 'README.md')
+    (folder / 'README.md').write_bytes(kept[folder / 'README.md'].replace(b'digits', b'CIFAR-10'))
+    with pytest.raises(ValueError, match=r'README\.md is not the file of SHA256SUMS'):
+        check(folder)
+    render(cards, table)
+    check(folder)
+
+
+@pytest.mark.parametrize(
+    ('file', 'text', 'message'),
+    [
+        ('results.json', '[]', 'holds a list'),
+        ('results.json', '{"model": 3}', 'lacks|model is'),
+        ('results.json', '{"model": "m", "weights": {}, "training": {}, "measurements": {}}', 'measurements is'),
+        ('results.json', '{"model": "m", "weights": {}, "training": {}, "measurements": []}', 'lacks sha256'),
+        ('config.json', '{', 'is not JSON'),
+        ('config.json', '[]', 'holds a list'),
+        ('config.json', '{"pretrained_cfg": 1}', 'pretrained_cfg is'),
+        ('config.json', '{"pretrained_cfg": {"mean": "0"}}', 'mean is'),
+        ('train_hparams.yaml', 'norm: Linf', 'lacks model'),
+        ('SHA256SUMS', b'\xff', 'SHA256SUMS is damaged'),
+    ],
+)
+def test_damaged_files_of_a_release_are_one_line(copy, capsys, file, text, message):
+    path = copy / 'model_cards' / NAME / file
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    where = ['--cards', str(copy / 'model_cards'), '--table', str(copy / 'releases.json'), '--recipes', str(copy)]
+    assert main(['render', *where]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f'error: {path}') and re.search(message, line)
 
 
 def test_releases_without_a_folder_here_stay_in_the_table(copy):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCardData
 
-from .checkpoint import read_hyper_parameters
+from .checkpoint import HYPER_PARAMETERS, read_hyper_parameters
 from .papers import Paper, extra_data_of, papers_of
+from .releases import split_name
+from .results import check_types, read_object, read_staged
 from .threat_model import LEADERBOARD_EPS
 
 RESULTS, FLAGS = 'results.json', 'flags'
@@ -26,11 +27,45 @@ def read_results(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if nothing is staged there.
+        ValueError: if the record is damaged, or of another model than its folder.
     """
     path = folder / RESULTS
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist; type: python -m timm_robust.staging stage RUN {folder.name}')
-    return dict(json.loads(path.read_text(encoding='utf-8')))
+    record = read_staged(path)
+    split_name(record['model'])
+    if record['model'] != folder.resolve().name:
+        raise ValueError(f'{path} is of {record["model"]}; a folder has the name of its model')
+    return record
+
+
+_HYPER = {
+    'model': str,
+    'dataset': str,
+    'norm': str,
+    'eps': float | str,
+    'loss': str,
+    'attack': str,
+    'steps': int,
+    'beta': float,
+    'batch_size': int,
+    'sched': str,
+    'lr': float,
+    'val_size': int,
+}
+
+
+def read_hyper(folder: Path) -> dict[str, Any]:
+    """The settings of a staged model's training, those that a card tells of held against their types.
+
+    Raises:
+        ValueError: if one is missing or wrong.
+    """
+    settings = read_hyper_parameters(folder)
+    check_types(settings, _HYPER, str(folder / HYPER_PARAMETERS))
+    if settings['norm'] not in LEADERBOARD_EPS:
+        raise ValueError(f'{folder / HYPER_PARAMETERS}: norm {settings["norm"]!r} is none')
+    return settings
 
 
 def strongest(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -42,7 +77,7 @@ def strongest(record: dict[str, Any]) -> dict[str, Any] | None:
 def robust_acc(result: dict[str, Any]) -> float | None:
     """Share of images that resist the strongest attack of a measurement; None where none ran."""
     keys = {'autoattack': 'autoattack_acc', 'apgd': 'apgd_acc', 'pgd': 'pgd_acc'}
-    if result['attack'] == 'apgd' and result['apgd_acc'] is None:  # 2 or 3 classes: APGD-CE alone
+    if result['attack'] == 'apgd' and result['apgd_acc'] is None:
         return float(list(result['per_attack'].values())[-1])
     return result[keys[result['attack']]] if result['attack'] in keys else None
 
@@ -59,7 +94,7 @@ def model_card(folder: Path) -> str:
     Args:
         folder: model_cards/<arch>.<tag>, with results.json and train_hparams.yaml.
     """
-    record, hyper = read_results(folder), read_hyper_parameters(folder)
+    record, hyper = read_results(folder), read_hyper(folder)
     name, weights = record['model'], record['weights']
     data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
     lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
@@ -85,8 +120,11 @@ def model_card(folder: Path) -> str:
 def _input(folder: Path, hyper: dict[str, Any]) -> str:
     """What images the network takes."""
     path = folder / 'config.json'
-    config = json.loads(path.read_text(encoding='utf-8'))['pretrained_cfg'] if path.is_file() else {}
-    mean, std = config.get('mean') or (0,), config.get('std') or (1,)
+    config = read_object(path) if path.is_file() else {'pretrained_cfg': {}}
+    check_types(config, {'pretrained_cfg': dict[str, Any]}, str(path))
+    statistics = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std')}
+    check_types(statistics, dict.fromkeys(statistics, list[float] | None), str(path))
+    mean, std = statistics['mean'] or (0,), statistics['std'] or (1,)
     text = 'Images are in [0, 1]. Mean and standard deviation are 0 and 1: do not normalise.'
     if set(mean) != {0} or set(std) != {1}:
         text = f'Images are in [0, 1], then normalised by mean {tuple(mean)} and standard deviation {tuple(std)}.'

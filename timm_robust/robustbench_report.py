@@ -12,8 +12,7 @@ from typing import Any
 
 import torchvision
 
-from .cards import FLAGS, attack_title, percent, read_results, robust_acc
-from .checkpoint import read_hyper_parameters
+from .cards import FLAGS, attack_title, percent, read_hyper, read_results, robust_acc
 from .data import load_dataset
 from .papers import ExtraData, extra_data_of
 from .releases import sha256
@@ -98,7 +97,7 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
     entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
-    extra = extra_data_of(record['model'], read_hyper_parameters(folder))
+    extra = extra_data_of(record['model'], read_hyper(folder))
     size = record['model'].partition('_')[0]  # 'resnet18', 'wrn28'
     lines = ['| place | model | network | clean | AutoAttack | n | extra data |', '|---|---|---|---|---|---|---|']
     for place, entry in enumerate(entries):
@@ -181,7 +180,7 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         raise ValueError(f'{target} exists; name a new folder')
     if missing := [key for key in ('link', 'name', 'authors', 'venue') if not info.get(key)]:
         raise ValueError(f'the paper lacks {", ".join(missing)}; RobustBench asks for each')
-    extra = extra_data_of(record['model'], read_hyper_parameters(folder))
+    extra = extra_data_of(record['model'], read_hyper(folder))
     footnote = info.get('footnote')
     if extra and not footnote and not info.get('additional_data'):
         if not extra.count:

@@ -26,8 +26,8 @@ import torch
 import yaml
 
 from .allocator import keep_freed_memory
-from .cards import FLAGS, RESULTS, model_card, read_results, results_page, strongest
-from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_hyper_parameters, read_weights
+from .cards import FLAGS, RESULTS, model_card, read_hyper, read_results, results_page, strongest
+from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
 from .data import DATASETS, SPLITS, load_dataset
 from .distributed import World
 from .engine import activation_state
@@ -35,7 +35,16 @@ from .model_files import stored, weights_content, write_files
 from .plots import adversarial_figure, read_run, run_figure
 from .recipe import Recipe
 from .releases import STAGED, TABLE, WEIGHTS, Release, read_table, sha256, split_name, write_table
-from .results import ATTACKS, atomic_file, atomic_folder
+from .results import (
+    ATTACKS,
+    RobustnessResult,
+    atomic_file,
+    atomic_folder,
+    check_output,
+    read_object,
+    recover_folder,
+    say,
+)
 from .robustness import evaluate
 from .threat_model import ThreatModel, parse_eps
 
@@ -158,14 +167,18 @@ def measure(
         ValueError: for training images, for others than those measured before, and if the weights change meanwhile.
     """
     before = read_results(folder)
-    name, hyper = before['model'], read_hyper_parameters(folder)
+    verify(folder, before)
+    name, hyper = before['model'], read_hyper(folder)
     there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
     threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
     _check_alike(before, data.name, settings.get('split', 'test'), threat_model)
+    check_output(folder / RESULTS)
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
     if world is not None and world.rank:
         return
+    if progress is not None:  # where the disk refuses, the log has it
+        progress(result.to_line())
     record = read_results(folder)  # another measurement may have ended meanwhile
     if record['weights'] != before['weights']:
         raise ValueError(f'{folder} got other weights while these were measured; type the same again')
@@ -186,20 +199,32 @@ def measure(
         adversarial_figure(folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, data.classes, threat_model)
 
 
-def render(cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = None) -> list[Path]:
+def render(
+    cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = None, measured: str | None = None
+) -> list[Path]:
     """Write every card, every SHA256SUMS, the table of releases and RESULTS.md from what was measured.
+
+    Nothing is written if weights or verdicts are not those of the records, of SHA256SUMS and of the table.
 
     Args:
         cards: the folder of staged models.
         table: releases.json of the package; repository and commit of known releases stay as long as the weights do.
         recipes: the folder of recipes, of which RESULTS.md lists those that have not run.
+        measured: the model that was measured just now, whose verdicts SHA256SUMS does not know yet.
 
     Returns:
         The folders.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what differs.
     """
     folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
     known = read_table(table) if table.is_file() else {}
     releases = dict(known)  # those without a folder here stay
+    for folder in folders:
+        record = read_results(folder)
+        verify(folder, record)
+        _check_sums(folder, record, known.get(record['model']), record['model'] == measured)
     for folder in folders:
         record = read_results(folder)
         name, weights, best = record['model'], record['weights'], strongest(record)
@@ -229,16 +254,71 @@ def files_of(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in files}
 
 
-def check(folder: Path) -> None:
-    """Refuse a staged folder whose files are not those of its SHA256SUMS, or whose weights do not load.
+_FILES = {
+    *(WEIGHTS, RESULTS, HYPER_PARAMETERS, 'config.json', 'README.md', 'LICENSE', 'SHA256SUMS', 'summary.csv'),
+    *('training.png', 'adversarial.png'),
+}
+"""What a release holds, beside the verdicts of its measurements."""
+
+
+def verify(folder: Path, record: dict[str, Any]) -> None:
+    """Refuse a staged folder that holds something else than a release, or other weights and verdicts than its record.
 
     Raises:
-        ValueError: naming the first file that is missing, extra or different.
+        ValueError, FileNotFoundError: naming what is wrong.
     """
-    listed = {}
-    for line in (folder / 'SHA256SUMS').read_text().splitlines():
-        digest, _, name = line.partition('  ')
-        listed[name] = digest
+    allowed = _FILES | {f'{FLAGS}/{item["key"]}.npz' for item in record['measurements']}
+    for path in folder.rglob('*'):
+        if path.is_symlink():
+            raise ValueError(f'{path} is a symbolic link; put the file itself there')
+    for name in files_of(folder):
+        if name not in allowed:
+            raise ValueError(f'{folder / name} is no part of a release; take it away')
+    weights, path = record['weights'], folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing; fetch it again')
+    if (found := sha256(path)) != weights['sha256']:
+        raise ValueError(
+            f'{path} has SHA-256 {found}, {RESULTS} says {weights["sha256"]}; fetch both again, or stage the run again '
+            'with --overwrite'
+        )
+    for item in record['measurements']:
+        RobustnessResult(**item['result']).check_verdicts(folder / FLAGS / f'{item["key"]}.npz')
+
+
+def _check_sums(folder: Path, record: dict[str, Any], known: Release | None, measured: bool) -> None:
+    """Refuse weights and verdicts that changed since SHA256SUMS was written; staging takes it away."""
+    if not (folder / 'SHA256SUMS').is_file():
+        return
+    for name, digest in _read_sums(folder).items():
+        held = name == WEIGHTS or (name.startswith(f'{FLAGS}/') and not measured)
+        if held and (not (folder / name).is_file() or sha256(folder / name) != digest):
+            raise ValueError(f'{folder / name} is not the file of SHA256SUMS; fetch it again, or measure again')
+    if known is not None and known.sha256 != record['weights']['sha256']:
+        raise ValueError(
+            f'the table of releases has other weights of {record["model"]}, SHA-256 {known.sha256}; fetch it and '
+            f'{folder} again, or stage the run again with --overwrite'
+        )
+
+
+def _read_sums(folder: Path) -> dict[str, str]:
+    """SHA256SUMS, path -> digest."""
+    try:
+        lines = (folder / 'SHA256SUMS').read_text(encoding='utf-8').splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f'{folder / "SHA256SUMS"} is damaged; fetch it again') from None
+    parts = [line.partition('  ') for line in lines]
+    return {name: digest for digest, _, name in parts}
+
+
+def check(folder: Path) -> None:
+    """Refuse a staged folder whose files are not those of its SHA256SUMS, or do not belong together.
+
+    Raises:
+        ValueError: naming the first file that is missing, extra or different, or what contradicts the record.
+    """
+    record, listed = read_results(folder), _read_sums(folder)
+    verify(folder, record)
     there = set(files_of(folder)) - {'SHA256SUMS'}
     for name in sorted(there ^ set(listed)):
         what = 'is missing' if name in listed else 'is not listed in SHA256SUMS'
@@ -246,7 +326,14 @@ def check(folder: Path) -> None:
     for name, digest in listed.items():
         if sha256(folder / name) != digest:
             raise ValueError(f'{folder / name} is not the file of SHA256SUMS; fetch it again, or render')
+    if _text_of(model_card(folder)) != _text_of((folder / 'README.md').read_text(encoding='utf-8')):
+        raise ValueError(f'{folder / "README.md"} does not tell what {RESULTS} holds; render')
     load_model(folder)
+
+
+def _text_of(card: str) -> str:
+    """A card without the metadata at its head, whose form is the business of the Hub's client."""
+    return card.split('\n---\n', 1)[-1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,19 +342,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     table = args.table or (TABLE if args.cards == STAGED else args.cards.parent / TABLE.name)
+    measured = args.name if args.command == 'measure' else None
     try:
+        for old in args.cards.glob('.*/old'):  # of a command killed between two renames
+            recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
         if args.command == 'stage':
             stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
         elif args.command == 'measure':
             world = World.join(args.device)
             data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
             settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
-            settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else _print}
+            settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
             measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
             world.leave()
             if world.rank:
                 return 0
-        for folder in render(args.cards, table, args.recipes):
+        for folder in render(args.cards, table, args.recipes, measured):
             check(folder)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f'error: {error}', file=sys.stderr)
@@ -326,7 +416,7 @@ def _check_alike(record: dict[str, Any], dataset: str, split: str, threat_model:
 def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
     """The robustness block of config.json: what the strongest measurement found."""
     path = folder / 'config.json'
-    config, best = json.loads(path.read_text()), strongest(record)
+    config, best = read_object(path), strongest(record)
     keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
     config['robustness'] = {key: best['result'][key] for key in keys} if best else None
     _write(path, json.dumps(config, indent=2))
@@ -356,10 +446,6 @@ def _write_json(path: Path, record: dict[str, Any]) -> None:
 def _write(path: Path, text: str) -> None:
     with atomic_file(path) as file:
         file.write(text.encode())
-
-
-def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
 
 
 if __name__ == '__main__':

@@ -29,6 +29,7 @@ from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
 from timm_robust.threat_model import ThreatModel
 
+MARK = '.demo'
 ROBUST = Recipe(
     model='resnet18_pssilu',
     model_kwargs={'width': 16},  # of 64: full AutoAttack on the full width is too slow for a demo on two cores
@@ -60,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
     started, output = time.perf_counter(), Path(args.output)
+    try:
+        claim(output)
+    except OSError as error:
+        parser.error(str(error))
     test = load_dataset('digits', split='test').first(args.n)
     results, models = {}, {}
     for name, recipe in {'standard training': CONTROL, 'robust training': ROBUST}.items():
         logging.info('\n%s', name)
         experiment = name.split()[0]
         recipe = replace(recipe, output=str(output), experiment=experiment, epochs=args.epochs or recipe.epochs)
-        shutil.rmtree(output / experiment, ignore_errors=True)  # of a demo before
+        shutil.rmtree(output / experiment, ignore_errors=True)  # of the demo before
         fit(build(recipe))
         models[name] = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here
         result, _ = evaluate(models[name], test, recipe.threat_model, name=name, progress=logging.info)
@@ -81,6 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'\npicture: {picture}   records: {output}/*.json   {time.perf_counter() - started:.0f} s')
     print(json.dumps({name: r.autoattack_acc for name, r in results.items()}))
     return 0
+
+
+def claim(output: Path) -> None:
+    """Mark a new folder as the demo's own; what it makes there replaces what the demo before made.
+
+    Raises:
+        FileExistsError: for a folder that holds something else.
+    """
+    if output.exists() and not (output / MARK).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f'{output} is not of a demo, and stays; name a new folder with --output, or delete it')
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).write_text('train/demo.py replaces what is here.\n')
 
 
 def draw(path: Path, models: dict[str, torch.nn.Module], data: ImageData, threat_model: ThreatModel) -> None:
