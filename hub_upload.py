@@ -19,6 +19,7 @@ from timm_robust.cards import RESULTS
 from timm_robust.download import without_password
 from timm_robust.hub import Options, Outcome, publish, repo_of
 from timm_robust.releases import STAGED, TABLE
+from timm_robust.results import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'error: {wrong}{args.cards} holds {there}', file=sys.stderr)
         return 2
     keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
-    options = Options(**{key: getattr(args, key) for key in keys})
+    try:
+        options = Options(**{key: getattr(args, key) for key in keys})
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
     outcomes = [attempt(args.cards / name, options, args.table) for name in args.names or staged]
     if args.json:
         print(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
@@ -69,11 +74,6 @@ def table(outcomes: list[Outcome]) -> str:
     lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [f'{outcome.name}: {outcome.message}' for outcome in outcomes if outcome.message]
     return '\n'.join(lines + [outcome.url for outcome in outcomes if outcome.url])
-
-
-def say(message: str) -> None:
-    """A line of progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -193,7 +193,10 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         try:
             if isinstance(fault.action, int):
-                raise Refused(fault.action, 'A fault that the test asked for')
+                reply = Refused(fault.action, 'A fault that the test asked for').reply()
+                if fault.action == 429:
+                    reply.headers['Retry-After'] = f'{fault.seconds:.0f}'
+                return reply
             with hub.lock:
                 return self.server.app(request)
         except Refused as refused:

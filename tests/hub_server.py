@@ -111,9 +111,9 @@ class HubServer:
         """Does something wrong to the next `times` requests with match (text or compiled regex) in 'METHOD path?query'.
 
         'drop': closes the connection and does nothing. 'drop_after': does it, then closes without an answer. 'stall':
-        waits for seconds first. A number: answers that status and does nothing. 'corrupt': changes one bit in the
-        answer to a GET of bytes. 'corrupt_body': changes one bit of an uploaded large file before it is looked at. The
-        last two leave other requests alone, also if they match.
+        waits for seconds first. A number: answers that status, 429 with seconds to wait, and does nothing. 'corrupt':
+        changes one bit in the answer to a GET of bytes. 'corrupt_body': changes one bit of an uploaded large file
+        before it is looked at. The last two leave other requests alone, also if they match.
         """
         known = ('drop', 'drop_after', 'stall', 'corrupt', 'corrupt_body')
         if action not in known and not isinstance(action, int):

@@ -255,6 +255,47 @@ def test_a_changed_folder_is_not_published(hub, hub_server, staged):
     assert run.returncode == 2 and f'is not staged; {staged / "cards"} holds {NAME}' in run.stderr
 
 
+def test_names_that_git_or_the_hub_refuses_are_found_before_anything_is_sent(hub, hub_server, staged):
+    for wrong in (['--tag', 'a b'], ['--tag', 'v1..2'], ['--revision', 'x.lock'], ['--tag', '']):
+        run, outcomes = upload(hub, staged, *wrong, token=hub_server.WRITE)
+        assert run.returncode == 2 and outcomes is None and 'allowed are letters, digits' in run.stderr
+    run, [outcome] = upload(hub, staged, '--org', 'a b', token=hub_server.WRITE)
+    assert outcome['status'] == 'failed' and 'Repo id must' in outcome['message']
+    assert not hub.requests
+
+
+def test_a_table_of_other_weights_and_what_is_no_part_of_a_release_keep_it_back(hub, hub_server, staged):
+    (staged / 'cards' / NAME / 'id_rsa').write_text('secret')
+    _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert 'id_rsa is no part of a release; take it away' in outcome['message']
+    (staged / 'cards' / NAME / 'id_rsa').unlink()
+    table = (staged / 'releases.json').read_text()
+    (staged / 'releases.json').write_text(table.replace(read_table(staged / 'releases.json')[NAME].sha256, 'a' * 64))
+    _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert f'does not hold these weights of {NAME}' in outcome['message'] and not hub.requests
+
+
+@pytest.mark.parametrize('action', [500, 'drop', 'drop_after', 429])
+def test_what_fails_in_passing_after_the_commit_is_tried_again(hub, hub_server, staged, action):
+    hub.fault(f'POST /api/models/{REPO}/tag/', action)
+    run, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
+    assert outcome['status'] == 'published' and hub.repo(REPO).tags == {'v1': outcome['commit']}, run.stderr
+    assert 'again in 1 s' in run.stderr
+
+
+def test_a_long_wait_is_refused_with_the_time_to_come_back(hub, hub_server, staged):
+    hub.fault(f'POST /api/models/{REPO}/commit/main', 429, seconds=3600)
+    started = time.monotonic()
+    run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
+    assert 'the Hub asks to wait for 3600 s; type the same again after ' in outcome['message'], run.stderr
+    hub.fault(f'POST /api/models/{REPO}/tag/', 429, seconds=3600)
+    run, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
+    assert f'{REPO} holds the files, commit {hub.repo(REPO).head[:12]}, but then: the Hub asks to' in outcome['message']
+    assert time.monotonic() - started < 600
+    _, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
+    assert outcome['status'] == 'unchanged' and hub.repo(REPO).tags == {'v1': hub.repo(REPO).head}
+
+
 @pytest.mark.parametrize('action', ['drop', 'drop_after', 503])
 def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, hub_server, staged, action):
     hub.fault(f'POST /api/models/{REPO}/commit/main', action, times=10 if action == 503 else 1)

@@ -10,13 +10,14 @@ import contextlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .releases import STAGED, WEIGHTS, Release
 
-_CONNECT_S, _POLL_S, _QUIET_S = 3.0, 5.0, 60.0
+_CONNECT_S, _POLL_S, _QUIET_S, _LONGEST_WAIT_S = 3.0, 5.0, 60.0, 60
 _logger = logging.getLogger(__name__)
 _OWN = 'or pass a file of your own: pretrained_cfg_overlay=dict(file=PATH)'
 
@@ -131,6 +132,34 @@ def without_password(text: object) -> str:
 
 
 @contextlib.contextmanager
+def bounded_waits(say: Callable[[str], object]) -> Iterator[None]:
+    """Say how long the Hub asks its client to wait, and end with an error where that is more than a minute.
+
+    Raises:
+        ConnectionError: inside the body, saying when to come back.
+    """
+    from huggingface_hub.utils import get_session
+
+    def hear(response: Any) -> None:
+        limit = re.search(r'\bt=(\d+)', response.headers.get('ratelimit', ''))
+        after = limit[1] if limit else response.headers.get('retry-after', '').strip()
+        if response.status_code not in (429, 503) or not after.isdecimal():
+            return
+        seconds = int(after)
+        if seconds > _LONGEST_WAIT_S:
+            back = time.strftime('%H:%M', time.localtime(time.time() + min(seconds, 10**8)))
+            raise ConnectionError(f'the Hub asks to wait for {seconds} s; type the same again after {back}')
+        say(f'the Hub asks to wait for {seconds} s; waiting, Ctrl-C ends it')
+
+    hooks: list[Any] = getattr(get_session(), 'event_hooks', {}).get('response', [])  # older clients have none
+    hooks.append(hear)
+    try:
+        yield
+    finally:
+        hooks.remove(hear)
+
+
+@contextlib.contextmanager
 def _telling_stalls(repo: str, where: str) -> Iterator[None]:
     """Say in the log when a download makes no progress for a minute: the client waits and retries in silence."""
     from huggingface_hub import constants
@@ -140,7 +169,8 @@ def _telling_stalls(repo: str, where: str) -> Iterator[None]:
     thread = threading.Thread(target=_watch, args=(lambda: _bytes_in(blobs), done.wait, where), daemon=True)
     thread.start()
     try:
-        yield
+        with bounded_waits(_logger.warning):
+            yield
     finally:
         done.set()
         thread.join()

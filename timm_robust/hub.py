@@ -8,23 +8,33 @@ race it finds out what happened before it calls that a failure.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
 
-from .cards import read_results
-from .download import without_password
-from .releases import TABLE, WEIGHTS, read_table, sha256, write_table
+from .download import bounded_waits, without_password
+from .releases import TABLE, WEIGHTS, Release, read_table, sha256, write_table
 from .staging import ORGANISATION, check, files_of
 
 _KEPT = ('.gitattributes',)
 """Files of the server's own, which a publication leaves alone."""
 _LOGIN = 'type hf auth login, or set HF_TOKEN'
+
+
+_NAME = re.compile(r'(?![-./])(?!.*(\.\.|//|\.lock(/|$)|/\.))[A-Za-z0-9._/-]{1,100}(?<![./])')
+"""A part of what git takes as the name of a branch or a tag."""
+_WAITS_S = (1.0, 4.0, 15.0)
+"""Before each further try of what failed in passing."""
+T = TypeVar('T')
 
 
 class Refused(ValueError):
@@ -43,6 +53,9 @@ class Options:
         create_pr: open a pull request instead of committing to the branch.
         overwrite: allow other weights under a published name.
         dry_run: plan only; nothing is written.
+
+    Raises:
+        ValueError: for a name of a branch or a tag that git refuses.
     """
 
     org: str | None = None
@@ -52,6 +65,14 @@ class Options:
     create_pr: bool = False
     overwrite: bool = False
     dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the names before anything is public."""
+        for what, name in (('tag', self.tag), ('branch', self.revision)):
+            if name is not None and not _NAME.fullmatch(name):
+                raise ValueError(
+                    f'{name!r} is no name of a {what}; allowed are letters, digits and ._-/ between them, such as v1.0'
+                )
 
 
 @dataclass
@@ -140,14 +161,25 @@ def publish(
 
     Raises:
         Refused: if released weights would change without overwrite, a tag would move, or the token may not write.
-        ValueError: if the folder is not what was staged, or the server holds other bytes than were sent.
+        ValueError: if the folder is not what was staged, or not what the table holds, or the server holds other bytes
+            than were sent.
         Exception: the client's, if the Hub cannot be reached or refuses.
     """
-    api, name = api or HfApi(library_name='timm_robust'), read_results(folder)['model']
     check(folder)
+    name = folder.resolve().name
+    find_release(folder, name, table)
     repo = repo_of(name, options.org, table)
-    identify(api, repo, options.dry_run)
-    plan = make_plan(api, folder, name, repo, options)
+    validate_repo_id(repo)
+    with bounded_waits(say):
+        return _publish(api or HfApi(library_name='timm_robust'), folder, name, repo, options, table, say)
+
+
+def _publish(
+    api: HfApi, folder: Path, name: str, repo: str, options: Options, table: Path, say: Callable[[str], object]
+) -> Outcome:
+    """What `publish` does, once the folder and the names are known to be right."""
+    patiently(lambda: identify(api, repo, options.dry_run), say)
+    plan = patiently(lambda: make_plan(api, folder, name, repo, options), say)
     outcome = Outcome(name, repo, 'planned', plan.head, {path: plan.files[path] for path in plan.changes})
     outcome.message = ' '.join(plan.notes)
     for path, what in plan.files.items():
@@ -165,9 +197,16 @@ def publish(
     else:
         outcome = replace(outcome, status='unchanged')
     assert outcome.commit is not None  # a repository without a commit has everything to change
-    verify(api, folder, repo, outcome.commit)
-    if options.tag and plan.tagged is None:
-        api.create_tag(repo, tag=options.tag, revision=outcome.commit)
+    try:
+        verify(api, folder, repo, outcome.commit, say)
+        if options.tag and plan.tagged is None:
+            set_tag(api, repo, options.tag, outcome.commit, say)
+    except Exception as error:
+        if _passes(error) or isinstance(error, ConnectionError):
+            raise ConnectionError(
+                f'{repo} holds the files, commit {outcome.commit[:12]}, but then: {error}; type the same again'
+            ) from error
+        raise
     outcome.tag, outcome.url = options.tag, without_password(f'{api.endpoint}/{repo}')
     if options.revision == 'main' and not plan.private:
         note_commit(folder, name, repo, outcome.commit, table)
@@ -302,20 +341,52 @@ class _Commit:
     pr_url: str | None = None
 
 
-def verify(api: HfApi, folder: Path, repo: str, commit: str) -> None:
+def set_tag(api: HfApi, repo: str, tag: str, commit: str, say: Callable[[str], object]) -> None:
+    """Tag a commit; an answer that got lost is looked up.
+
+    Raises:
+        Refused: if somebody else put the tag elsewhere meanwhile.
+    """
+    patiently(lambda: api.create_tag(repo, tag=tag, revision=commit, exist_ok=True), say)
+    tags = {one.name: one.target_commit for one in patiently(lambda: api.list_repo_refs(repo), say).tags}
+    if tags.get(tag) != commit:
+        raise Refused(f'tag {tag} of {repo} is at {str(tags.get(tag))[:12]} now; tags never move: choose another')
+
+
+def patiently(call: Callable[[], T], say: Callable[[str], object]) -> T:
+    """The answer of a call, which is made again a few times where it failed in passing: 429, 5xx, no connection."""
+    for wait in _WAITS_S:
+        try:
+            return call()
+        except Exception as error:
+            if not _passes(error):
+                raise
+            say(f'{type(error).__name__}: {" ".join(str(error).split())[:100]}; again in {wait:.0f} s')
+            time.sleep(wait)
+    return call()
+
+
+def _passes(error: Exception) -> bool:
+    """Whether an error of the client may be gone a moment later."""
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if status is not None:
+        return status == 429 or status >= 500
+    return type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
+
+
+def verify(api: HfApi, folder: Path, repo: str, commit: str, say: Callable[[str], object]) -> None:
     """Believe nothing: compare the server's hashes, then every byte of a fresh download.
 
     Raises:
         ValueError: naming the file that differs.
     """
-    for path, what in compare(api, folder, repo, commit).items():
+    for path, what in patiently(lambda: compare(api, folder, repo, commit), say).items():
         if what != 'same':
             raise ValueError(f'{repo}@{commit[:12]}: {path} is {what} on the server; type the same again')
     with tempfile.TemporaryDirectory() as cache:
         for path, file in files_of(folder).items():
-            fetched = hf_hub_download(
-                repo, path, revision=commit, cache_dir=cache, endpoint=api.endpoint, token=api.token
-            )
+            where = {'revision': commit, 'cache_dir': cache, 'endpoint': api.endpoint, 'token': api.token}
+            fetched = patiently(partial(hf_hub_download, repo, path, **where), say)
             if sha256(fetched) != sha256(file):
                 raise ValueError(f'{repo}@{commit[:12]}: {path} came back with other bytes; do not announce it')
 
@@ -326,10 +397,19 @@ def note_commit(folder: Path, name: str, repo: str, commit: str, table: Path) ->
     Raises:
         ValueError: if the table is of other weights.
     """
-    releases = read_table(table)
-    old = releases.get(name)
-    if old is None or old.sha256 != sha256(folder / WEIGHTS):
-        raise ValueError(f'{table} does not hold these weights of {name}; type: python -m timm_robust.staging render')
+    old = find_release(folder, name, table)
     new = replace(old, repo=repo, commit=commit)
     if new != old:
-        write_table(releases | {name: new}, table)
+        write_table(read_table(table) | {name: new}, table)
+
+
+def find_release(folder: Path, name: str, table: Path) -> Release:
+    """The entry of these weights in the table of releases.
+
+    Raises:
+        ValueError: if the table is of other weights.
+    """
+    release = read_table(table).get(name)
+    if release is None or release.sha256 != sha256(folder / WEIGHTS):
+        raise ValueError(f'{table} does not hold these weights of {name}; type: python -m timm_robust.staging render')
+    return release
