@@ -5,10 +5,16 @@ The networks have the parameter names of ours, so that a test can give both the 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+FOLDER = Path(sys.prefix) / 'peers'
+"""Where `make bench` installs torchattacks: in the environment itself it would overwrite parts of RobustBench."""
+sys.path.append(str(FOLDER))
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
@@ -110,7 +116,9 @@ def pgd_at_step(
     try:
         import torchattacks
     except ImportError as error:
-        raise ImportError('the peer is torchattacks; type: pip install --no-deps torchattacks') from error
+        raise ImportError(
+            f'the peer is torchattacks; type: pip install --no-deps --target {FOLDER} torchattacks'
+        ) from error
     model.eval()
     alpha = ALPHA if steps > 1 else 1.25 * EPS
     x_adv = torchattacks.PGD(model, eps=EPS, alpha=alpha, steps=steps, random_start=True)(x, y)

@@ -1,15 +1,21 @@
 """Against RobustBench's own code, with random weights: no checkpoint can be downloaded in a test."""
 
+import base64
+import hashlib
 import importlib.util
 import json
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from records import HYPER, complete
 from torch import nn
 
 from timm_robust import robustbench as door
+from timm_robust import robustbench_package as package
 from timm_robust import robustbench_report as report
 from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData
@@ -297,6 +303,47 @@ def test_a_missing_package_says_what_to_type(monkeypatch):
         door.robustbench()
 
 
+def install(root, version, code='', files=('robustbench/__init__.py',), name='robustbench'):
+    """An installed package as pip leaves it: its files, and their hashes in RECORD."""
+    lines, info = [], root / f'{name}-{version}.dist-info'
+    info.mkdir(parents=True)
+    for file in files:
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_text(code)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(code.encode()).digest()).rstrip(b'=').decode()
+        lines.append(f'{file},sha256={digest},{len(code)}\n')
+    (info / 'RECORD').write_text(''.join(lines))
+    (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n')
+
+
+def test_another_robustbench_is_named_with_who_put_it_there(tmp_path, monkeypatch):
+    """In a path of its own: 1.1.1, then torchattacks over it, an older one, and a folder that hides it."""
+    site = tmp_path / 'site'
+    monkeypatch.delitem(sys.modules, 'robustbench', raising=False)
+    monkeypatch.setattr(sys, 'path', [str(site)])
+    install(site, '1.1.1', 'new = True')
+    package._check_version()
+    install(site, '3.5.1', 'new = False', name='torchattacks')
+    reinstall = r'pip install --force-reinstall --no-deps robustbench==1\.1\.1'
+    with pytest.raises(
+        ImportError, match=rf'overwritten, .*; torchattacks laid .*uninstall -y torchattacks && {reinstall}'
+    ):
+        package._check_version()
+    (tmp_path / 'mine/robustbench').mkdir(parents=True)
+    (tmp_path / 'mine/robustbench/__init__.py').touch()
+    install(tmp_path / 'sound', '1.1.1', 'new = True')
+    monkeypatch.setattr(sys, 'path', [str(tmp_path / 'mine'), str(tmp_path / 'sound')])
+    with pytest.raises(ImportError, match=r'comes from .*mine/robustbench, .*take that folder off PYTHONPATH'):
+        package._check_version()
+    monkeypatch.setattr(sys, 'path', [str(tmp_path / 'mine')])
+    with pytest.raises(ImportError, match=rf'no known version, needed is 1\.1\.1; type: {reinstall}'):
+        package._check_version()
+    install(tmp_path / 'old', '1.0')
+    monkeypatch.setattr(sys, 'path', [str(tmp_path / 'old')])
+    with pytest.raises(ImportError, match=rf'robustbench is 1\.0, needed is 1\.1\.1; type: {reinstall}'):
+        package._check_version()
+
+
 def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255', tag='at_cifar10_linf', extra='null'):
     folder = root / f'resnet18_pssilu.{tag}'
     (folder / 'flags').mkdir(parents=True)
@@ -307,8 +354,8 @@ def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255', tag='at
     result |= {'wall_time_s': 9.0, 'hardware': 'abacus', 'max_distance': 0.0313}
     content = {'model': folder.name, 'weights': {'sha256': 'b' * 64}, 'training': {'notes': ['Trained on copies.']}}
     content['measurements'] = [{'key': f'{attack}_{n}', 'note': None, 'result': result}]
-    (folder / 'results.json').write_text(json.dumps(content))
-    (folder / 'train_hparams.yaml').write_text(f'extra_data: {extra}\n')
+    (folder / 'results.json').write_text(json.dumps(complete(content)))
+    (folder / 'train_hparams.yaml').write_text(f'{yaml.safe_dump(HYPER)}extra_data: {extra}\n')
     return folder
 
 

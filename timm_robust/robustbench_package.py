@@ -6,6 +6,8 @@ autoattack, which the package index does not have. Both are stood in for, in thi
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib
 import importlib.resources
 import importlib.util
@@ -13,6 +15,8 @@ import sys
 import types
 import warnings
 from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +24,18 @@ from torch import nn
 
 from .autoattack_runner import upstream
 
-_INSTALL = "type: pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1"
+_VERSION = '1.1.1'
+_INSTALL = f"type: pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench=={_VERSION}"
 
 
 def robustbench() -> Any:
     """The package, importable.
 
     Raises:
-        ImportError: if it, or something that it needs, is missing, with what to type.
+        ImportError: if it, or something that it needs, is missing or of another version, with what to type.
     """
+    if 'robustbench' not in sys.modules:
+        _check_version()
     if _absent('pkg_resources'):
         sys.modules['pkg_resources'] = _pkg_resources()
     if _absent('autoattack'):
@@ -42,6 +49,50 @@ def robustbench() -> Any:
         raise ImportError(f'RobustBench cannot be imported ({error}); {_INSTALL}') from error
     evaluation.AutoAttack = AutoAttack  # type: ignore[attr-defined]  # also where an autoattack is installed: no seed there
     return package
+
+
+def _check_version() -> None:
+    """Refuse another RobustBench than the one known here; torchattacks' wheel lays one of 2022 over it, file by file.
+
+    Raises:
+        ImportError: naming what is there, where it comes from, and what to type.
+    """
+    spec = importlib.util.find_spec('robustbench')
+    if spec is None:
+        return  # the import says what is missing
+    others = [
+        str(other.metadata['Name'])
+        for other in metadata.distributions()
+        if other.metadata['Name'] != 'robustbench' and any(file.parts[0] == 'robustbench' for file in other.files or ())
+    ]
+    mend = f'type: pip install --force-reinstall --no-deps robustbench=={_VERSION}'
+    if others:
+        names = ' '.join(others)
+        mend = f'{names} laid it there; {mend.replace("type: ", f"type: pip uninstall -y {names} && ")}'
+    try:
+        found = metadata.distribution('robustbench')
+    except metadata.PackageNotFoundError:
+        found = None
+    if found is None or found.version != _VERSION:
+        what = f'is {found.version}' if found else f'in {spec.origin} is of no known version'
+    elif any(file.suffix == '.py' and not _is_intact(file) for file in found.files or ()):
+        what = f'is not the {_VERSION} that was installed: files of it were overwritten'
+    elif spec.origin and Path(spec.origin).parent != Path(str(found.locate_file('robustbench'))):
+        what, mend = f'comes from {Path(spec.origin).parent}', 'take that folder off PYTHONPATH'
+    else:
+        return
+    raise ImportError(f'robustbench {what}, needed is {_VERSION}; {mend}')
+
+
+def _is_intact(file: metadata.PackagePath) -> bool:
+    """Whether an installed file has the hash that was noted at its installation, if any was."""
+    if file.hash is None:
+        return True
+    try:
+        digest = hashlib.new(file.hash.mode, file.read_binary()).digest()
+    except OSError:
+        return False
+    return base64.urlsafe_b64encode(digest).rstrip(b'=').decode() == file.hash.value
 
 
 def _absent(name: str) -> bool:
