@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from timm_robust.data.memory import seed_of
 from timm_robust.data import ImageData, TrainBatches, load_dataset, split_holdout
 
 CIFAR = Path(__file__).parents[2] / 'shared/data/cifar10'
@@ -87,7 +88,7 @@ def reference_crop(batches, step):
     """One image at a time, with the same draws."""
     data, pad, size = batches.data, batches.crop_padding, batches.batch_size
     height, width = data.images.shape[2:]
-    generator = batches._seeded('step', step)
+    generator = torch.Generator().manual_seed(seed_of(batches.seed, 'step', step))
     dy, dx = torch.randint(2 * pad + 1, (2, size, 1), generator=generator)[..., 0].tolist()
     flip = (torch.rand(size, 1, generator=generator) < batches.hflip)[:, 0].tolist()
     out = []

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_robust.data import ExtraImages, ImageData, MixedBatches, ShuffledOrder, TrainBatches
+from timm_robust.data import ExtraImages, ImageData, MixedBatches, TrainBatches
 
 # Images say which they are: pixel (0, 0) of each channel is the row's number, split into base 200, and the kind.
 
@@ -26,53 +26,6 @@ def rows_of(x):
     """Which images, as `indices` numbers them for 40 real ones, read off the pixels."""
     pixels = (255 * x).round().long().amax((2, 3))
     return pixels[:, 0] * 200 + pixels[:, 1] + torch.where(pixels[:, 2] == 2, 40, 0)
-
-
-# ShuffledOrder
-
-
-@pytest.mark.parametrize('n', [1, 2, 3, 7, 16, 17, 100, 1000, 65537])
-def test_each_epoch_is_a_permutation_of_its_own(n):
-    positions = torch.arange(n)
-    orders = [ShuffledOrder(n, seed)(epoch, positions) for seed in (0, 1, 'text') for epoch in (0, 1)]
-    for order in orders:
-        assert order.dtype == torch.int64 and torch.equal(order.sort().values, positions)
-    if n > 10:
-        assert len({tuple(order.tolist()) for order in orders}) == len(orders)
-
-
-def test_any_positions_in_any_order():
-    order = ShuffledOrder(50_000_000, 3)
-    positions = torch.tensor([49_999_999, 0, 12_345_678, 0])
-    picked = order(5, positions)
-    assert picked[1] == picked[3] and picked.min() >= 0 and picked.max() < 50_000_000
-    assert torch.equal(order(5, positions[2:3]), picked[2:3]) and len(order(5, positions[:0])) == 0
-    for wrong in (-1, 50_000_000):
-        with pytest.raises(IndexError, match=r'positions must lie in 0\.\.49999999'):
-            order(0, torch.tensor([wrong]))
-    with pytest.raises(ValueError, match='n 0 must be at least 1'):
-        ShuffledOrder(0, 1)
-
-
-@pytest.mark.parametrize('n', [5, 16, 101])
-def test_the_order_is_uniform(n):
-    """Chi-squared over epochs: which number stands at a position, and how far the next one is (mod n)."""
-    epochs, order = 2000, ShuffledOrder(n, 7)
-    drawn = torch.stack([order(epoch, torch.arange(n)) for epoch in range(epochs)])
-    bound = (n - 1) + 5 * (2 * (n - 1)) ** 0.5  # mean and five standard deviations
-    for position in range(0, n, max(1, n // 7)):
-        counts = drawn[:, position].bincount(minlength=n)
-        assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < bound
-    for position in range(0, n - 1, max(1, n // 7)):
-        counts = (drawn[:, position + 1] - drawn[:, position]).remainder(n).bincount(minlength=n)[1:]
-        assert ((counts - epochs / (n - 1)) ** 2 / (epochs / (n - 1))).sum() < bound
-
-
-def test_a_large_order_looks_random():
-    drawn = ShuffledOrder(1_000_000, 0)(0, torch.arange(1_000_000)).double()
-    at, after = drawn[:-1], drawn[1:]
-    assert abs(torch.corrcoef(torch.stack([at, after]))[0, 1]) < 0.005  # five standard deviations
-    assert abs(torch.corrcoef(torch.stack([drawn, torch.arange(1_000_000).double()]))[0, 1]) < 0.005
 
 
 # MixedBatches

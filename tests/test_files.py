@@ -70,10 +70,9 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     dead.wait()
     alive = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
     left = [f'.last.pth.tar.{dead.pid}.tmp', f'.last.pth.tar.{os.getpid()}.tmp', '.summary.csv.ab_1', '.args.yaml.x']
-    kept = [f'.last.pth.tar.{alive.pid}.tmp', '.last.pth.tar', '.git', '.summary.csv', 'last.pth.tar', 'compact']
+    kept = [f'.last.pth.tar.{alive.pid}.tmp', '.last.pth.tar', '.git', '.summary.csv', 'last.pth.tar']
     for name in left + kept:
         (tmp_path / name).touch()
-    (tmp_path / '.compact.abc/new').mkdir(parents=True)
     removed = {path.name for path in sweep_temporaries(tmp_path)}
     alive.communicate(b'\n')
-    assert removed == {*left, '.compact.abc'} and set(os.listdir(tmp_path)) == set(kept)
+    assert removed == set(left) and set(os.listdir(tmp_path)) == set(kept)

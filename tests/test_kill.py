@@ -136,7 +136,7 @@ def short_run(folder, monkeypatch):
     start = Writer.start
     monkeypatch.setattr(Writer, 'start', lambda self, work: (start(self, work), self.wait()))  # always the same order
     settings = {'model': 'test_resnet', 'val_size': 1400, 'batch_size': 30, 'epochs': 3, 'ema_bn_batches': 0}
-    settings |= {'dataset': 'digits', 'eps': 0.1, 'steps': 1, 'model_ema': True, 'compact_state': True}
+    settings |= {'dataset': 'digits', 'eps': 0.1, 'steps': 1, 'model_ema': True}
     return Recipe(**settings, output=str(folder), experiment='run', resume='auto')
 
 

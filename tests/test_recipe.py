@@ -25,7 +25,7 @@ DEFAULTS = {
     'awp_gamma': 0.0, 'awp_start': 0.0, 'late_steps': None, 'late_start': 0.5, 'eps_warmup': 0.0, 'budget': None,
     'start_noise': None, 'bn_momentum': None,
     'opt_kwargs': {}, 'layer_decay': None, 'ema_bn_batches': 20, 'sync_bn': False, 'save_interval': None,
-    'compact_state': False, 'progressive_resizing': {}, 'act': None,
+    'progressive_resizing': {}, 'act': None,
     'act_shared': True, 'attack_grad': 'exact', 'update_grad': 'exact',
     'on_divergence': 'rollback', 'max_rollbacks': 3, 'tensorboard': False, 'log_wandb': False, 'wandb_project': None,
 }  # fmt: skip
@@ -120,7 +120,6 @@ OTHERS = [
     ('act_shared', False, ['--no-act-shared']),
     ('attack_grad', 'smooth', ['--attack-grad', 'smooth']),
     ('update_grad', 'smooth', ['--update-grad', 'smooth']),
-    ('compact_state', True, ['--compact-state']),
     ('checkpoint_hist', 9, ['--checkpoint-hist', '9']),
 ]  # fmt: skip
 

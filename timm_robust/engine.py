@@ -106,7 +106,7 @@ def describe(run: Run) -> None:
     length = f'{recipe.budget} on the clock' if recipe.budget else f'{run.total_steps} steps'
     data = f'{len(run.batches.data)} images'
     if recipe.extra_data:
-        data += f' and {len(run.batches.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
+        data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
     logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
     logger.info(
         '%s in batches of %d x %d; an epoch is %d images seen, %d steps',

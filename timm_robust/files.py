@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-_TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt|compact)\.\w+)')
+_TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
 logger = logging.getLogger('timm_robust')
 
 
@@ -110,12 +110,9 @@ def sweep_temporaries(folder: str | Path) -> list[Path]:
         match = _TEMPORARY.fullmatch(path.name)
         if match is None or (match[1] and _is_alive(int(match[1]))):
             continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
-        removed.append(path)
+        with contextlib.suppress(OSError):
+            path.unlink()
+            removed.append(path)
     return removed
 
 

@@ -194,11 +194,10 @@ class Recipe:
     output: str = _field('run', 'output/train', 'folder for the folders of the runs')
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
     resume: str | None = _field(
-        'run', None, "checkpoint or compact/ to go on from, or 'auto' for the newest in the run's folder"
+        'run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder"
     )
     log_interval: int = _field('run', 20, 'steps between log lines', '>= 1')
     save_interval: int | None = _field('run', None, 'steps between checkpoints within an epoch; none: none', '>= 1')
-    compact_state: bool = _field('run', False, 'save a state of half the size in small files too, in compact/')
     on_divergence: str = _field(
         'run', 'rollback', 'at NaN, loss spikes, or collapse of PGD accuracy', ('rollback', 'stop')
     )

@@ -39,7 +39,6 @@ from .checkpoint import (
     snapshot,
 )
 from .clock import Clock, parse_duration
-from .compact import load_compact, save_compact
 from .data import (
     ExtraImages,
     MixedBatches,
@@ -211,12 +210,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | 
     if path is None:
         logger.info('nothing to resume in %s: starting afresh', folder)
         return None, None
-    return path, read_state(path)
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint, or a compact state, holds."""
-    return load_compact(path) if path.is_dir() else load_checkpoint(path)
+    return path, load_checkpoint(path)
 
 
 def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] | None) -> int:
@@ -287,29 +281,11 @@ def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:
         if data.iterable:  # timm's reader has given this process images of its own
             return StreamBatches(data, recipe.batch_size, seed, hflip=recipe.hflip)
         return StreamBatches(data, size, seed, own=own, hflip=recipe.hflip)
-    settings: dict[str, Any] = {'crop_padding': recipe.crop_padding, 'hflip': recipe.hflip}
+    settings: dict[str, Any] = {'crop_padding': recipe.crop_padding, 'hflip': recipe.hflip, 'own': own}
     if recipe.extra_data:
         extra = ExtraImages(recipe.extra_data, data.num_classes)
-        return OwnPart(MixedBatches(data, extra, recipe.extra_fraction, size, seed, **settings), own)
-    return OwnPart(TrainBatches(data, size, seed, **settings), own)
-
-
-class OwnPart:
-    """The rows of a process out of batches that every process draws alike on its device.
-
-    Args:
-        batches: the joint batches.
-        own: this process's rows of each.
-    """
-
-    def __init__(self, batches: TrainBatches, own: slice) -> None:
-        self.batches, self.own = batches, own
-        self.data, self.steps_per_epoch = batches.data, batches.steps_per_epoch
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """This process's rows of batch number `step`: (x [B, C, H, W] in [0, 1], y [B])."""
-        x, y = self.batches[step]
-        return x[self.own], y[self.own]
+        return MixedBatches(data, extra, recipe.extra_fraction, size, seed, **settings)
+    return TrainBatches(data, size, seed, **settings)
 
 
 def architecture(recipe: Recipe) -> tuple[str, dict[str, Any]]:
@@ -513,8 +489,6 @@ def _write(folder: Path, state: dict[str, Any], names: list[str], recipe: Recipe
     What is killed between two of them goes on from the newest, which `mend_names` gives the names that it lacks.
     """
     save_checkpoint(folder / names[0], state, names[1:])
-    if recipe.compact_state:
-        save_compact(folder / 'compact', state)
     prune_checkpoints(folder, recipe.checkpoint_hist)
 
 
@@ -550,11 +524,11 @@ def mend_names(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
 
 
 def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
-    """Take the run to where a checkpoint, or a compact state, was written.
+    """Take the run to where a checkpoint was written.
 
     Args:
         run: the run.
-        path: of the file, or of the compact state's folder.
+        path: of the file.
         state: what it holds, where it has been read already.
 
     Raises:
@@ -563,7 +537,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     recipe = run.recipe
     run.writer.wait()
     if state is None:
-        state = read_state(path)
+        state = load_checkpoint(path)
     for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
             raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
@@ -583,9 +557,9 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
     run.saved_rows, run.saved_at = len(run.history), perf_counter()
-    if not run.world.rank and path.is_file():
+    if not run.world.rank:
         mend_names(path, state, recipe)
-    if not (run.folder / BEST).is_file():  # a compact state travels without it
+    if not (run.folder / BEST).is_file():  # the run was moved without it
         run.best = -1.0
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]

@@ -54,7 +54,6 @@ _PRIVATE = (
     *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'log_interval'),
     *(
         'save_interval',
-        'compact_state',
         'tensorboard',
         'log_wandb',
         'wandb_project',

@@ -7,21 +7,18 @@ on the seed and the step alone, so a resumed run needs no state of its data (web
 
 from .extra import ExtraImages
 from .memory import ImageData, TrainBatches, split_holdout
-from .mixed import MixedBatches, ShuffledOrder
+from .mixed import MixedBatches
 from .readers import DATASETS, SPLITS, load_dataset
 from .sources import is_stream
 from .stream_batches import StreamBatches
 from .stream_data import StreamData
-from .transforms import TRAIN_CROPS
 
 __all__ = [
     'DATASETS',
     'SPLITS',
-    'TRAIN_CROPS',
     'ExtraImages',
     'ImageData',
     'MixedBatches',
-    'ShuffledOrder',
     'StreamBatches',
     'StreamData',
     'TrainBatches',

@@ -4,66 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
 import torch
 
 from .extra import ExtraImages
-from .memory import ImageData, TrainBatches, seed_of
-
-_ROUNDS = 10  # 6 leave a bias that a chi-squared test sees below n = 100, 4 at any size
-
-
-class ShuffledOrder:
-    """A pseudo-random order of range(n) for each epoch that is computed where it is asked for, never stored.
-
-    A number x < n is written as the pair (x // b, x % b) with a * b >= n, a and b about sqrt(n). Each round of a
-    Feistel network adds a keyed hash of one half to the other, mod a or mod b, which is a bijection of the a * b pairs;
-    a result >= n is put through again until it is smaller (cycle walking, Black and Rogaway, 2002), which makes it a
-    bijection of range(n). Fewer than a of the pairs are >= n, so this is rare.
-
-    Args:
-        n: how many numbers, >= 1.
-        seed: any whole number or text.
-    """
-
-    def __init__(self, n: int, seed: int | str) -> None:
-        """Choose the two halves."""
-        if n < 1:
-            raise ValueError(f'n {n} must be at least 1')
-        self.n, self.seed = n, seed
-        self._a = int(np.ceil(np.sqrt(n)))
-        self._b = -(-n // self._a)
-
-    def __call__(self, epoch: int, positions: torch.Tensor) -> torch.Tensor:
-        """What stands at these positions (in 0..n - 1) of the order of an epoch, [B] of int64 on the CPU."""
-        x = positions.numpy().astype(np.uint64)
-        if x.size and x.max() >= self.n:
-            raise IndexError(
-                f'positions must lie in 0..{self.n - 1}, got {int(positions.min())}..{int(positions.max())}'
-            )
-        keys = [np.uint64(seed_of(self.seed, 'order', epoch, number)) for number in range(_ROUNDS)]
-        x = self._rounds(x, keys)
-        while (outside := x >= self.n).any():
-            x[outside] = self._rounds(x[outside], keys)
-        return torch.from_numpy(x.astype(np.int64))
-
-    def _rounds(self, x: np.ndarray, keys: list[np.uint64]) -> np.ndarray:
-        """A bijection of range(a * b)."""
-        a, b = np.uint64(self._a), np.uint64(self._b)
-        left, right = x // b, x % b
-        for number, key in enumerate(keys):
-            if number % 2:
-                left = (left + _mix(right ^ key)) % a
-            else:
-                right = (right + _mix(left ^ key)) % b
-        return left * b + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64 (Steele et al., 2014), >> 1 so that a sum with a half does not overflow."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) >> np.uint64(1)
+from .memory import EpochOrder, ImageData, TrainBatches, seed_of
 
 
 class MixedBatches(TrainBatches):
@@ -83,6 +27,7 @@ class MixedBatches(TrainBatches):
         crop_padding: zero pixels added on each side before the crop; 0 for no crop.
         hflip: probability of a flip, in [0, 1].
         augment_extra: whether generated images are cropped and flipped too.
+        own: the rows of each batch that this process trains on; every process draws the whole batch alike.
     """
 
     def __init__(
@@ -92,12 +37,14 @@ class MixedBatches(TrainBatches):
         fraction: float,
         batch_size: int,
         seed: int,
+        *,
         crop_padding: int = 4,
         hflip: float = 0.5,
         augment_extra: bool = True,
+        own: slice = slice(None),
     ) -> None:
         """Check that the two kinds of images go together; nothing is drawn yet."""
-        super().__init__(data, batch_size, seed, crop_padding, hflip)
+        super().__init__(data, batch_size, seed, crop_padding=crop_padding, hflip=hflip, own=own)
         if not 0 <= fraction <= 1:
             raise ValueError(f'fraction {fraction} of generated images must lie in [0, 1], such as 0.7')
         if extra.num_classes != data.num_classes:
@@ -113,8 +60,8 @@ class MixedBatches(TrainBatches):
             raise ValueError(
                 f'fraction {fraction} of {batch_size} images leaves none of one kind; raise the batch size'
             )
-        self._data_order = ShuffledOrder(len(data), f'{seed}/data')
-        self._extra_order = ShuffledOrder(len(extra), f'{seed}/extra')
+        self._data_order = EpochOrder(len(data), f'{seed}/data')
+        self._extra_order = EpochOrder(len(extra), f'{seed}/extra')
         self._thread = ThreadPoolExecutor(1, 'MixedBatches')
         self._next: tuple[int, Future[list[torch.Tensor]]] | None = None
 
@@ -131,7 +78,8 @@ class MixedBatches(TrainBatches):
         x = self._augment(plain, step)
         if not self.augment_extra:
             x = torch.where((shuffle < len(rows))[:, None, None, None], x, plain)
-        return x.float().div_(255), torch.cat([self.data.labels[rows], labels])[shuffle]
+        y = torch.cat([self.data.labels[rows], labels])[shuffle]
+        return x[self.own].float().div_(255), y[self.own]
 
     def indices(self, step: int) -> torch.Tensor:
         """Which images batch `step` holds, [B] on the CPU: row i of the data is i, row i of extra is len(data) + i."""
@@ -156,12 +104,12 @@ class MixedBatches(TrainBatches):
         return [item.contiguous().pin_memory() for item in fetched] if self.data.images.is_cuda else fetched
 
 
-def _stream(order: ShuffledOrder, start: int, count: int) -> torch.Tensor:
+def _stream(order: EpochOrder, start: int, count: int) -> torch.Tensor:
     """Items start..start + count - 1 of the endless stream that runs through one order after the other."""
-    parts, end = [torch.empty(0, dtype=torch.int64)], start + count
-    while start < end:
+    parts = []
+    while count:
         epoch, position = divmod(start, order.n)
-        stop = min(end, (epoch + 1) * order.n)
-        parts.append(order(epoch, torch.arange(position, position + stop - start)))
-        start = stop
-    return torch.cat(parts)
+        part = order(epoch)[position : position + count]
+        parts.append(part)
+        start, count = start + len(part), count - len(part)
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -7,8 +7,7 @@ from itertools import count
 
 import torch
 
-from .memory import seed_of
-from .mixed import ShuffledOrder
+from .memory import EpochOrder, seed_of
 from .stream_data import StreamData
 from .transforms import Samples, SampleStream, train_transform
 
@@ -27,13 +26,7 @@ class StreamBatches:
         data: the training images; its `img_size`, `workers` and `device` hold here too, its transform does not.
         batch_size: images a batch, at most len(data).
         seed: any whole number.
-        scale: range of the area of the random crop, as a share of the image.
-        ratio: range of its aspect ratio.
         hflip: probability of a horizontal flip.
-        color_jitter: strength of the change of brightness, contrast and saturation; 0: none. Off with auto_augment.
-        auto_augment: timm's description of a policy, such as 'rand-m9-mstd0.5'; None: none.
-        interpolation: 'bilinear', 'bicubic', ... or 'random'.
-        train_crop: 'rrc', 'rkrc', 'rkrr' (timm's) or 'pad4': crop out of the resized image, padded by 4 zeros.
         own: the rows of each batch that are read, where several processes share a batch of map-style data.
 
     Raises:
@@ -46,13 +39,7 @@ class StreamBatches:
         batch_size: int,
         seed: int,
         *,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         hflip: float = 0.5,
-        color_jitter: float | None = 0.4,
-        auto_augment: str | None = None,
-        interpolation: str = 'random',
-        train_crop: str = 'rrc',
         own: slice = slice(None),
     ) -> None:
         """Check the settings; no worker is started yet."""
@@ -64,10 +51,8 @@ class StreamBatches:
             )
         self.data, self.batch_size, self.seed, self.own = data, batch_size, seed, own
         self.steps_per_epoch = len(data) // batch_size
-        self.transform = train_transform(
-            data.img_size, scale, ratio, hflip, color_jitter, auto_augment, interpolation, train_crop
-        )
-        self._order, self._rows = ShuffledOrder(len(data), seed), data.rows
+        self.transform = train_transform(data.img_size, hflip)
+        self._order, self._rows = EpochOrder(len(data), seed), data.rows
         self._next, self._batches = -1, iter(())
 
     _batches: Iterator[list[torch.Tensor]]
@@ -112,14 +97,14 @@ class StreamBatches:
         return batches
 
 
-def _batch(order: ShuffledOrder, batch_size: int, step: int) -> tuple[int, torch.Tensor]:
+def _batch(order: EpochOrder, batch_size: int, step: int) -> tuple[int, torch.Tensor]:
     """The epoch of a step, and which images its batch holds."""
     epoch, position = divmod(step, order.n // batch_size)
-    return epoch, order(epoch, torch.arange(position * batch_size, (position + 1) * batch_size))
+    return epoch, order(epoch)[position * batch_size :][:batch_size]
 
 
 def _keys(
-    order: ShuffledOrder, rows: torch.Tensor, batch_size: int, first: int, own: slice
+    order: EpochOrder, rows: torch.Tensor, batch_size: int, first: int, own: slice
 ) -> Iterator[list[tuple[int, int]]]:
     """What `Samples` is asked for, batch after batch from a step on, without end.
 

@@ -15,61 +15,23 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.data.transforms import str_to_interp_mode
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
-from torchvision.transforms import Compose, RandomCrop, RandomHorizontalFlip, Resize
 
 from .memory import seed_of
 
-TRAIN_CROPS = ('rrc', 'rkrc', 'rkrr', 'pad4')
 INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 Size = int | tuple[int, int]
 
 
-def train_transform(
-    img_size: Size,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    hflip: float,
-    color_jitter: float | None,
-    auto_augment: str | None,
-    interpolation: str,
-    train_crop: str,
-) -> Callable[[Any], torch.Tensor]:
-    """Random crop, flip and colours: PIL image -> [3, H, W] of uint8; `StreamBatches` says what the settings mean.
+def train_transform(img_size: Size, hflip: float) -> Callable[[Any], torch.Tensor]:
+    """timm's random resized crop, flip and change of colours: PIL image -> [3, H, W] of uint8.
 
     Raises:
-        ValueError: for a setting that cannot be meant.
+        ValueError: unless hflip lies in [0, 1].
     """
-    if train_crop not in TRAIN_CROPS:
-        raise ValueError(f'train_crop {train_crop!r} is unknown; allowed: {", ".join(TRAIN_CROPS)}')
-    _check_interpolation(interpolation, (*INTERPOLATIONS, 'random'))
-    for name, (low, high), allowed in (('scale', scale, '0 < a <= b <= 1'), ('ratio', ratio, '0 < a <= b')):
-        if not 0 < low <= high or (name == 'scale' and high > 1):
-            raise ValueError(f'{name} ({low}, {high}) must be (a, b) with {allowed}')
-    if not 0 <= hflip <= 1 or (color_jitter or 0) < 0:
-        raise ValueError(f'hflip must lie in [0, 1] and color_jitter be >= 0, got {hflip} and {color_jitter}')
-    try:
-        crop, colours, last = create_transform(
-            img_size,
-            is_training=True,
-            train_crop_mode='rrc' if train_crop == 'pad4' else train_crop,
-            scale=scale,
-            ratio=ratio,
-            hflip=hflip,
-            color_jitter=color_jitter or None,  # type: ignore[arg-type]  # timm takes None for none
-            auto_augment=auto_augment,
-            interpolation=interpolation,
-            use_prefetcher=True,  # timm's word for: stop at uint8
-            separate=True,
-        )
-    except (AssertionError, KeyError, ValueError) as error:
-        given = "'rand-m9-mstd0.5', 'augmix-m3-w3', 'original', 'v0' or '3a'"
-        raise ValueError(f'auto_augment {auto_augment!r} is unknown to timm: {error}; allowed: {given}') from error
-    if train_crop == 'pad4':
-        mode = str_to_interp_mode('bilinear' if interpolation == 'random' else interpolation)
-        crop = Compose([Resize(img_size, mode), RandomCrop(img_size, padding=4), RandomHorizontalFlip(hflip)])
-    return Compose([crop, colours, last])
+    if not 0 <= hflip <= 1:
+        raise ValueError(f'hflip must lie in [0, 1], got {hflip}')
+    return create_transform(img_size, is_training=True, hflip=hflip, interpolation='random', use_prefetcher=True)
 
 
 def eval_transform(img_size: Size, crop_pct: float, interpolation: str) -> Callable[[Any], torch.Tensor]:
