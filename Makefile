@@ -22,7 +22,7 @@ $(VENV)/.robustbench: $(VENV)/.installed
 
 # the client of those who have not changed to huggingface_hub 2 yet
 $(VENV)/hub1: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --target $@ huggingface_hub==1.33.0 hf_xet
+	$(BIN)/python -m pip install --quiet --target $@ huggingface_hub==1.33.0
 
 # one thread a process: the tests' networks are tiny, and threads of two processes would wait for each other
 test: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench

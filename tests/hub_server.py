@@ -5,7 +5,7 @@
         assert hub.repo('ann/model').files()['config.json'] == b'{}'
 
 It speaks the parts of the protocol that huggingface_hub needs to create a repository, upload, tag and download: large
-files by LFS or xet, commits, pull requests, tags. Status codes and headers follow recorded answers of the real Hub.
+files by LFS, commits, pull requests, tags. Status codes and headers follow recorded answers of the real Hub.
 Models only. Not here: multipart LFS, LFS locks, .gitignore rules, merging, deleting or moving repositories.
 """
 
@@ -16,9 +16,7 @@ import json
 import os
 import re
 import secrets
-import struct
 import threading
-import time
 from pathlib import Path
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -31,7 +29,7 @@ def _sibling(name):
     return module
 
 
-hub_http, hub_repo, hub_xet = _sibling('hub_http'), _sibling('hub_repo'), _sibling('hub_xet')
+hub_http, hub_repo = _sibling('hub_http'), _sibling('hub_repo')
 Refused, Reply, as_json, ranged = hub_http.Refused, hub_http.Reply, hub_http.as_json, hub_http.ranged
 Blob, Repo, User = hub_repo.Blob, hub_repo.Repo, hub_repo.User
 
@@ -47,8 +45,7 @@ class HubServer:
     that does not. A bug in the server itself is raised at the end of the block.
     """
 
-    def __init__(self, xet=False):
-        self.xet = hub_xet.XetStore() if xet else None
+    def __init__(self):
         self.tokens = {
             WRITE: User('ann', 'write', ('timm-robust',)),
             READ: User('ann', 'read', ('timm-robust',)),
@@ -58,7 +55,6 @@ class HubServer:
         self.lock = threading.RLock()  # a request is handled while none else is: of two commits one is the later
         self.closing = threading.Event()
         self._secret = secrets.token_hex(8)
-        self._xet_tokens = {}
         self._servers = [hub_http.Server(self, 'hub', self._hub), hub_http.Server(self, 'cdn', self._cdn)]
         self.url = f'http://127.0.0.1:{self._servers[0].server_port}'
         self.cdn = f'http://localhost:{self._servers[1].server_port}'
@@ -83,7 +79,7 @@ class HubServer:
         env |= {'HF_ENDPOINT': self.url, 'HF_HOME': str(home), 'HF_HUB_DISABLE_TELEMETRY': '1'}
         env |= {'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'NO_PROXY': '127.0.0.1,localhost'}
         # Clients of today do not ask whether the server knows xet: with hf_xet installed they just use it.
-        return env | ({} if self.xet else {'HF_HUB_DISABLE_XET': '1'}) | ({'HF_TOKEN': token} if token else {})
+        return env | {'HF_HUB_DISABLE_XET': '1'} | ({'HF_TOKEN': token} if token else {})
 
     def repo(self, name):
         """The repository; KeyError if there is none."""
@@ -213,8 +209,6 @@ class HubServer:
                 # Whether it is for a pull request is not said here; preupload and commit have looked at the rights.
                 repo = self._writable(request, f'{owner}/{name.removesuffix(".git")}', pr=True)
                 return self._lfs_batch(request, repo) if what == 'batch' else self._lfs_verify(request, repo)
-            case [_, 'v1', *rest] if self.xet:
-                return self._cas(request, rest)
         raise Refused(404, f'hub_server does not know {request.method} {request.path}')
 
     def _models(self, request, name, rest):
@@ -247,8 +241,6 @@ class HubServer:
                 return self._discuss(request, self._writable(request, name, pr=True))
             case ['GET', 'discussions', number] if number.isdigit():
                 return self._discussion(self._readable(request, name), int(number))
-            case ['GET', 'xet-read-token' | 'xet-write-token' as kind, rev] if self.xet:
-                return self._xet_token(request, name, kind, rev)
         raise Refused(404, f'hub_server does not know {request.method} {request.path}')
 
     def _for_pr(self, request, rev):
@@ -322,8 +314,6 @@ class HubServer:
         entry = {'type': 'file', 'oid': blob.oid, 'size': len(blob.data), 'path': path}
         if blob.lfs:
             entry['lfs'] = {'oid': blob.sha256, 'size': len(blob.data), 'pointerSize': len(blob.pointer)}
-            if self.xet and blob.sha256 in self.xet.hash_of:
-                entry['xetHash'] = self.xet.hash_of[blob.sha256]
         return entry
 
     def _folders(self, commit):
@@ -377,10 +367,6 @@ class HubServer:
             return Reply(307, b'Temporary Redirect', self._file_headers(commit, path) | headers)
         headers['X-Linked-Size'] = str(len(blob.data))
         headers['Location'] = self._signed(f'/cdn/{name}/{commit.oid}/{blob.sha256}', filename=path)
-        if self.xet and (xet := self.xet.hash_of.get(blob.sha256)):
-            token = f'<{self.url}/api/models/{name}/xet-read-token/{commit.oid}>; rel="xet-auth"'
-            headers['Link'] = f'{token}, <{self.url}/v1/reconstructions/{xet}>; rel="xet-reconstruction-info"'
-            headers['X-Xet-Hash'] = xet
         return Reply(302, b'Found', headers)
 
     def _cdn(self, request):
@@ -401,8 +387,6 @@ class HubServer:
                 blobs = self._commit_of(self.repos[f'{owner}/{name}'], oid).blobs.values()
                 data = next(blob.data for blob in blobs if blob.sha256 == sha256)
                 return ranged(request, data, {**kind, 'ETag': f'"{sha256}"'})
-            case ['GET', 'xorbs', xorb] if self.xet and xorb in self.xet.xorbs:
-                return ranged(request, self.xet.xorbs[xorb][0], kind)
         raise Refused(404, f'hub_server does not know {request.method} {request.path}')
 
     # Uploads.
@@ -532,44 +516,3 @@ class HubServer:
         facts |= {'author': {'name': found['author']}, 'repo': {'name': repo.name, 'type': 'model'}}
         pull = {'changes': {'base': 'refs/heads/main'}, 'filesWithConflicts': []} if found['pull'] else {}
         return as_json({**facts, 'isPullRequest': found['pull'], **pull})
-
-    # Xet. Its storage answers to tokens of its own; that the client's token goes there would be a leak, hence a 401.
-
-    def _xet_token(self, request, name, kind, rev):
-        if kind == 'xet-write-token':
-            self._writable(request, name, self._for_pr(request, rev))
-        else:
-            self._readable(request, name, content=True)
-        token, until = secrets.token_hex(16), int(time.time()) + 3600
-        self._xet_tokens[token] = kind, name
-        headers = {'X-Xet-Cas-Url': self.url, 'X-Xet-Access-Token': token, 'X-Xet-Token-Expiration': str(until)}
-        return as_json({'casUrl': self.url, 'accessToken': token, 'exp': until}, **headers)
-
-    def _cas(self, request, rest):
-        token = (request.authorization or '').removeprefix('Bearer ')
-        if token not in self._xet_tokens:
-            raise Refused(401, 'Not a token for the storage')
-        kind, name = self._xet_tokens[token]
-        if request.method == 'POST' and kind != 'xet-write-token':
-            raise Refused(403, 'This token may only read')
-        try:
-            match [request.method, *rest]:
-                case ['POST', 'xorbs', 'default', xorb]:
-                    request.wrote = self.xet.put_xorb(xorb, request.body)
-                    return as_json({'was_inserted': request.wrote})
-                case ['POST', 'shards']:
-                    objects, files = self.repos[name].objects, self.xet.put_shard(request.body)
-                    request.wrote = bool(files.keys() - objects.keys())
-                    objects.update(files)
-                    return as_json({'result': int(request.wrote)})
-                case ['GET', 'reconstructions', file] if file in self.xet.files:
-                    return self._plan(request, file)
-        except (ValueError, IndexError, struct.error) as error:
-            raise Refused(400, f'{type(error).__name__}: {error}') from None
-        raise Refused(404, 'Not found')  # also /v1/chunks: no chunks are shared between files; the client goes on
-
-    def _plan(self, request, file):
-        found = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('range', 'bytes=0-'))
-        start, stop = int(found.group(1)), int(found.group(2) or 1 << 62) + 1
-        plan = self.xet.plan(file, start, stop, lambda xorb: self._signed(f'/xorbs/{xorb}'))
-        return as_json(plan) if plan else Reply(416)

@@ -677,8 +677,9 @@ def test_the_result_is_that_of_the_saved_best(tmp_path):
     assert result(run)['epoch'] == load_checkpoint(tmp_path / 'run/model_best.pth.tar')['epoch']
 
 
-def test_too_many_rollbacks_stop_the_run(tmp_path):
-    run = build(tiny(tmp_path, max_rollbacks=1, lr=1e30, warmup_epochs=0.0))
+def test_too_many_rollbacks_stop_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'MAX_ROLLBACKS', 1)
+    run = build(tiny(tmp_path, lr=1e30, warmup_epochs=0.0))
     with pytest.raises(Diverged, match='stops after 1 rollbacks'):
         fit(run)
 

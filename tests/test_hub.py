@@ -115,14 +115,12 @@ def logits(root):
     return model(torch.full((1, 3, 32, 32), 0.5))[0].tolist()
 
 
-CLIENTS = [pytest.param('new', False, id='newest-lfs'), pytest.param('new', True, id='newest-xet')]
 MISSING = pytest.mark.skipif(not OLD_CLIENT.is_dir(), reason='huggingface_hub 1.33 is not installed; make test does it')
-CLIENTS += [pytest.param('old', xet, id=f'1.33-{"xet" if xet else "lfs"}', marks=MISSING) for xet in (False, True)]
 
 
-@pytest.mark.parametrize(('client', 'xet'), CLIENTS)
-def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, client, xet):
-    with hub_server.HubServer(xet=xet) as hub:
+@pytest.mark.parametrize('client', ['new', pytest.param('old', marks=MISSING)])
+def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, client):
+    with hub_server.HubServer() as hub:
         run, [outcome] = upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE, client=client)
         assert run.returncode == 0 and outcome['status'] == 'published', run.stderr
         repo = hub.repo(REPO)
@@ -140,8 +138,7 @@ def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, cl
         assert len(repo.commits) == commits and (staged / 'releases.json').read_bytes() == table
 
 
-@pytest.mark.parametrize('xet', [False, True], ids=['lfs', 'xet'])
-def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path, xet):
+def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path):
     name, code = (
         'wrn28_10_relu.fgsm_digits_linf',
         """
@@ -155,7 +152,7 @@ print(hashlib.sha256(read_release(release)).hexdigest())
     (tmp_path / 'big').mkdir()
     root = make_staged(tmp_path / 'big', name=name)
     file = root / 'cards' / name / 'model.safetensors'
-    with hub_server.HubServer(xet=xet) as hub:
+    with hub_server.HubServer() as hub:
         run, [outcome] = upload(hub, root, token=hub_server.WRITE, names=(name,))
         assert run.returncode == 0 and outcome['status'] == 'published', run.stderr
         assert file.stat().st_size > 73_000_000 and stranger(hub, root, tmp_path, code) == sha256(file)

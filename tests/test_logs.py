@@ -220,7 +220,8 @@ def test_wandb_offline_with_resume(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(tmp_path / 'wandb_home'))
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    with make(tmp_path, wandb=True, wandb_project='a-project', wandb_name='a-run-name') as log:
+    monkeypatch.setenv('WANDB_PROJECT', 'a-project')
+    with make(tmp_path, wandb=True, wandb_name='a-run-name') as log:
         log.step(step=5, epoch=0, **{**STEP, 'loss': float('nan')})
         log.epoch(row(0, val_pgd_acc=0.5, max_curvature=float('inf')))
     first = (tmp_path / 'wandb_id.txt').read_text().strip()

@@ -16,8 +16,8 @@ DEFAULTS = {
     'eval_step_size': None, 'val_interval': 1, 'epochs': 100, 'max_steps': None,
     'batch_size': 128, 'opt': 'sgd', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0005, 'filter_bias_and_bn': True,
     'clip_grad': None, 'clip_mode': 'norm', 'sched': 'onecycle', 'warmup_epochs': 0.0, 'min_lr': 0.0,
-    'decay_milestones': [], 'decay_rate': 0.1, 'model_ema': False, 'model_ema_decay': 0.999, 'model_ema_warmup': True,
-    'pssilu_reg': 10.0, 'pssilu_beta_clip': 0.01, 'amp': False, 'amp_dtype': 'bfloat16', 'channels_last': True,
+    'decay_milestones': [], 'decay_rate': 0.1, 'model_ema': False, 'model_ema_decay': 0.999,
+    'pssilu_reg': 10.0, 'pssilu_beta_clip': 0.01, 'amp': False, 'channels_last': True,
     'fold_bn': True, 'torchcompile': False,
     'device': None, 'seed': 42, 'output': 'output/train', 'experiment': None, 'resume': None,
     'log_interval': 20, 'checkpoint_hist': 2, 'img_size': None, 'grad_checkpointing': False, 'train_split': 'train',
@@ -27,7 +27,7 @@ DEFAULTS = {
     'opt_kwargs': {}, 'layer_decay': None, 'ema_bn_batches': 20, 'sync_bn': False, 'save_interval': None,
     'progressive_resizing': {}, 'act': None,
     'act_shared': True, 'attack_grad': 'exact', 'update_grad': 'exact',
-    'on_divergence': 'rollback', 'max_rollbacks': 3, 'tensorboard': False, 'log_wandb': False, 'wandb_project': None,
+    'on_divergence': 'rollback', 'tensorboard': False, 'log_wandb': False,
 }  # fmt: skip
 
 # One value of each setting that differs from the default, in Python and as flags.
@@ -77,7 +77,6 @@ OTHERS = [
     ('decay_rate', 1.0, ['--decay-rate', '1']),
     ('model_ema', True, ['--model-ema']),
     ('model_ema_decay', 0.9, ['--model-ema-decay', '0.9']),
-    ('model_ema_warmup', False, ['--no-model-ema-warmup']),
     ('pssilu_reg', 0.0, ['--pssilu-reg', '0']),
     ('pssilu_beta_clip', None, ['--pssilu-beta-clip', 'none']),
     ('amp', True, ['--amp']),
@@ -102,11 +101,8 @@ OTHERS = [
     ('sync_bn', True, ['--sync-bn']),
     ('save_interval', 100, ['--save-interval', '100']),
     ('on_divergence', 'stop', ['--on-divergence', 'stop']),
-    ('max_rollbacks', 0, ['--max-rollbacks', '0']),
     ('tensorboard', True, ['--tensorboard']),
     ('log_wandb', True, ['--log-wandb']),
-    ('wandb_project', 'p', ['--wandb-project', 'p']),
-    ('amp_dtype', 'float16', ['--amp-dtype', 'float16']),
     ('channels_last', False, ['--no-channels-last']),
     ('torchcompile', True, ['--torchcompile']),
     ('fold_bn', False, ['--no-fold-bn']),
@@ -336,8 +332,10 @@ def test_threat_model():
 
 
 def test_settings_that_are_gone_are_read_over(tmp_path):
-    path = write(tmp_path, 'lr: 0.2\nval_batch_size: 250\n')
+    path = write(tmp_path, 'lr: 0.2\nval_batch_size: 250\namp_dtype: bfloat16\nmodel-ema-warmup: true\n')
     assert Recipe.from_yaml(path) == Recipe(lr=0.2)
+    with pytest.raises(ValueError, match=r':2: amp_dtype is bfloat16 for good now; drop the line'):
+        Recipe.from_yaml(write(tmp_path, 'lr: 0.2\namp_dtype: float16\n'))
     state = {'recipe': dataclasses.asdict(Recipe(lr=0.3)) | {'val_batch_size': 64}}
     assert Recipe.from_checkpoint(state) == Recipe(lr=0.3)
 

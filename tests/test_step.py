@@ -100,20 +100,3 @@ def test_bf16_trains_as_well_as_fp32(tmp_path):
     clean, robust = (abs(found[True][key] - found[False][key]) for key in ('val_clean_acc', 'val_pgd_acc'))
     assert found[False]['val_pgd_acc'] > 0.3
     assert clean < 0.1 and robust < 0.1  # two standard errors of a difference between two shares of 200 images
-
-
-def test_weight_perturbation_in_fp16_sees_small_gradients(tmp_path):
-    """The gradient of each logit is below 6e-8, the smallest number of fp16: without a loss scale it is 0."""
-    recipe = dataclasses.replace(TINY, output=str(tmp_path), batch_size=4, awp_gamma=0.01, pssilu_reg=0.0)
-    run = build(dataclasses.replace(recipe, amp=True, amp_dtype='float16'))
-    step, weight, moves = run.train_step, run.model.stages[0][0].conv1.weight, []
-    descend, before = step.loss.descend, weight.detach().clone()
-
-    def descend_gently(forward, x, x_adv, y):
-        moves.append((weight - before).norm() / before.norm())
-        out = descend(forward, x, x_adv, y)
-        return out._replace(loss=1e-7 * out.loss)
-
-    step.loss = dataclasses.replace(step.loss, descend=descend_gently)
-    step(*run.batches[0], 0)
-    assert moves[0] == 0 and moves[1].item() == pytest.approx(0.01, rel=1e-3)

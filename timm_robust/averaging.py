@@ -13,12 +13,9 @@ class ModelEma(ModelEmaV3):
 
     Args:
         model: the network.
-        decay: of the average per step.
-        use_warmup: begin with a smaller decay.
+        decay: of the average per step, once warmed up.
     """
 
     def get_decay(self, step: int | None = None) -> float:
-        """Decay of the update after step number `step`, counted from 0; None: the decay without warm-up."""
-        if step is None or not self.use_warmup:
-            return self.decay
-        return min(self.decay, (1 + step) / (10 + step))
+        """Decay of the update after step number `step`, counted from 0; None: the decay once warmed up."""
+        return self.decay if step is None else min(self.decay, (1 + step) / (10 + step))

@@ -43,6 +43,9 @@ logger = logging.getLogger('timm_robust')
 SAVE_SECONDS = 600
 """After so long without a save there is one, whatever the intervals: a run that is killed loses no more."""
 
+MAX_ROLLBACKS = 3
+"""Rollbacks before the run stops."""
+
 STAGE_BN_BATCHES = 50
 """Batches that re-estimate batch norm where progressive resizing goes on to another side."""
 
@@ -69,8 +72,8 @@ def fit(run: Run) -> dict[str, Any]:
         sweep_temporaries(run.folder)
     describe(run)
     settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
-    wandb: dict[str, Any] = {'wandb': recipe.log_wandb, 'wandb_project': recipe.wandb_project}
-    log = RunLog(run.folder, rank=run.world.rank, tensorboard=recipe.tensorboard, **wandb, **settings)
+    settings |= {'tensorboard': recipe.tensorboard, 'wandb': recipe.log_wandb}
+    log = RunLog(run.folder, rank=run.world.rank, **settings)
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
         while (going := progress(run) < 1 or run.sums is not None) or unsettled(run):
@@ -308,14 +311,14 @@ def roll_back(run: Run, error: Diverged) -> None:
     recipe, count = run.recipe, run.rollbacks + 1
     run.writer.wait()
     path = run.world.agree(latest_checkpoint(run.folder, before=run.step))  # what diverged may have been saved, too
-    stop = recipe.on_divergence == 'stop' or count > recipe.max_rollbacks or path is None
+    stop = recipe.on_divergence == 'stop' or count > MAX_ROLLBACKS or path is None
     if stop:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''
         raise Diverged(
             f'{error}; the run stops{tried}. {run.folder} holds the last good state. '
             'Lower --lr, add --clip-grad 1.0, or resume with another --seed'
         ) from error
-    logger.warning('%s: back to %s with another seed (%d of %d)', error, path, count, recipe.max_rollbacks)
+    logger.warning('%s: back to %s with another seed (%d of %d)', error, path, count, MAX_ROLLBACKS)
     assert path is not None
     spent = run.clock.elapsed()
     restore(run, path)

@@ -43,8 +43,7 @@ class RunLog:
         config: the settings, for TensorBoard and wandb; what looks like a secret is left out.
         total_steps: steps of the whole schedule.
         tensorboard: write TensorBoard events.
-        wandb: log to wandb; WANDB_MODE=offline keeps it on this machine.
-        wandb_project: project there; 'timm-robust' if not given.
+        wandb: log to wandb, in the project of WANDB_PROJECT or 'timm-robust'; WANDB_MODE=offline keeps it here.
         wandb_name: name of the run there; the folder's name if not given.
         rank: of this process; above 0 nothing is written or shown.
         history: rows of the run that is resumed: summary.csv is whole again, TensorBoard drops what came after them,
@@ -63,7 +62,6 @@ class RunLog:
         total_steps: int,
         tensorboard: bool = False,
         wandb: bool = False,
-        wandb_project: str | None = None,
         wandb_name: str | None = None,
         rank: int = 0,
         history: list[dict[str, Any]] | None = None,
@@ -82,7 +80,7 @@ class RunLog:
         if tensorboard:
             self._tensorboard = self._open_tensorboard()
         if wandb:
-            self._wandb = self._open_wandb(wandb_project, wandb_name)
+            self._wandb = self._open_wandb(wandb_name)
         self._handlers = [*logging.getLogger().handlers, *logger.handlers]
         for handler in self._handlers:
             handler.addFilter(self._wipe)
@@ -179,7 +177,7 @@ class RunLog:
         writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2)}\n```', seen + 1)
         return writer
 
-    def _open_wandb(self, project: str | None, name: str | None) -> Any:
+    def _open_wandb(self, name: str | None) -> Any:
         """The run of wandb_id.txt where this one is resumed, else a new one, noted there."""
         try:
             import wandb
@@ -189,7 +187,7 @@ class RunLog:
         stored = file.read_text().strip() or None if self.history and file.is_file() else None
         try:
             run = wandb.init(
-                project=project or 'timm-robust',
+                project=os.environ.get('WANDB_PROJECT') or 'timm-robust',
                 name=name or self.folder.resolve().name,
                 dir=str(self.folder),
                 config=self.config,

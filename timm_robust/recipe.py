@@ -34,8 +34,15 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     '> 0 and <= 1': lambda v: 0 < v <= 1,
 }
 _GRADS = ('exact', 'smooth')
-RETIRED = ('val_batch_size',)
-"""Settings of earlier versions that mean nothing any more; recipe files and checkpoints may hold them."""
+RETIRED: dict[str, tuple[Any, ...]] = {
+    'val_batch_size': (),
+    'compact_state': (),
+    'max_rollbacks': (),
+    'wandb_project': (),
+    'model_ema_warmup': (True,),
+    'amp_dtype': ('bfloat16',),
+}
+"""Settings of earlier versions, each with the values that it keeps for good; () where it means nothing any more."""
 
 KINDS = {
     bool: 'true or false',
@@ -169,7 +176,6 @@ class Recipe:
 
     model_ema: bool = _field('averaging', False, 'keep an exponential moving average of the weights')
     model_ema_decay: float = _field('averaging', 0.999, 'decay of the average per step', '>= 0 and < 1')
-    model_ema_warmup: bool = _field('averaging', True, 'decay min(decay, (1 + t) / (10 + t)) at step t')
     ema_bn_batches: int = _field(
         'averaging', 20, 'batches that re-estimate batch norm for the average; 0: none', '>= 0'
     )
@@ -178,7 +184,6 @@ class Recipe:
     pssilu_beta_clip: float | None = _field('PSSiLU', 0.01, 'bound on the norm of the gradient of its beta', '> 0')
 
     amp: bool = _field('speed', False, 'automatic mixed precision')
-    amp_dtype: str = _field('speed', 'bfloat16', 'low precision of --amp', ('bfloat16', 'float16'))
     channels_last: bool = _field('speed', True, 'channels-last memory layout')
     fold_bn: bool = _field('speed', True, 'attack a copy with batch norm folded into the convolutions (eval mode)')
     torchcompile: bool = _field('speed', False, 'torch.compile the model; on a CPU its PSSiLU alone, if it has any')
@@ -193,18 +198,14 @@ class Recipe:
     )
     output: str = _field('run', 'output/train', 'folder for the folders of the runs')
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
-    resume: str | None = _field(
-        'run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder"
-    )
+    resume: str | None = _field('run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder")
     log_interval: int = _field('run', 20, 'steps between log lines', '>= 1')
     save_interval: int | None = _field('run', None, 'steps between checkpoints within an epoch; none: none', '>= 1')
     on_divergence: str = _field(
         'run', 'rollback', 'at NaN, loss spikes, or collapse of PGD accuracy', ('rollback', 'stop')
     )
-    max_rollbacks: int = _field('run', 3, 'rollbacks before the run stops', '>= 0')
     tensorboard: bool = _field('run', False, 'write TensorBoard events')
     log_wandb: bool = _field('run', False, 'log to wandb')
-    wandb_project: str | None = _field('run', None, 'wandb project')
     checkpoint_hist: int = _field('run', 2, 'checkpoints to keep beside the best and the last', '>= 1')
 
     def __post_init__(self) -> None:
@@ -328,6 +329,8 @@ class Recipe:
         for key, value, line in _read_yaml(path):
             name = str(key).replace('-', '_')
             if name in RETIRED:
+                if RETIRED[name] and value not in RETIRED[name]:
+                    raise ValueError(f'{path}:{line}: {name} is {RETIRED[name][0]} for good now; drop the line')
                 continue
             if name not in SETTINGS:
                 near = difflib.get_close_matches(name, SETTINGS, 1)

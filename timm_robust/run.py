@@ -154,7 +154,7 @@ def build(recipe: Recipe) -> Run:
         model = convert_sync_batchnorm(model)  # timm's own keeps the activations inside its batch norms
     ema = None
     if recipe.model_ema:
-        ema = ModelEma(model, decay=recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        ema = ModelEma(model, decay=recipe.model_ema_decay)
     optimizer = create_optimizer(model, recipe)
     net = compiled(pixel_input(model, recipe.inner_size), recipe, world.device)
     forward = Forward(net, recipe, world.device)
@@ -473,7 +473,6 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'origins': run.origins,
         'state_dict': run.model.state_dict(),
         'optimizer': run.train_step.optimizer.state_dict(),
-        'scaler': run.train_step.scaler.state_dict(),
     }
     if run.ema is not None:
         state['state_dict_ema'] = run.ema.module.state_dict()
@@ -552,7 +551,6 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
         )
     run.model.load_state_dict(state['state_dict'])
     run.train_step.optimizer.load_state_dict(state['optimizer'])
-    run.train_step.scaler.load_state_dict(state['scaler'])
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])

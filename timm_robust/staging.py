@@ -56,7 +56,6 @@ _PRIVATE = (
         'save_interval',
         'tensorboard',
         'log_wandb',
-        'wandb_project',
         'checkpoint_hist',
         'initial_checkpoint',
     ),

@@ -45,15 +45,14 @@ class Forward:
 
     Args:
         net: the network as it is called, compiled and wrapped or not; it normalises pixels itself.
-        recipe: amp, amp_dtype, channels_last.
+        recipe: amp (bfloat16), channels_last.
         device: where the network lives.
     """
 
     def __init__(self, net: nn.Module, recipe: Recipe, device: torch.device) -> None:
         self.net = net
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        dtype = getattr(torch, recipe.amp_dtype)
-        self.autocast = partial(torch.autocast, device.type, dtype=dtype) if recipe.amp else nullcontext
+        self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if recipe.amp else nullcontext
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, num_classes]."""
@@ -93,7 +92,7 @@ class AttackForward(Forward):
         self.model = model
         self.folded: FoldedNet | None = None
         if recipe.fold_bn and recipe.attack_bn == 'eval':
-            dtype = getattr(torch, recipe.amp_dtype) if recipe.amp else None
+            dtype = torch.bfloat16 if recipe.amp else None
             folded = FoldedNet(model, example, dtype, self.memory_format)
             if folded.pairs:
                 self.folded = folded
@@ -148,8 +147,6 @@ class TrainStep:
             settings = {'mixup_alpha': recipe.mixup, 'cutmix_alpha': recipe.cutmix, 'num_classes': num_classes}
             self.mixup = Mixup(label_smoothing=recipe.smoothing, **settings)
         self.betas = [module.params()[1] for module in model.modules() if isinstance(module, PSSiLU)]
-        device = next(model.parameters()).device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp and recipe.amp_dtype == 'float16')
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int, progress: float = 0.0) -> StepOutput:
         """Attack the batch, take one optimizer step, and update the average.
@@ -171,18 +168,14 @@ class TrainStep:
         perturbation: Any = nullcontext()
         if recipe.awp_gamma and progress >= recipe.awp_start:
             perturbation = perturbed_weights(
-                self.model,
-                # scaled, for in fp16 small gradients vanish; a scale does not change the perturbation
-                lambda: self.scaler.scale(self.objective(self.forward, x, x_adv, target)[0]),
-                recipe.awp_gamma,
+                self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
             )
         with relu_gradient(self.model, recipe.update_grad), perturbation:
             loss, out = self.objective(self.update_forward, x, x_adv, target)
             with frozen_statistics(self.model) if recipe.grad_checkpointing else nullcontext():
-                self.scaler.scale(loss).backward()  # what it recomputes must not count twice in the statistics
+                loss.backward()  # what it recomputes must not count twice in the statistics
         self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
         shown = out.output if out.output_adv is None else out.output_adv
@@ -215,9 +208,6 @@ class TrainStep:
     def _clip(self) -> None:
         """Bound the gradients as the recipe says: all, then PSSiLU's beta on its own (Dai et al. 2021: 0.01)."""
         recipe = self.recipe
-        if recipe.clip_grad is None and recipe.pssilu_beta_clip is None:
-            return
-        self.scaler.unscale_(self.optimizer)
         if recipe.clip_grad is not None:
             dispatch_clip_grad(self.model.parameters(), value=recipe.clip_grad, mode=recipe.clip_mode)
         if recipe.pssilu_beta_clip is not None and self.betas:

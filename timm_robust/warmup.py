@@ -103,10 +103,10 @@ def saving_seconds(run: Run) -> float:
 @contextmanager
 def untouched(run: Run) -> Iterator[None]:
     """Whatever the body does to weights, statistics, average, optimizer, loss scale and random numbers is undone."""
-    optimizer, scaler = run.train_step.optimizer, run.train_step.scaler
+    optimizer = run.train_step.optimizer
     nets = [run.model] if run.ema is None else [run.model, run.ema.module]
     weights = [{key: value.clone() for key, value in net.state_dict().items()} for net in nets]
-    moments, scale, numbers = copy.deepcopy(optimizer.state_dict()), scaler.state_dict(), np.random.get_state()
+    moments, numbers = copy.deepcopy(optimizer.state_dict()), np.random.get_state()
     devices, side = [run.world.device] if run.world.device.type == 'cuda' else [], run.side
     try:
         with torch.random.fork_rng(devices=devices):
@@ -118,7 +118,6 @@ def untouched(run: Run) -> Iterator[None]:
             net.load_state_dict(kept)
         optimizer.load_state_dict(moments)
         optimizer.zero_grad(set_to_none=True)
-        scaler.load_state_dict(scale)
 
 
 def synchronise(device: torch.device) -> None:
