@@ -38,6 +38,7 @@ from timm_robust.engine import Run, Stopped, build, fit
 from timm_robust.precision import ieee_convolutions
 from timm_robust.pssilu import pssilu
 from timm_robust.recipe import Recipe
+from timm_robust.run import make_attack_forward
 from timm_robust.search import search_model
 from timm_robust.step import AttackForward, Forward
 from timm_robust.threat_model import ThreatModel
@@ -256,12 +257,12 @@ def check_compiled(recipe: Recipe) -> str:
     """Compiled and eager mode against float64: compiled may be twice as far from it, and 1e-4, for chance."""
     eager, other = (build(recipe) for _ in range(2))
     device = eager.world.device
-    for forward in (other.forward, other.attack_forward):
+    for forward in (other.forward, other.attack_forward._folded_forward):
         forward.net = torch.compile(forward.net, dynamic=False, backend=backend(device.type))
     x, y = eager.batches[0]
     exact, model = dataclasses.replace(recipe, amp=False), copy.deepcopy(eager.model).double()
-    forward = Forward(model, exact, device)
-    exact_forward = AttackForward(model, forward, exact, x[:2].double())
+    forward = Forward(model, exact.precision, device)
+    exact_forward = make_attack_forward(model, forward, exact, x[:2].double())
     with ieee_convolutions():
         expected = gradients(forward, exact_forward, x.double(), y)
         found = [gradients(run.forward, run.attack_forward, x, y) for run in (eager, other)]
@@ -285,8 +286,8 @@ def gradients(
 
     logits = forward(x)
     grads = torch.autograd.grad(loss(logits).mean(), list(model.parameters()))
-    with attack_forward.ready('eval'):
-        images = input_gradient(lambda z: loss(attack_forward(z)), x)
+    with attack_forward.ready('eval') as attacked:
+        images = input_gradient(lambda z: loss(attacked(z)), x)
     return {'logits': logits, 'weights': torch.cat([grad.flatten() for grad in grads]), 'images': images}
 
 

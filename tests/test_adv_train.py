@@ -13,7 +13,6 @@ from PIL import Image
 from timm_robust.data import load_dataset
 from timm_robust.recipe import Recipe
 from timm_robust.run import make_scheduler
-from timm_robust.step import make_attack
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared/data/cifar10'
@@ -100,7 +99,7 @@ def test_the_trades_recipes_of_dai_attack_as_the_authors_trainer_does(norm):
         seen.append(image.detach())
         return image.flatten(1).sum(1)  # a step goes the same way in every pixel
 
-    make_attack(recipe, 1.0)(surrogate, x)
+    recipe.attack_schedule.at(1.0)(surrogate, x)
     assert len(seen) == 10
     assert (seen[0] - x).std().item() == pytest.approx(0.001, rel=0.05)  # x + 0.001 N(0, 1)
     step = (seen[1] - seen[0]).flatten(1)

@@ -28,7 +28,7 @@ from timm_robust.logs import RunLog
 from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
 from timm_robust.run import TICKS, create_optimizer, make_batches, make_scheduler
-from timm_robust.step import Forward, TrainStep, averaged_weights
+from timm_robust.step import averaged_weights
 from timm_robust.threat_model import ThreatModel
 from timm_robust.validation import reestimate_batch_norm, validate
 
@@ -135,7 +135,7 @@ def to_device(run):
             fakes[id(tensor)] = torch.nn.Parameter(new, tensor.requires_grad) if is_parameter else new, tensor
         return fakes[id(tensor)][0]
 
-    nets = [run.model, run.forward.net, run.attack_forward.net] + ([run.ema.module] if run.ema else [])
+    nets = [run.model, run.forward.net, run.attack_forward._folded_forward.net] + ([run.ema.module] if run.ema else [])
     for module in (module for net in nets for module in net.modules()):
         for tensors in (module._parameters, module._buffers):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if tensor is not None})
@@ -144,11 +144,11 @@ def to_device(run):
             object.__setattr__(data, field, empty_there(getattr(data, field)))
     run.world = World(DEVICE)
     run.batches = make_batches(recipe, run.batches.data, recipe.seed, run.world)
-    for forward in (run.forward, run.attack_forward):
-        Forward.__init__(forward, forward.net, recipe, DEVICE)
+    for forward in (run.forward, run.attack_forward._folded_forward):
+        forward.device = DEVICE
     optimizer = create_optimizer(run.model, recipe)
     run.scheduler = make_scheduler(optimizer, recipe, TICKS)
-    run.train_step = TrainStep(run.model, run.forward, run.attack_forward, optimizer, recipe, run.ema)
+    run.train_step = dataclasses.replace(run.train_step, optimizer=optimizer)
     return run
 
 
@@ -236,9 +236,8 @@ def test_a_generator_of_another_device_is_an_error(waits):
 
 def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkeypatch):
     graphs = CompileCounter()
-    for module in (timm_robust.run, timm_robust.step):
-        compiled = partial(torch.compile, dynamic=False, backend=graphs)
-        monkeypatch.setattr(module, 'compiled', lambda net, recipe, device, compiled=compiled: compiled(net))
+    compiled = partial(torch.compile, dynamic=False, backend=graphs)
+    monkeypatch.setattr(timm_robust.run, 'compiled', lambda net, device: compiled(net))
     recipe = dataclasses.replace(small(MAIN[1], tmp_path), batch_size=40, val_size=40)
     run = build(recipe)
     found = []

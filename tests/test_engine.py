@@ -804,8 +804,8 @@ def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):
     runs[1].model.load_state_dict(runs[0].model.state_dict())
     for run in runs:
         run.train_step.draw_from(9)
-        with run.attack_forward.ready('eval'):
-            gradients.append(input_gradient(lambda z, run=run: cross_entropy(run.attack_forward(z), y), x))
+        with run.attack_forward.ready('eval') as forward:
+            gradients.append(input_gradient(lambda z, forward=forward: cross_entropy(forward(z), y), x))
         found.append(run.train_step.perturb(x, y, 1.0))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
     assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.99

@@ -35,7 +35,7 @@ FLOORS = {
     'data': 1,
     'schedule': 0,
     'papers': 0,
-    'recipe': 1,
+    'recipe': 1.25,
     'recipe_flags': 1.5,
     'checkpoint': 1,
     'losses': 2,

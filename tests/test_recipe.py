@@ -322,7 +322,7 @@ def test_command_line_errors(capsys, argv, error):
 )
 def test_resolved_step_sizes(values, training, validation):
     recipe = Recipe(**values)
-    assert recipe.resolved_step_size == pytest.approx(training, abs=1e-12)
+    assert recipe.attack_schedule.at(1.0).keywords['step_size'] == pytest.approx(training, abs=1e-12)
     assert recipe.resolved_eval_step_size == pytest.approx(validation, abs=1e-12)
 
 

@@ -26,7 +26,8 @@ def test_batches_have_the_trainings_size_and_fillings_do_not_count(tmp_path, mon
         run.model.fc.bias.copy_(10.0 * (torch.arange(10) == 0))  # it says 0, which is the label of a filling
     share = (run.held_out.labels == 0).double().mean().item()
     assert 0 < share < 0.5
-    sizes, forward = [], run.attack_forward.net.forward
-    monkeypatch.setattr(run.attack_forward.net, 'forward', lambda x: sizes.append(len(x)) or forward(x))
+    net = run.attack_forward.folded.net
+    sizes, forward = [], net.forward
+    monkeypatch.setattr(net, 'forward', lambda x: sizes.append(len(x)) or forward(x))
     assert validate(run.attack_forward, run.held_out, run.recipe) == {'val_clean_acc': share, 'val_pgd_acc': share}
     assert sizes == [20, 20, 20, 20, *([20, 20] if compiled else [10, 10])]

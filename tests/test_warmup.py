@@ -19,7 +19,7 @@ from timm_robust.engine import Stopped, build, fit
 from timm_robust.plan import plan
 from timm_robust.recipe import Recipe
 from timm_robust.run import make_batches, read_data, save
-from timm_robust.step import StepOutput, make_attack, turning_points
+from timm_robust.step import StepOutput
 from timm_robust.warmup import Timing, untouched, warm_up
 from timm_robust.watchdog import Diverged
 
@@ -93,7 +93,7 @@ def test_a_warm_up_leaves_no_trace(tmp_path, settings):
             run = build(tiny(folder, max_steps=steps, resume='auto', **settings))
             if warmed:
                 before = state_of(run)
-                assert warm_up(run).steps.keys() == set(turning_points(run.recipe))
+                assert warm_up(run).steps.keys() == set(run.recipe.turning_points)
                 assert not differing(before, state_of(run))
             fit(run)
         ends.append(load_checkpoint(folder / 'run/last.pth.tar'))
@@ -120,7 +120,7 @@ def test_each_kind_of_step_is_warmed_up(tmp_path):
     kinds, take = [], run.train_step.perturb
 
     def perturb(x, y, progress):
-        kinds.append((make_attack(recipe, progress).keywords['steps'], progress >= recipe.awp_start))
+        kinds.append((recipe.attack_schedule.at(progress).keywords['steps'], progress >= recipe.awp_start))
         return take(x, y, progress)
 
     run.train_step.perturb = perturb
@@ -249,10 +249,10 @@ class Simulation:
             def __call__(self, x, y, number, progress):
                 if number == kill_at and x is None:
                     raise Killed
-                simulation.compile(sum(progress >= point for point in turning_points(recipe)))
+                simulation.compile(sum(progress >= point for point in recipe.turning_points))
                 if x is None:  # not in the warm-up
                     rate = take.optimizer.param_groups[0]['lr']
-                    eps = make_attack(recipe, progress).keywords['threat_model'].eps
+                    eps = recipe.attack_schedule.at(progress).keywords['threat_model'].eps
                     simulation.seen.append(Seen(number, progress, rate, eps))
                     run.stop = number == stop_at
                 return simulation.after(simulation.step(progress), StepOutput(torch.tensor(1.0), torch.tensor(5)))

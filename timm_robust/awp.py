@@ -8,13 +8,33 @@ fights robust overfitting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from .attacks import frozen_statistics
+
+
+@dataclass(frozen=True)
+class WeightPerturbation:
+    """When a run perturbs its weights, and how far.
+
+    Args:
+        gamma: length of the move, relative to each weight's own length; 0: never.
+        start: share of the run from which on.
+    """
+
+    gamma: float = 0.0
+    start: float = 0.0
+
+    def at(self, progress: float, model: nn.Module, loss_fn: Callable[[], torch.Tensor]) -> AbstractContextManager[Any]:
+        """`perturbed_weights`, or nothing at this share of the run."""
+        on = self.gamma > 0 and progress >= self.start
+        return perturbed_weights(model, loss_fn, self.gamma) if on else nullcontext()
 
 
 @contextmanager
@@ -24,7 +44,7 @@ def perturbed_weights(model: nn.Module, loss_fn: Callable[[], torch.Tensor], gam
     Args:
         model: the network; only weights with two axes or more are moved, as in the paper's code (no norms, biases,
             alpha, beta).
-        loss_fn: the training loss, scalar, by any factor; it is called once, and leaves the running statistics of batch
+        loss_fn: the training loss, scalar; it is called once, and leaves the running statistics of batch
             norm alone. A weight whose gradient is not finite stays where it is.
         gamma: length of the move, relative to each weight's own length.
     """

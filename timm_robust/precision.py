@@ -1,12 +1,40 @@
-"""How convolutions run on a GPU: what fp32 means there, and which algorithm is taken."""
+"""In which precision and layout networks run, what fp32 means on a GPU, and which of its algorithms is taken."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a network is called.
+
+    Args:
+        amp: under autocast to bfloat16, not in the type of its weights.
+        channels_last: its images, feature maps and weights lie in channels-last order.
+    """
+
+    amp: bool = False
+    channels_last: bool = True
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of convolutions and matrix products; None: that of the weights."""
+        return torch.bfloat16 if self.amp else None
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of images and weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """What the network is called in."""
+        return torch.autocast(device.type, torch.bfloat16) if self.amp else nullcontext()
 
 
 @contextmanager

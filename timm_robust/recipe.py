@@ -19,8 +19,10 @@ from typing import Any
 import torch
 import yaml
 
+from .attacks import TRAINING_ATTACKS, AttackSchedule
 from .clock import parse_duration
 from .model_config import check_model_kwargs
+from .precision import Precision
 from .results import atomic_file
 from .schedule import MOMENTUM_SWING
 from .threat_model import NORMS, ThreatModel, parse_eps
@@ -118,7 +120,7 @@ class Recipe:
 
     norm: str = _field('attack', 'Linf', 'norm of the threat model', NORMS)
     eps: float | str = _field('attack', '8/255', 'radius of the threat model, pixels in [0, 1]')
-    attack: str = _field('attack', 'pgd', 'attack of the training step', ('pgd', 'fgsm', 'n_fgsm', 'apgd'))
+    attack: str = _field('attack', 'pgd', 'attack of the training step', tuple(TRAINING_ATTACKS))
     steps: int = _field('attack', 10, 'PGD steps in training', '>= 1')
     step_size: float | str | None = _field(
         'attack', None, 'none: 2.5 * eps / steps for pgd, 1.25 * eps for fgsm, eps for n_fgsm'
@@ -239,9 +241,10 @@ class Recipe:
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
             )
         self._check_stages()
-        if self.start_noise is not None and not (self.attack in ('pgd', 'fgsm') and self.random_start):
+        noisy = ' and '.join(name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes)
+        if self.start_noise is not None and not (self.attack in noisy.split() and self.random_start):
             raise ValueError(
-                f'start_noise {self.start_noise} is a random start of the attacks pgd and fgsm; leave it out with '
+                f'start_noise {self.start_noise} is a random start of the attacks {noisy}; leave it out with '
                 f'attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
             )
         if self.sched == 'onecycle_cosine' and not MOMENTUM_SWING <= self.momentum < 1 - MOMENTUM_SWING:
@@ -299,16 +302,32 @@ class Recipe:
         """What the attacker may do, in training and in validation."""
         return ThreatModel(self.norm, self.eps)  # type: ignore[arg-type]  # it reads '8/255' too
 
-    def step_size_at(self, steps: int) -> float:
-        """Step size of the training attack when it takes so many steps at full eps, in pixels on [0, 1]."""
-        if self.step_size is not None:
-            return parse_eps(self.step_size)
-        return parse_eps(self.eps) * {'fgsm': 1.25, 'n_fgsm': 1.0}.get(self.attack, 2.5 / steps)
+    @property
+    def turning_points(self) -> list[float]:
+        """Shares of the run from which on the training step is another: 0; late steps, weight perturbation, stages."""
+        points = {0.0, *(end for _, end in self.stages)}
+        if self.late_steps is not None:
+            points.add(self.late_start)
+        if self.awp_gamma:
+            points.add(self.awp_start)
+        return sorted(point for point in points if point < 1)
 
     @property
-    def resolved_step_size(self) -> float:
-        """Step size of the training attack, in pixels on [0, 1]."""
-        return self.step_size_at(self.steps)
+    def attack_schedule(self) -> AttackSchedule:
+        """The training attack over the run."""
+        names = ('attack', 'steps', 'random_start', 'start_noise', 'eps_warmup', 'late_steps', 'late_start')
+        return AttackSchedule(
+            threat_model=self.threat_model,
+            step_size=None if self.step_size is None else parse_eps(self.step_size),
+            bn=self.attack_bn,
+            grad=self.attack_grad,
+            **{name: getattr(self, name) for name in names},
+        )
+
+    @property
+    def precision(self) -> Precision:
+        """How the network is called."""
+        return Precision(self.amp, self.channels_last)
 
     @property
     def resolved_eval_step_size(self) -> float:

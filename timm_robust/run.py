@@ -19,6 +19,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -26,6 +27,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.nn.parallel import DistributedDataParallel
 
 from .averaging import ModelEma
+from .awp import WeightPerturbation
 from .checkpoint import (
     BEST,
     LAST,
@@ -51,11 +53,13 @@ from .data import (
 )
 from .distributed import World
 from .files import Writer, link_file
+from .folding import FoldedNet
+from .losses import make_loss
 from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
 from .schedule import CosineOneCycle
-from .step import AttackForward, Forward, TrainStep, compiled
+from .step import AttackForward, Clipping, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
 
@@ -156,14 +160,15 @@ def build(recipe: Recipe) -> Run:
     if recipe.model_ema:
         ema = ModelEma(model, decay=recipe.model_ema_decay)
     optimizer = create_optimizer(model, recipe)
-    net = compiled(pixel_input(model, recipe.inner_size), recipe, world.device)
-    forward = Forward(net, recipe, world.device)
-    attack_forward = AttackForward(model, forward, recipe, example)
+    forward = make_forward(model, recipe, world.device)
+    attack_forward = make_attack_forward(model, forward, recipe, example)
     update_forward = None
     if world.size > 1:
         ids = [world.device.index] if world.device.type == 'cuda' else None
-        wrapped = DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
-        update_forward = Forward(wrapped, recipe, world.device)
+        wrapped = DistributedDataParallel(forward.net, device_ids=ids, broadcast_buffers=False)
+        update_forward = Forward(wrapped, recipe.precision, world.device)
+    mixup = make_mixup(recipe, train.num_classes)
+    smoothing = 0.0 if mixup else recipe.smoothing  # which is in mixup's labels then
     batches = make_batches(recipe, train, recipe.seed, world)
     total = recipe.epochs * batches.steps_per_epoch
     total = min(recipe.max_steps or total, total)
@@ -181,11 +186,18 @@ def build(recipe: Recipe) -> Run:
             forward,
             attack_forward,
             optimizer,
-            recipe,
-            ema,
-            update_forward,
-            world.rank,
-            recipe.num_classes or train.num_classes,
+            make_loss(recipe.loss, beta=recipe.beta, smoothing=smoothing),
+            recipe.attack_schedule,
+            seed=recipe.seed,
+            rank=world.rank,
+            ema=ema,
+            update_forward=update_forward,
+            mixup=mixup,
+            weight_perturbation=WeightPerturbation(recipe.awp_gamma, recipe.awp_start),
+            clipping=Clipping(recipe.clip_grad, recipe.clip_mode, recipe.pssilu_beta_clip),
+            pssilu_reg=recipe.pssilu_reg,
+            update_grad=recipe.update_grad,
+            recomputes=recipe.grad_checkpointing,
         ),
         scheduler=make_scheduler(optimizer, recipe, TICKS if budget else total),
         batches=batches,
@@ -379,6 +391,33 @@ def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
         finally:
             model.train(training)
     return example
+
+
+def make_forward(net: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
+    """How the recipe calls a network on pixels."""
+    net = pixel_input(net, recipe.inner_size)
+    return Forward(compiled(net, device) if recipe.torchcompile else net, recipe.precision, device)
+
+
+def make_attack_forward(model: nn.Module, forward: Forward, recipe: Recipe, example: torch.Tensor) -> AttackForward:
+    """How the recipe's attacks call the network: with batch norm folded in, where there is any to fold."""
+    if recipe.fold_bn and recipe.attack_bn == 'eval':
+        folded = FoldedNet(model, example, recipe.precision.dtype, recipe.precision.memory_format)
+        if folded.pairs:
+            return AttackForward(model, forward, folded, make_forward(folded.net, recipe, example.device))
+    return AttackForward(model, forward)
+
+
+def make_mixup(recipe: Recipe, num_classes: int) -> Mixup | None:
+    """timm's mixup and cutmix, with the label smoothing in their labels; None where the recipe has neither."""
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        num_classes=recipe.num_classes or num_classes,
+        label_smoothing=recipe.smoothing,
+    )
 
 
 def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

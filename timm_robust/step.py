@@ -1,4 +1,4 @@
-"""One training step: attack, loss, backward, clip, update, average. Precision, memory layout and compilation live here.
+"""One training step: attack, loss, backward, clip, update, average. How networks are called and compiled is here too.
 
 Everything random in a step follows from (seed, step, process), so that a resumed run repeats the undisturbed one.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +17,13 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 from .activations import PSiLU, PSSiLU
-from .attacks import Attack, apgd, attacked, frozen_statistics, n_fgsm, pgd
-from .awp import perturbed_weights
+from .attacks import AttackSchedule, attacked, frozen_statistics
+from .awp import WeightPerturbation
 from .folding import FoldedNet
 from .gradients import relu_gradient
-from .losses import AdvLoss, make_loss
-from .pixels import pixel_input
+from .losses import AdvLoss, Loss
+from .precision import Precision
 from .pssilu import compile_cpu_kernels
-from .recipe import Recipe
 
 
 class StepOutput(NamedTuple):
@@ -41,75 +39,98 @@ class StepOutput(NamedTuple):
 
 
 class Forward:
-    """Pixels [B, C, H, W] in [0, 1] to logits, in the recipe's precision, layout and image size.
+    """Pixels [B, C, H, W] in [0, 1] to logits, in a precision and layout.
 
     Args:
-        net: the network as it is called, compiled and wrapped or not; it normalises pixels itself.
-        recipe: amp (bfloat16), channels_last.
+        net: the network as it is called, compiled and wrapped or not; it normalises and resizes pixels itself.
+        precision: autocast and memory format.
         device: where the network lives.
     """
 
-    def __init__(self, net: nn.Module, recipe: Recipe, device: torch.device) -> None:
-        self.net = net
-        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.autocast = partial(torch.autocast, device.type, dtype=torch.bfloat16) if recipe.amp else nullcontext
+    def __init__(self, net: nn.Module, precision: Precision, device: torch.device) -> None:
+        self.net, self.precision, self.device = net, precision, device
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [B, num_classes]."""
-        with self.autocast():
-            return self.net(x.contiguous(memory_format=self.memory_format))
+        with self.precision.autocast(self.device):
+            return self.net(x.contiguous(memory_format=self.precision.memory_format))
 
 
-def compiled(net: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    """The network as the recipe wants it compiled; on a CPU its PSSiLU and PSiLU alone, if it has any.
+def compiled(net: nn.Module, device: torch.device) -> nn.Module:
+    """The network, compiled; on a CPU its PSSiLU and PSiLU alone, if it has any.
 
     Raises:
         RuntimeError: on a CPU without a C++ compiler.
     """
-    if not recipe.torchcompile:
-        return net
     if device.type == 'cpu' and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
         compile_cpu_kernels()
         return net
     return torch.compile(net, dynamic=False)  # type: ignore[return-value]
 
 
-class AttackForward(Forward):
-    """The network as attacks call it: `with forward.ready('eval'): forward(x)`.
+class AttackForward:
+    """The network that attacks call: `with attack_forward.ready('eval') as forward: forward(x)`.
 
-    With batch norm in eval mode that is a FoldedNet, which takes the present weights whenever an attack begins; where
-    nothing can be folded, and for batch norm in train mode, it is the network itself.
+    With batch norm in eval mode that is a FoldedNet, if there is one; it takes the present weights whenever an attack
+    begins, and is called in no other way. For batch norm in train mode it is the network itself.
 
     Args:
         model: the network.
         forward: how it is called outside of attacks.
-        recipe: fold_bn, attack_bn, inner_size, torchcompile, and what Forward needs.
-        example: images [B, C, H, W] that the network takes.
+        folded: its copy to attack, or None.
+        folded_forward: how that is called.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, recipe: Recipe, example: torch.Tensor) -> None:
-        super().__init__(forward.net, recipe, example.device)
-        self.model = model
-        self.folded: FoldedNet | None = None
-        if recipe.fold_bn and recipe.attack_bn == 'eval':
-            dtype = torch.bfloat16 if recipe.amp else None
-            folded = FoldedNet(model, example, dtype, self.memory_format)
-            if folded.pairs:
-                self.folded = folded
-                net = pixel_input(folded.net, recipe.inner_size)
-                self.net = compiled(net, recipe, example.device)
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        folded: FoldedNet | None = None,
+        folded_forward: Forward | None = None,
+    ) -> None:
+        self.model, self.folded = model, folded
+        self._forward, self._folded_forward = forward, folded_forward
 
     @contextmanager
-    def ready(self, bn: str) -> Iterator[None]:
-        """Attacks run in this; bn is the mode of batch norm, 'eval' or 'train'."""
-        if self.folded is None:
-            with attacked(self.model, bn):
-                yield
+    def ready(self, bn: str, grad: str = 'exact') -> Iterator[Forward]:
+        """Attacks run in this, on what it gives.
+
+        Args:
+            bn: mode of batch norm, 'eval' or 'train'.
+            grad: derivative of ReLU, 'exact' or 'smooth'.
+        """
+        if self.folded is None or self._folded_forward is None or bn != 'eval':
+            with attacked(self.model, bn), relu_gradient(self.model, grad):
+                yield self._forward
         else:
             self.folded.refresh()
-            yield
+            with relu_gradient(self.folded, grad):
+                yield self._folded_forward
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """Bounds on the gradients.
+
+    Args:
+        value: of all; None: no bound.
+        mode: what it bounds, as timm has it: 'norm', 'value' or 'agc'.
+        beta: on the norm of PSSiLU's beta's gradient on its own (Dai et al. 2021: 0.01); None: no bound.
+    """
+
+    value: float | None = None
+    mode: str = 'norm'
+    beta: float | None = None
+
+    def clip(self, model: nn.Module, betas: list[torch.Tensor]) -> None:
+        """Clip the gradients of the model, then those of its betas."""
+        if self.value is not None:
+            dispatch_clip_grad(model.parameters(), value=self.value, mode=self.mode)
+        if self.beta is not None and betas:
+            nn.utils.clip_grad_norm_(betas, self.beta)
+
+
+@dataclass
 class TrainStep:
     """`step(x, y, number, progress)` trains the model on one batch.
 
@@ -118,35 +139,40 @@ class TrainStep:
         forward: how it is called.
         attack_forward: how it is called in the attack.
         optimizer: any torch optimizer over the model's parameters.
-        recipe: attack, loss and regularisation settings.
-        ema: average of the weights to update, or None.
-        update_forward: how it is called in the update, where that differs (DistributedDataParallel).
+        loss: how images are attacked, and what is descended.
+        attack: the attack, over the run.
+        seed: of everything random.
         rank: of this process; each draws its own noise.
-        num_classes: outputs, for mixup.
+        ema: average of the weights to update, or None.
+        update_forward: how the network is called in the update, where that differs (DistributedDataParallel).
+        mixup: timm's mixing of images and labels, or None.
+        weight_perturbation: when and how far the weights are perturbed.
+        clipping: bounds on the gradients.
+        pssilu_reg: lambda of the penalty lambda |beta| on PSSiLU's beta.
+        update_grad: derivative of ReLU in the update, 'exact' or 'smooth'.
+        recomputes: whether the network computes activations again in the backward pass.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: Forward,
-        attack_forward: AttackForward,
-        optimizer: torch.optim.Optimizer,
-        recipe: Recipe,
-        ema: ModelEmaV3 | None = None,
-        update_forward: Forward | None = None,
-        rank: int = 0,
-        num_classes: int = 10,
-    ) -> None:
-        self.model, self.forward, self.optimizer, self.recipe, self.ema = model, forward, optimizer, recipe, ema
-        self.attack_forward, self.update_forward, self.rank = attack_forward, update_forward or forward, rank
-        self.seed = recipe.seed
-        mixing = bool(recipe.mixup or recipe.cutmix)
-        self.loss = make_loss(recipe.loss, beta=recipe.beta, smoothing=0.0 if mixing else recipe.smoothing)
-        self.mixup = None
-        if mixing:
-            settings = {'mixup_alpha': recipe.mixup, 'cutmix_alpha': recipe.cutmix, 'num_classes': num_classes}
-            self.mixup = Mixup(label_smoothing=recipe.smoothing, **settings)
-        self.betas = [module.params()[1] for module in model.modules() if isinstance(module, PSSiLU)]
+    model: nn.Module
+    forward: Forward
+    attack_forward: AttackForward
+    optimizer: torch.optim.Optimizer
+    loss: Loss
+    attack: AttackSchedule
+    seed: int = 0
+    rank: int = 0
+    ema: ModelEmaV3 | None = None
+    update_forward: Forward | None = None
+    mixup: Mixup | None = None
+    weight_perturbation: WeightPerturbation = field(default_factory=WeightPerturbation)
+    clipping: Clipping = field(default_factory=Clipping)
+    pssilu_reg: float = 0.0
+    update_grad: str = 'exact'
+    recomputes: bool = False
+
+    def __post_init__(self) -> None:
+        """Find PSSiLU's parameters."""
+        self.betas = [module.params()[1] for module in self.model.modules() if isinstance(module, PSSiLU)]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int, progress: float = 0.0) -> StepOutput:
         """Attack the batch, take one optimizer step, and update the average.
@@ -157,7 +183,6 @@ class TrainStep:
             number: steps taken before this one in the whole run.
             progress: share of the run that is done, for the schedules of eps, attack steps and weight perturbation.
         """
-        recipe = self.recipe
         self.draw_from(number)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -165,16 +190,14 @@ class TrainStep:
         if self.mixup is not None:
             x, target = self.mixup(x, y)
         x_adv = self.perturb(x, target, progress)
-        perturbation: Any = nullcontext()
-        if recipe.awp_gamma and progress >= recipe.awp_start:
-            perturbation = perturbed_weights(
-                self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
-            )
-        with relu_gradient(self.model, recipe.update_grad), perturbation:
-            loss, out = self.objective(self.update_forward, x, x_adv, target)
-            with frozen_statistics(self.model) if recipe.grad_checkpointing else nullcontext():
+        perturbed = self.weight_perturbation.at(
+            progress, self.model, lambda: self.objective(self.forward, x, x_adv, target)[0]
+        )
+        with relu_gradient(self.model, self.update_grad), perturbed:
+            loss, out = self.objective(self.update_forward or self.forward, x, x_adv, target)
+            with frozen_statistics(self.model) if self.recomputes else nullcontext():
                 loss.backward()  # what it recomputes must not count twice in the statistics
-        self._clip()
+        self.clipping.clip(self.model, self.betas)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
@@ -184,9 +207,8 @@ class TrainStep:
 
     def perturb(self, x: torch.Tensor, y: torch.Tensor, progress: float) -> torch.Tensor:
         """Adversarial images [B, C, H, W] for the update."""
-        attacked_net = self.attack_forward.folded or self.model
-        with self.attack_forward.ready(self.recipe.attack_bn), relu_gradient(attacked_net, self.recipe.attack_grad):
-            return self.loss.perturb(self.attack_forward, make_attack(self.recipe, progress), x, y)
+        with self.attack_forward.ready(self.attack.bn, self.attack.grad) as forward:
+            return self.loss.perturb(forward, self.attack.at(progress), x, y)
 
     def objective(
         self, forward: Forward, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor
@@ -194,8 +216,8 @@ class TrainStep:
         """The loss with PSSiLU's penalty lambda |beta|, and what it came from."""
         out = self.loss.descend(forward, x, x_adv, y)
         loss = out.loss
-        if self.betas and self.recipe.pssilu_reg:
-            loss = loss + self.recipe.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
+        if self.betas and self.pssilu_reg:
+            loss = loss + self.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
         return loss, out
 
     def draw_from(self, number: int) -> None:
@@ -204,50 +226,6 @@ class TrainStep:
         torch.manual_seed(seed)
         if self.mixup is not None:
             np.random.seed(seed % 2**32)  # timm's Mixup draws from numpy
-
-    def _clip(self) -> None:
-        """Bound the gradients as the recipe says: all, then PSSiLU's beta on its own (Dai et al. 2021: 0.01)."""
-        recipe = self.recipe
-        if recipe.clip_grad is not None:
-            dispatch_clip_grad(self.model.parameters(), value=recipe.clip_grad, mode=recipe.clip_mode)
-        if recipe.pssilu_beta_clip is not None and self.betas:
-            nn.utils.clip_grad_norm_(self.betas, recipe.pssilu_beta_clip)
-
-
-def make_attack(recipe: Recipe, progress: float = 0.0) -> Attack:
-    """The recipe's training attack at this point of the run.
-
-    eps grows linearly from 0 over the first `eps_warmup` of the run, the step size with it; from `late_start` on the
-    attack takes `late_steps` steps.
-    """
-    late = recipe.late_steps is not None and progress >= recipe.late_start
-    steps = recipe.late_steps if late and recipe.late_steps is not None else recipe.steps
-    share = min(progress / recipe.eps_warmup, 1.0) if recipe.eps_warmup else 1.0
-    threat_model = replace(recipe.threat_model, eps=share * recipe.threat_model.eps)
-    step_size, start = share * recipe.step_size_at(steps), recipe.random_start
-    if recipe.attack == 'apgd':
-        return partial(apgd, threat_model=threat_model, steps=steps, random_start=start)
-    if recipe.attack == 'n_fgsm':
-        return partial(n_fgsm, threat_model=threat_model, step_size=step_size)
-    count = 1 if recipe.attack == 'fgsm' else steps
-    return partial(
-        pgd,
-        threat_model=threat_model,
-        steps=count,
-        step_size=step_size,
-        random_start=start,
-        start_noise=recipe.start_noise,
-    )
-
-
-def turning_points(recipe: Recipe) -> list[float]:
-    """Shares of the run from which on the training step is another: 0, and where late steps, AWP or a stage begin."""
-    points = {0.0, *(end for _, end in recipe.stages)}
-    if recipe.late_steps is not None:
-        points.add(recipe.late_start)
-    if recipe.awp_gamma:
-        points.add(recipe.awp_start)
-    return sorted(point for point in points if point < 1)
 
 
 @contextmanager

@@ -18,13 +18,13 @@ from .run import Run, training_batch
 from .step import AttackForward, Forward
 
 
-def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
+def validate(attack_forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
 
     The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
     The attacks begin at the same points in every epoch of a run, also after it was resumed with another seed.
     """
-    device = next(forward.model.parameters()).device
+    device = next(attack_forward.model.parameters()).device
     generator = torch.Generator(device).manual_seed(recipe.seed if run is None else run.split_seed)
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     settings: dict[str, Any] = {
@@ -34,7 +34,7 @@ def validate(forward: AttackForward, data: Any, recipe: Recipe, run: Run | None 
     }
     fixed = recipe.torchcompile or device.type == 'cuda'
     side = run.side if run else None
-    with forward.ready('eval'):
+    with attack_forward.ready('eval') as forward:
         for x, y in data.batches(recipe.batch_size):
             x, n = resized(x, side), len(y)
             if fixed:
@@ -76,7 +76,7 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
         x, y = training_batch(run, run.step + number)
         inputs.append((x, step.perturb(x, y, done), y))
     # not run.forward: other momenta would be compiled anew, and stay a burden
-    forward = Forward(pixel_input(model, recipe.inner_size), recipe, run.world.device)
+    forward = Forward(pixel_input(model, recipe.inner_size), recipe.precision, run.world.device)
     momenta = [norm.momentum for norm in norms]
     calls = Counter[nn.Module]()
 

@@ -19,7 +19,6 @@ import torch
 
 from .pixels import resized
 from .run import Run, image_shape, save
-from .step import turning_points
 from .validation import reestimation_batches, validate
 
 
@@ -53,7 +52,7 @@ def warm_up(run: Run) -> Timing:
     y = (torch.arange(recipe.batch_size) % data.num_classes).to(device)
     steps, validation = {}, 0.0
     with untouched(run):
-        for share in turning_points(recipe):
+        for share in recipe.turning_points:
             run.side = recipe.side_at(share)
             for _ in range(1 + twice):
                 started = time.perf_counter()
@@ -102,7 +101,7 @@ def saving_seconds(run: Run) -> float:
 
 @contextmanager
 def untouched(run: Run) -> Iterator[None]:
-    """Whatever the body does to weights, statistics, average, optimizer, loss scale and random numbers is undone."""
+    """Whatever the body does to weights, statistics, average, optimizer and random numbers is undone."""
     optimizer = run.train_step.optimizer
     nets = [run.model] if run.ema is None else [run.model, run.ema.module]
     weights = [{key: value.clone() for key, value in net.state_dict().items()} for net in nets]
