@@ -238,7 +238,7 @@ def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkey
     graphs = CompileCounter()
     compiled = partial(torch.compile, dynamic=False, backend=graphs)
     monkeypatch.setattr(timm_robust.run, 'compiled', lambda net, device: compiled(net))
-    recipe = dataclasses.replace(small(MAIN[1], tmp_path), batch_size=40, val_size=40)
+    recipe = dataclasses.replace(small(MAIN[1], tmp_path), batch_size=40, val_size=40, torchcompile=True)
     run = build(recipe)
     found = []
     for number, progress in enumerate((0.0, 0.3, 0.7, 1.0)):  # the last two with AWP
