@@ -341,7 +341,8 @@ def _stages(pilot: dict[str, Any]) -> list[str]:
     lines = [
         '`resnet18_pssilu` at half width on CIFAR-10, N-FGSM at Linf 8/255: two runs of equal FLOPs, all else equal,',
         f'one each; clean and PGD-10 accuracy of the last weights on {n} images held out of the training set.',
-        f'{origin["hardware"]}, one core a run, shared with other work, torch {origin["versions"]["torch"]}, commit `{origin["commit"]}`.',
+        f'{origin["hardware"]}, one core a run, shared with other work,',
+        f'torch {origin["versions"]["torch"]}, commit `{origin["commit"]}`.',
         'The commands: `train/studies/README.md`.',
         '',
         '| pixels a side = epochs | images seen | hours | clean | PGD-10 |',
