@@ -227,7 +227,7 @@ class AttackSchedule:
         share = min(progress / self.eps_warmup, 1.0) if self.eps_warmup else 1.0
         eps = self.threat_model.eps
         size = eps * kind.radii(steps) if self.step_size is None else self.step_size
-        settings = {'steps': steps, 'step_size': share * size, 'random_start': self.random_start}
+        settings: dict[str, Any] = {'steps': steps, 'step_size': share * size, 'random_start': self.random_start}
         settings['start_noise'] = self.start_noise
         threat_model = replace(self.threat_model, eps=share * eps)
         return partial(kind.attack, threat_model=threat_model, **{name: settings[name] for name in kind.takes})

@@ -152,8 +152,7 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     lines += ['', *[f'- {note}' for note in notes]] if notes else []
     lines += ['', '## Does PSSiLU help?', '', *_question(cards, records)]
     if recipes is not None and (recipes.parent / PILOT).is_file():
-        pilot = json.loads((recipes.parent / PILOT).read_text())
-        lines += ['', '## Do smaller images first pay?', '', *_stages(pilot)]
+        lines += ['', '## Do smaller images first pay?', '', *_stages(read_object(recipes.parent / PILOT))]
     if recipes is not None and recipes.is_dir():
         done = {record['model'] for record in records}
         waiting = [path for path in sorted(recipes.glob('*.yaml')) if path.stem not in done]
