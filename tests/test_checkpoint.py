@@ -369,7 +369,7 @@ def test_model_from_safetensors_and_config(tmp_path, network, other):
 @pytest.mark.parametrize(
     ('state', 'text'),
     [
-        ({'state_dict': {'w': torch.ones(1)}}, "no 'arch' entry; write timm.create_model"),
+        ({'state_dict': {'w': torch.ones(1)}}, "no 'arch' entry; write load_model"),
         (
             {'arch': 'test_resnt', 'state_dict': {'w': torch.ones(1)}},
             "'test_resnt' is no file.* near it are test_resnet",

@@ -25,6 +25,7 @@ FLOORS = {
     'distributed': 0,
     'watchdog': 0,
     'files': 0,
+    'command_line': 0,
     'precision': 0,
     'folding': 0.5,
     'packing': 0,

@@ -252,5 +252,5 @@ def test_wandb_that_does_not_start_says_what_to_type(tmp_path, monkeypatch):
         raise wandb.errors.UsageError('No API key configured.')
 
     monkeypatch.setattr(wandb, 'init', init)
-    with pytest.raises(RuntimeError, match=r'No API key configured; type: wandb login, or set WANDB_MODE=offline'):
+    with pytest.raises(OSError, match=r'No API key configured; type: wandb login, or set WANDB_MODE=offline'):
         make(tmp_path, wandb=True)

@@ -6,6 +6,7 @@ A training checkpoint is a dict of plain values: 'arch', 'model_kwargs' and 'num
 
 from __future__ import annotations
 
+import argparse
 import collections
 import contextlib
 import copy
@@ -25,12 +26,19 @@ import safetensors.torch
 import timm
 import timm.models
 import torch
-import yaml
 from torch import nn
 
 from .download import fetch_folder
-from .files import link_file, sync_folder
-from .model_config import check_model_kwargs, find_weights, forget_weights, read_config
+from .files import link_file, read_yaml, sync_folder
+from .model_config import (
+    check_model_kwargs,
+    find_weights,
+    forget_weights,
+    make_model,
+    note_data,
+    read_config,
+    timm_settings,
+)
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 HYPER_PARAMETERS = 'train_hparams.yaml'
@@ -42,6 +50,7 @@ _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, torch.bool)
 _MAPPINGS = (dict, collections.OrderedDict, collections.Counter)
 _SEQUENCES = (list, tuple, set, torch.Size)
+_SAFE: Any = getattr(torch.serialization, 'safe_globals', lambda _: contextlib.nullcontext())  # torch 2.5
 _logger = logging.getLogger(__name__)
 
 
@@ -123,7 +132,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f'{broken} does not match its check sum')
-        state = torch.load(path, map_location='cpu', weights_only=True)
+        with _SAFE([argparse.Namespace]):  # timm's train.py keeps its args in one: names and plain values
+            state = torch.load(path, map_location='cpu', weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a truncated file may end in RuntimeError, OSError or EOFError
@@ -133,6 +143,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(_damage(path, str(error).partition('\n')[0] or 'it ends too early')) from error
     if not isinstance(state, dict):
         raise ValueError(f'{path} holds a {type(state).__name__}, not a dict; a checkpoint is a dict of plain values')
+    if isinstance(state.get('args'), argparse.Namespace):
+        state['args'] = vars(state['args'])
     return state
 
 
@@ -265,19 +277,25 @@ def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
 
 
 def load_model(
-    spec: str | Path, *, num_classes: int | None = None, device: torch.device | str = 'cpu', **model_kwargs: Any
+    spec: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = 'cpu',
+    **model_kwargs: Any,
 ) -> nn.Module:
     """The model that a name or a path stands for, in eval mode.
 
     Args:
         spec: one of
             a timm name: 'resnet18' (random weights), 'resnet18.a1_in1k' (pretrained), 'hf-hub:owner/name';
-            a training checkpoint, with the averaged weights if it has any;
+            a training checkpoint, ours or of timm's train.py, with the averaged weights if it has any;
             a .safetensors file beside its config.json;
             a folder with a config.json ('local-dir:' may stand before it), or a training folder (its
             model_best.pth.tar).
             A name of the registry wins over a folder of that name; write './name' for the folder. Weights of files,
             folders and 'hf-hub:' are read here, not by timm: no code in them runs.
+        checkpoint: file of weights for a timm name, of timm's train.py or its clean_checkpoint.py.
         num_classes: for a new head on a timm name or a config.json; None: as many as the weights have.
         device: where the model goes.
         model_kwargs: further arguments of timm.create_model; pretrained=True or False overrides the tag.
@@ -290,7 +308,11 @@ def load_model(
     path, name = Path(spec), str(spec)
     if num_classes is not None:
         model_kwargs['num_classes'] = num_classes
-    if name.startswith(_HUB):
+    if checkpoint is not None:
+        if not timm.is_model(name):
+            raise ValueError(f'a checkpoint goes with the name of its model; {_unknown(name)}')
+        model = _from_file(Path(checkpoint), model_kwargs, name)
+    elif name.startswith(_HUB):
         model = _from_config(fetch_folder(name.partition(':')[2]), {'pretrained': True, **model_kwargs})
     elif name.startswith(_LOCAL):
         model = _from_config(Path(name.removeprefix(_LOCAL)), {'pretrained': True, **model_kwargs})
@@ -320,35 +342,40 @@ def _from_registry(name: str, model_kwargs: dict[str, Any]) -> nn.Module:
     tags = [key.partition('.')[2] for key in timm.models.get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise ValueError(f'{arch} has no weights {tag!r}; it has {", ".join(tags) or "none"}')
-    return timm.create_model(name, **{'pretrained': bool(tag), **model_kwargs})
+    return make_model(name, model_kwargs, pretrained=bool(tag))
 
 
-def _from_file(path: Path, model_kwargs: dict[str, Any]) -> nn.Module:
-    """A model from its checkpoint, or from .safetensors beside a config.json."""
+def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None) -> nn.Module:
+    """A model from its checkpoint, which may say its arch, or from .safetensors beside a config.json."""
     model_kwargs = {**model_kwargs, 'pretrained': False}
-    if path.suffix == '.safetensors':
+    if path.suffix == '.safetensors' and arch is None:
         weights = read_weights(path)
         model = _from_config(path.parent, model_kwargs)
     else:
-        state = load_checkpoint(path)
-        if not isinstance(state.get('arch'), str):
-            raise ValueError(
-                f"{path} does not say which model it is: it has no 'arch' entry; "
-                f"write timm.create_model(NAME, checkpoint_path='{path}')"
-            )
-        if not timm.is_model(state['arch']):
-            raise ValueError(f'{path}: {_unknown(state["arch"])}')
+        state: dict[str, Any] = read_weights(path) if path.suffix == '.safetensors' else load_checkpoint(path)
         weights = _weights_of(state, path)
+        name, call = (
+            arch or state.get('arch'),
+            f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint",
+        )
+        if not isinstance(name, str):
+            raise ValueError(f"{path} does not say which model it is: it has no 'arch' entry; write {call} {path}")
+        if not timm.is_model(name):
+            raise ValueError(f'{path}: {_unknown(name)}; to name its model, write {call} {path}')
         saved = state.get('model_kwargs') or {}
         check_model_kwargs(saved, f'model_kwargs of {path}')
+        args = state.get('args') or {}
+        saved = {**timm_settings(args, f'args of {path}'), **saved}
+        if state.get('num_classes') is not None:
+            saved['num_classes'] = state['num_classes']
         try:
-            model = timm.create_model(
-                state['arch'], **{**saved, 'num_classes': state.get('num_classes'), **model_kwargs}
-            )
+            model = timm.create_model(name, **{**saved, **model_kwargs})
         except (ValueError, RuntimeError, AssertionError, AttributeError, TypeError, KeyError, IndexError) as error:
-            raise ValueError(
-                f'cannot make {state["arch"]} with the model_kwargs of {path}: {_reason(error)}'
-            ) from error
+            given = model_kwargs if arch else f'the model_kwargs of {path}'
+            raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
+        if arch or args:
+            chans = {**saved, **model_kwargs}.get('in_chans', 3)
+            note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, chans)
         _note_size(model, (state.get('recipe') or {}).get('img_size'))
         _note_classes(model, state.get('classes'))
     try:
@@ -400,10 +427,7 @@ def read_hyper_parameters(folder: Path) -> dict[str, Any]:
         ValueError: if the file is damaged.
     """
     path = folder / HYPER_PARAMETERS
-    try:
-        settings = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())[:300]}') from None
+    settings, _ = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f'{path} holds no settings; stage the model again')
     return settings

@@ -16,6 +16,20 @@ from timm.utils.distributed import init_distributed_device_so
 T = TypeVar('T')
 
 
+def _check_device(device: str) -> None:
+    """Refuse a device that is none, or not here."""
+    if str(device).startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError(f'device {device!r}: PyTorch finds no CUDA device here; type --device cpu')
+    try:
+        if (torch.device(device).index or 0) >= torch.cuda.device_count() > 0:
+            raise RuntimeError(f'there are {torch.cuda.device_count()}, counted from 0')
+        if torch.device(device).type != 'cuda':  # of which every process may have its own
+            torch.zeros(1, device=device).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'device {device!r} cannot be used here ({reason}); type --device cpu') from None
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the others.
@@ -39,10 +53,9 @@ class World:
         """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one.
 
         Raises:
-            ValueError: for a CUDA device where there is none.
+            ValueError: for a device that is not here.
         """
-        if str(device).startswith('cuda') and not torch.cuda.is_available():
-            raise ValueError(f'device {device!r}: PyTorch finds no CUDA device here; type --device cpu')
+        _check_device(device or 'cpu')
         if dist.is_initialized():
             ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
             return cls(torch.device(device or 'cpu'), *ranks, _patient_group())

@@ -16,21 +16,22 @@ import zipfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import timm
 import torch
-from timm.utils import ParseKwargs
 from torch import nn
 
 from .allocator import keep_freed_memory
 from .checkpoint import load_model, trained_classes
+from .command_line import KeyValue, Parser, command, count, whole_number
 from .data import DATASETS, SPLITS, ImageData, StreamData, is_stream, load_dataset
 from .distributed import World
+from .model_config import check_model_kwargs, input_channels
 from .results import ATTACKS, SCREENS, RobustnessResult, atomic_file, check_output, is_record, say
 from .robustness import evaluate
-from .threat_model import NORMS, ThreatModel, parse_eps
+from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000
 _SETTINGS = (
@@ -39,28 +40,30 @@ _SETTINGS = (
 )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; bad input ends it with one line, 'error: ...', and exit status 2."""
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 if it ended well, 1 if a record was not repeated, 2 for bad input."""
     import timm_robust  # noqa: F401  (registers the models)
 
-    parser = _parser()
+    args = _parser().parse_args(argv)
     keep_freed_memory()
-    try:
-        args = parser.parse_args(argv)
-        record = RobustnessResult.from_json(args.repeat) if args.repeat else None
-        if record is not None:
-            _take_settings(args, record)
-        args.dataset = args.dataset or 'cifar10'
-        _check_files(args)
-        threat_model = ThreatModel(args.norm, args.eps)
-        world = World.join(args.device)
-        model = load_model(args.model, device=world.device, **args.model_kwargs)
-        with world.in_turn(args.dataset_download):
-            data = _read_data(args, model, world).to(world.device)
-    except Exception as error:  # whatever fails up to here is input
-        parser.error(str(error) or type(error).__name__)
-    if timm.is_model(args.model) and '.' not in args.model and not args.model_kwargs.get('pretrained'):
-        say(f'note: {args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
+    record = RobustnessResult.from_json(args.repeat) if args.repeat else None
+    if record is not None:
+        _take_settings(args, record)
+    args.dataset = args.dataset or 'cifar10'
+    _check_files(args)
+    threat_model = ThreatModel(args.norm, args.eps)
+    if args.attack != 'none' and not threat_model.eps:
+        raise ValueError(
+            f'eps {args.eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy'
+        )
+    options = _model_options(args)
+    world = World.join(args.device)
+    model = load_model(args.model, checkpoint=args.checkpoint, device=world.device, **options)
+    with world.in_turn(args.dataset_download):
+        data = _read_data(args, model, world).to(world.device)
+    for note in _notes(args, threat_model) if not world.rank else ():
+        say(f'note: {note}')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     settings['n'] = min(_DEFAULT_N, len(data)) if args.n is None else args.n
     if is_stream(args.dataset):  # without those that could not be read
@@ -72,23 +75,57 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         world.leave()
     except torch.cuda.OutOfMemoryError:
-        parser.error(f'out of memory; type --batch-size {max(args.batch_size // 2, 1)}')
-    except (ValueError, ImportError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, 'interrupted\n')
+        raise MemoryError(f'out of memory; type --batch-size {max(args.batch_size // 2, 1)}') from None
     if world.rank:
-        return
+        return 0
     if failures := _hand_out(args, result, tensors):
-        parser.error('; '.join(failures))
+        raise OSError('; '.join(failures))
     if record is not None and (differences := _differences(record, result)):
-        parser.exit(1, 'not repeated: ' + '; '.join(differences) + '\n')
+        say('not repeated: ' + '; '.join(differences))
+        return 1
+    return 0
+
+
+def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of load_model."""
+    options = dict(args.model_kwargs)
+    if not isinstance(options.get('pretrained', False), bool):
+        raise ValueError(f'pretrained={options["pretrained"]} is neither True nor False')
+    check_model_kwargs({key: value for key, value in options.items() if key != 'pretrained'}, '--model-kwargs')
+    options |= {key: getattr(args, key) for key in ('num_classes', 'in_chans') if getattr(args, key) is not None}
+    classes = options.get('num_classes')
+    if classes is not None and not (type(classes) is int and 2 <= classes <= MAX_CLASSES):
+        raise ValueError(f'num_classes {classes} is not allowed; allowed: whole numbers, 2 to {MAX_CLASSES}')
+    if statistics := {key: tuple(getattr(args, key)) for key in ('mean', 'std') if getattr(args, key)}:
+        options['pretrained_cfg_overlay'] = {**options.get('pretrained_cfg_overlay', {}), **statistics}
+    return options
+
+
+def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
+    """What may be meant, but rarely is; a line of text each."""
+    found = []
+    if (
+        timm.is_model(args.model)
+        and '.' not in args.model
+        and not (args.checkpoint or args.model_kwargs.get('pretrained'))
+    ):
+        found.append(f'{args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
+    if args.attack != 'none':
+        found += threat_model.doubts()
+    if args.split == 'train':
+        found.append('these are images of the training split; robustness is claimed on others (--split test)')
+    unused = [flag for flag, value in {'--state-dir': args.state_dir, '--screen': args.screen}.items() if value]
+    if unused and args.attack not in ('autoattack', 'apgd'):
+        found.append(f'{" and ".join(unused)} goes with --attack autoattack or apgd, and does nothing here')
+    return found
 
 
 def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> ImageData:
     """The images to measure on; of a streamed data set n at the model's size, evenly from first to last."""
+    channels = input_channels(model)
     if not is_stream(args.dataset):
-        return load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
+        data = load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
+        return data.with_channels(channels) if channels else data
     config = dict(getattr(model, 'pretrained_cfg', None) or {})
     size = args.img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
     options: dict[str, Any] = {'download': args.dataset_download, 'classes': trained_classes(model)}
@@ -103,7 +140,8 @@ def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> Imag
     first = stream.first(n)
     if not stream.iterable:  # folders come class by class: the first images would all be of one
         first = stream.subset(torch.arange(n) * len(stream) // n)
-    return first.in_memory()
+    data = first.in_memory()
+    return data.with_channels(channels) if channels else data
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -187,37 +225,34 @@ def _differences(old: RobustnessResult, new: RobustnessResult) -> list[str]:
     ]
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit status 2."""
-        self.exit(2, f'error: {" ".join(message.split())}\n')
-
-
-def _parser() -> _Parser:
+def _parser() -> Parser:
     """The options; each with its default in the help."""
-    parser = _Parser(
+    parser = Parser(
         'python -m timm_robust.evaluate',
         description='Clean, PGD and AutoAttack accuracy of a model.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add('model', metavar='MODEL', help='registry name (NAME.TAG for trained weights), checkpoint file or folder')
+    add('--checkpoint', metavar='FILE', help="weights for the registry name MODEL, of timm's train.py, or cleaned")
+    add('--num-classes', type=whole_number(2, MAX_CLASSES), metavar='N', help="classes; the checkpoint's if not given")
+    add('--in-chans', type=whole_number(1, 64), metavar='N', help="channels of the images; the model's if not given")
+    add('--mean', type=float, nargs='+', metavar='X', help="mean of each channel, on [0, 1]; the model's if not given")
+    add('--std', type=float, nargs='+', metavar='X', help="standard deviation of each; the model's if not given")
     add('--data-dir', help='folder that holds the data')
     add('--dataset', help='cifar10 if not given; ' + ', '.join(DATASETS[1:]) + ', folder, torch/..., hfds/..., wds/...')
     add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
     add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
     add(
         '-n',
-        type=int,
+        type=count,
         help=f'images: the first of the split, of a folder evenly spread; {_DEFAULT_N} or all if not given',
     )
     add('--norm', default='Linf', help=', '.join(NORMS))
     add('--eps', default='8/255', help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5")
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
-    add('--steps', dest='pgd_steps', type=int, default=10, metavar='N', help='steps of PGD')
-    add('--restarts', dest='pgd_restarts', type=int, default=1, metavar='N', help='random starts of PGD')
+    add('--steps', dest='pgd_steps', type=whole_number(1, 10_000), default=10, metavar='N', help='steps of PGD')
+    add('--restarts', dest='pgd_restarts', type=count, default=1, metavar='N', help='random starts of PGD')
     add(
         '--step-size',
         dest='pgd_step_size',
@@ -225,9 +260,14 @@ def _parser() -> _Parser:
         metavar='EPS',
         help='step of PGD; 2.5 eps / steps if not given',
     )
-    add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
-    add('--seed', type=int, default=0, help='seed of all attacks')
-    add('--img-size', type=int, help='resize images to this size; what the model was trained with if not given')
+    add('--batch-size', type=count, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N', help='seed of all attacks')
+    add(
+        '--img-size',
+        type=whole_number(8, 4096),
+        metavar='N',
+        help='resize images to this size; what the model was trained with if not given',
+    )
     add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
     add(
         '--screen',
@@ -238,7 +278,7 @@ def _parser() -> _Parser:
     add('--no-checks', dest='checks', action='store_false', help='skip the search for signs of masked gradients')
     add('--repeat', metavar='FILE', help='repeat the measurement of this record with its settings, and compare')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE', help='passed to the model')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='passed to the model')
     add('--results-file', help='write the record there, as JSON')
     add('--flags-file', help='write labels, predictions and flags of each image there, as .npz')
     add('--quiet', action='store_true', help='no progress on stderr')
@@ -246,4 +286,4 @@ def _parser() -> _Parser:
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -11,9 +11,84 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 _TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
+_YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 logger = logging.getLogger('timm_robust')
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which stops at a depth rather than at the end of Python's stack."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.level += 1
+        if self.level > _YAML_LEVELS:
+            raise ValueError(f'more than {_YAML_LEVELS} levels of nesting')
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
+def read_yaml(path: str | Path) -> tuple[Any, dict[str, int]]:
+    """What a YAML file says (None if nothing), and the line of each key on its first level. No code in it runs.
+
+    Raises:
+        FileNotFoundError: if there is no such file; it lists those in the folder.
+        IsADirectoryError: if it is a folder.
+        ValueError: naming file and line: for what is no YAML, a key given twice, and more bytes, levels or values than
+            a person writes, a value counted as often as an alias repeats it.
+    """
+    path = Path(path)
+    if not path.exists():
+        others = ', '.join(sorted(file.name for file in path.parent.glob('*.yaml'))) or 'no .yaml file'
+        raise FileNotFoundError(f'{path} does not exist; its folder holds {others}')
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a directory; name a file in it')
+    with open(path, 'rb') as file:
+        content = file.read(_YAML_BYTES + 1)
+    if len(content) > _YAML_BYTES:
+        raise ValueError(f'{path} has more than {_YAML_BYTES:,} bytes; it is no file of settings')
+    try:
+        loader = _Loader(content.decode('utf-8-sig'))
+        root = loader.get_single_node()
+        lines = _check_nodes(root)
+        return (None if root is None else loader.construct_document(root)), lines
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: not a text file in UTF-8: {error}') from None
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, 'problem_mark', None)
+        line = f':{mark.line + 1}' if mark else ''
+        raise ValueError(f'{path}{line}: not valid YAML: {getattr(error, "problem", None) or error}') from None
+
+
+def _check_nodes(root: yaml.Node | None) -> dict[str, int]:
+    """Refuse keys that are given twice and what aliases repeat too often; the line of each key of the root."""
+    lines: dict[str, int] = {}
+    stack, seen = [] if root is None else [(root, 1)], 0
+    while stack:
+        node, level = stack.pop()
+        seen += 1
+        if seen > _YAML_VALUES or level > _YAML_LEVELS:
+            raise ValueError(f'more than {_YAML_VALUES:,} values with what its aliases repeat; write them out')
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys: set[Any] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key.value in keys:
+                    problem = f'key {key.value!r} is given twice'
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                keys.add(key.value)
+                if node is root:
+                    lines[key.value] = key.start_mark.line + 1
+            parts = [part for pair in node.value for part in pair]
+        if not isinstance(node, yaml.ScalarNode):
+            stack += [(part, level + 1) for part in parts]
+    return lines
 
 
 class Writer:

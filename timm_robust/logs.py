@@ -201,7 +201,7 @@ class RunLog:
         except wandb.errors.Error as error:
             why = str(error).rstrip('.')
             hint = 'type: wandb login, or set WANDB_MODE=offline to log on this machine only'
-            raise RuntimeError(f'wandb did not start: {why}; {hint}') from error
+            raise OSError(f'wandb did not start: {why}; {hint}') from error
         run.define_metric('images')
         run.define_metric('*', step_metric='images')
         with atomic_file(file) as out:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+from timm.data import resolve_data_config
 from timm.models import PretrainedCfg, build_model_with_cfg
 from timm.models._hub import load_model_config_from_path  # there is no public path
 from torch import nn
@@ -40,6 +42,8 @@ def check_model_kwargs(kwargs: Any, where: object = 'model_kwargs') -> None:
     """
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise ValueError(f'{where}: the arguments of a model are NAME: VALUE pairs, not {str(kwargs)[:100]!r}')
+    if features := [name for name in ('features_only', 'out_indices', 'feature_cls') if kwargs.get(name)]:
+        raise ValueError(f'{where}: {features[0]} makes no classifier, which attacks need; leave it out')
     overlay = kwargs.get('pretrained_cfg_overlay')
     statistics = isinstance(overlay, Mapping) and set(overlay) <= _STATISTICS
     for name in kwargs:
@@ -50,6 +54,81 @@ def check_model_kwargs(kwargs: Any, where: object = 'model_kwargs') -> None:
                 'file must not steer; allowed are width, depths, drop_rate, ..., and pretrained_cfg_overlay with mean '
                 'and std; to start from weights name their file: --initial-checkpoint FILE'
             )
+
+
+def make_model(name: str, kwargs: Mapping[str, Any], **settings: Any) -> nn.Module:
+    """A registered model, with the caller's arguments of its constructor and further ones of timm.create_model.
+
+    Raises:
+        ValueError: if it does not take these arguments, with those that it takes.
+    """
+    try:
+        return timm.create_model(name, **{**settings, **kwargs})
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        if not kwargs:
+            raise
+        given = ' '.join(f'{key}={value}' for key, value in kwargs.items())
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        raise ValueError(f'cannot make {name} with {given} ({reason}){_takes(name)}') from error
+
+
+def timm_settings(args: Any, where: object) -> dict[str, Any]:
+    """Arguments of timm.create_model for the model of timm's train.py, out of the `args` in its checkpoint.
+
+    Raises:
+        ValueError: for what is no setting of timm's.
+    """
+    if not isinstance(args, Mapping):
+        return {}
+    settings = {'global_pool': args.get('gp'), **dict(args.get('model_kwargs') or {})}
+    settings |= {'num_classes': args.get('num_classes'), 'in_chans': args.get('in_chans')}
+    if settings['in_chans'] is None and args.get('input_size'):
+        settings['in_chans'] = args['input_size'][0]
+    check_model_kwargs(settings, where)
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, Any], in_chans: int) -> None:
+    """Keep where pixel_input looks for it what images timm's train.py showed the model: mean, std and size.
+
+    Args:
+        model: made of these args.
+        args: of timm's train.py.
+        overlay: mean and std that the caller gives instead.
+        in_chans: channels of the images; statistics of three colours are averaged for others, as timm's loader does.
+
+    Raises:
+        ValueError: for values that are none.
+    """
+    keys = ('in_chans', 'input_size', 'img_size', 'mean', 'std')
+    try:
+        found = resolve_data_config({key: args.get(key) for key in keys}, dict(model.pretrained_cfg or {}))  # type: ignore
+        statistics = {key: tuple(overlay.get(key) or found[key]) for key in ('mean', 'std')}
+        for key, values in statistics.items():
+            if len(values) != in_chans:
+                statistics[key] = (sum(values) / len(values),) * in_chans
+        size = int(found['input_size'][-1])
+    except (AssertionError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError(f'its args hold no mean, std and size of images: {type(error).__name__} {error}') from None
+    model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), **statistics, 'img_size': size}  # type: ignore
+
+
+def input_channels(model: nn.Module) -> int | None:
+    """Channels of the images that a model takes: those of its first convolution; None without one."""
+    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+
+
+def _takes(name: str) -> str:
+    """The arguments of a model's constructor, with their defaults, for a message."""
+    try:
+        with torch.device('meta'):
+            found = inspect.signature(type(timm.create_model(name))).parameters.values()
+    except Exception:  # one that cannot be made without arguments, or not without memory
+        return ''
+    plain = [item for item in found if isinstance(item.default, (int, float, str, tuple))]
+    return '; it takes ' + ', '.join(f'{item.name}={item.default}' for item in plain) if plain else ''
 
 
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:

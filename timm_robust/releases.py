@@ -111,7 +111,7 @@ def read_table(path: Path = TABLE) -> dict[str, Release]:
     """
     try:
         return {name: Release(name, **entry) for name, entry in json.loads(path.read_text(encoding='utf-8')).items()}
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not a table of releases: {error}') from None
 
 

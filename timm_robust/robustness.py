@@ -25,7 +25,7 @@ from .losses import cross_entropy_of
 from .pixels import pixel_input
 from .results import ATTACKS, SCREENS, RobustnessResult, environment, git_commit
 from .search import Bf16, search_model
-from .threat_model import ThreatModel
+from .threat_model import ThreatModel, check_step_size
 
 _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
@@ -109,6 +109,9 @@ def evaluate(
     for what, count in {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}.items():
         if count < 1:
             raise ValueError(f'{what} must be at least 1, got {count}')
+    check_step_size(pgd_step_size, threat_model.eps, 'pgd_step_size')
+    if img_size is not None and not 8 <= img_size <= 4096:
+        raise ValueError(f'img_size {img_size} is no size of an image; allowed: 8 to 4096')
     if attack in _VERSIONS:
         upstream()  # if it is missing, say so now
     data = data if n is None else data.first(n)
@@ -168,12 +171,14 @@ def _check_fit(logits: nn.Module, data: ImageData) -> None:
             shape = logits(image.to(device_of(logits, image))).shape
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f'the model does not take images {list(image.shape[1:])} of {data.name}: {error}') from error
+    if data.num_classes < 2:
+        raise ValueError(f'{data.name} has one class, so that no answer is wrong; measure on data of several')
     if len(shape) != 2:
         raise ValueError(f'the model gives {list(shape)}, not [1, classes], for one image; it is no classifier')
     if shape[1] != data.num_classes:
         raise ValueError(
             f'the model has {shape[1]} outputs, {data.name} has {data.num_classes} classes; use the data it was '
-            f'trained for, or give it a new head with num_classes={data.num_classes} (in the shell: --model-kwargs)'
+            f'trained for, or give it a new head with num_classes={data.num_classes} (--num-classes {data.num_classes})'
         )
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 NORMS = ('Linf', 'L2')
+MAX_CLASSES = 100_000
+"""More than any set of images has: a larger label is a damaged file, and room for its classes would fill the memory."""
 _TINY = 1e-12
 
 
@@ -37,6 +39,25 @@ def parse_eps(eps: float | str) -> float:
     if not 0 <= value < float('inf'):
         raise ValueError(f"eps {eps!r} must be finite and not negative; write for example '8/255'")
     return value
+
+
+def check_step_size(step_size: float | str | None, eps: float, name: str = 'step_size') -> None:
+    """Refuse a step that is no positive number, or wider than the ball of radius eps; None stands for a default.
+
+    Raises:
+        ValueError: saying what is allowed.
+    """
+    try:
+        value = eps if step_size is None else parse_eps(step_size)
+    except ValueError:
+        value = 0.0
+    if step_size is not None and not value > 0:
+        raise ValueError(f"{name} {step_size!r} is not a positive number; write for example '2/255' or 0.0078")
+    if value > 2 * eps * (1 + 1e-6):
+        raise ValueError(
+            f'{name} {step_size!r} is wider than the ball, {2 * eps:.4g} across; allowed: up to that, in pixels '
+            "on [0, 1], such as '2/255'"
+        )
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,23 @@ class ThreatModel:
                 f'eps {given!r} for Linf is wider than the pixel range: pixels lie in [{lo:g}, {hi:g}] here. '
                 f"For {given} steps of 8-bit images write '{given}/255'"
             )
+        if self.norm == 'L2' and self.eps > 32 * (hi - lo):
+            raise ValueError(
+                f'eps {given!r} for L2 holds every image: pixels lie in [{lo:g}, {hi:g}] here, and 32 x 32 images have '
+                f'a distance of 55 at most; allowed: up to {32 * (hi - lo):g}. For {given} on the scale of 8-bit '
+                f"images write '{given}/255'"
+            )
+
+    def doubts(self) -> list[str]:
+        """What may be meant, but rarely is; a line of text each."""
+        lo, hi = self.bounds
+        if self.eps < 1e-4 * (hi - lo):
+            return [f'{self} is far less than one step of 8-bit pixels, 1/255; hardly anything can change']
+        if self.norm == 'Linf' and self.eps >= (hi - lo) / 2:
+            return [f'in the ball of {self} every image can be made grey all over, so no network can resist']
+        if self.norm == 'L2' and self.eps > 10 * (hi - lo):
+            return [f'{self} is far beyond the usual 0.5 to 5, and on small images holds pictures of every class']
+        return []
 
     def random_start(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """A random point of the ball around each image, inside the bounds.

@@ -17,9 +17,9 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from .memory import ImageData
+from .memory import ImageData, number_classes
 
-_SHAPES = '[N, H, W, 3], [N, 3, H, W] or [N, H, W]'
+_SHAPES = '[N, H, W, 3], [N, 3, H, W] or, grey, [N, H, W], [N, H, W, 1], [N, 1, H, W]'
 _UNREADABLE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _SPLIT_NAMES = ('train', 'test', 'validation')
 
@@ -62,10 +62,9 @@ def load_arrays(files: tuple[Path, ...]) -> ImageData:
         images, labels = (_read_file(file) for file in files)
         name = folder.name
     layout = check_arrays(images, labels, str(files[0]))
-    count = int(labels.max()) + 1
     names = folder / 'classes.txt'
     classes = tuple(names.read_text(encoding='utf-8').split('\n')) if names.is_file() else ()
-    classes = tuple(line.strip() for line in classes if line.strip()) or tuple(str(i) for i in range(count))
+    classes = tuple(line.strip() for line in classes if line.strip()) or number_classes(labels, files[-1])
     pixels = channels_first(torch.from_numpy(images), layout).contiguous()
     return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), classes, name)
 
@@ -91,8 +90,8 @@ def check_arrays(images: np.ndarray, labels: np.ndarray, where: str) -> str:
             "for floats in [0, 1], save (255 * image).round().astype('uint8')"
         )
     shape = images.shape
-    if len(shape) == 4 and 3 in (shape[3], shape[1]):
-        layout = 'NHWC' if shape[3] == 3 else 'NCHW'
+    if len(shape) == 4 and (shape[3] in (1, 3) or shape[1] in (1, 3)):
+        layout = 'NHWC' if shape[3] in (1, 3) else 'NCHW'
     elif len(shape) == 3:
         layout = 'NHW'
     else:
@@ -111,8 +110,10 @@ def check_arrays(images: np.ndarray, labels: np.ndarray, where: str) -> str:
 def channels_first(images: torch.Tensor, layout: str) -> torch.Tensor:
     """A view as [N, 3, H, W]; grey images get three equal channels."""
     if layout == 'NHW':
-        return images[:, None].expand(-1, 3, -1, -1)
-    return images.permute(0, 3, 1, 2) if layout == 'NHWC' else images
+        images = images[:, None]
+    elif layout == 'NHWC':
+        images = images.permute(0, 3, 1, 2)
+    return images.expand(-1, 3, -1, -1)
 
 
 def _read_file(file: Path) -> np.ndarray:

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 
+from ..threat_model import MAX_CLASSES
+
 
 @dataclass(frozen=True)
 class ImageData:
@@ -86,6 +88,20 @@ class ImageData:
             raise ValueError(f'cannot take the first {n} images of {self.name}; allowed: 1..{len(self)}')
         return replace(self, images=self.images[:n], labels=self.labels[:n])
 
+    def with_channels(self, n: int) -> ImageData:
+        """The same images with n channels: grey ones, whose channels are equal, lose or gain copies.
+
+        Raises:
+            ValueError: for images in colour, and for n other than 1 and 3.
+        """
+        held = self.images.shape[1]
+        if n == held:
+            return self
+        if n not in (1, 3) or not torch.equal(self.images, self.images[:, :1].expand_as(self.images)):
+            kind = 'in colour, ' if held == 3 else ''
+            raise ValueError(f'{self.name} has images {kind}of {held} channels, the model takes {n}; use others, or it')
+        return replace(self, images=self.images[:, :1].expand(-1, n, -1, -1).contiguous())
+
     def pixels(self, indices: torch.Tensor | slice | None = None) -> torch.Tensor:
         """The images (all, or these) as float32 in [0, 1]."""
         images = self.images if indices is None else self.images[indices]
@@ -129,6 +145,18 @@ class EpochOrder:
         return order
 
 
+def number_classes(labels: Any, where: object) -> tuple[str, ...]:
+    """Numbers as names of the classes: as many as the largest label, of an array or a list, says.
+
+    Raises:
+        ValueError: for a label that no set of images has.
+    """
+    largest = int(max(labels))
+    if largest >= MAX_CLASSES:
+        raise ValueError(f'{where}: label {largest} is too large, allowed: up to {MAX_CLASSES - 1}; are these labels?')
+    return tuple(map(str, range(largest + 1)))
+
+
 class TrainBatches:
     """An endless stream of augmented training batches; batch `step` is a pure function of (seed, step).
 
@@ -158,8 +186,12 @@ class TrainBatches:
         """Check the sizes; nothing is drawn yet."""
         if not 0 < batch_size <= len(data):
             raise ValueError(f'batch_size {batch_size} must lie in 1..{len(data)}, the number of training images')
-        if crop_padding < 0 or not 0 <= hflip <= 1:
-            raise ValueError(f'crop_padding must be >= 0 and hflip in [0, 1], got {crop_padding} and {hflip}')
+        side = min(data.images.shape[2:])
+        if not 0 <= crop_padding < side or not 0 <= hflip <= 1:
+            raise ValueError(
+                f'crop_padding must be 0 to {side - 1} for images of {side} pixels a side, and hflip in [0, 1], got '
+                f'{crop_padding} and {hflip}'
+            )
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.crop_padding, self.hflip, self.own = crop_padding, hflip, own
         self.steps_per_epoch = len(data) // batch_size

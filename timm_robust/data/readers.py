@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .arrays import find_arrays, load_arrays
-from .memory import ImageData, split_holdout
+from .memory import ImageData, number_classes, split_holdout
 
 DATASETS = ('cifar10', 'cifar100', 'torch/cifar10', 'torch/cifar100', 'parquet', 'digits', 'npz', 'npy')
 SPLITS = ('train', 'test', 'validation')
@@ -134,7 +134,8 @@ def _load_parquet(name: str, files: list[Path]) -> ImageData:
         raise ValueError(f'{files[0]} holds no rows')
     known = _NUM_CLASSES.get(name)
     if not classes:
-        classes = _CIFAR10_CLASSES if known == 10 else tuple(str(i) for i in range(known or max(labels) + 1))
+        numbers = tuple(map(str, range(known))) if known else number_classes(labels, files[0])
+        classes = _CIFAR10_CLASSES if known == 10 else numbers
     if known and len(classes) != known:
         raise ValueError(f'{files[0]} has {len(classes)} classes, {name} has {known}; to use it, say --dataset parquet')
     return ImageData(_decode(encoded, len(labels)), torch.tensor(labels), classes, name)
@@ -153,8 +154,8 @@ def _read_parquet(file: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
         raise ValueError(f'{file}: column {image} is {table[image].type}, not a struct with `bytes`') from None
     labels = table[label].to_pylist()
     for row, value in enumerate(labels):
-        if not isinstance(value, int):
-            raise ValueError(f'{file}, row {row}: {label} {value!r} is not a whole number')
+        if not isinstance(value, int) or value >= 2**63:
+            raise ValueError(f'{file}, row {row}: {label} {value!r} is not a whole number of 64 bits')
     try:
         features = json.loads(table.schema.metadata[b'huggingface'])['info']['features']
         return encoded, labels, tuple(features[label]['names'])

@@ -10,6 +10,8 @@ from typing import Any
 
 from timm.data import create_dataset
 
+from ..threat_model import MAX_CLASSES
+
 STREAMS = ('', 'folder', 'torch/', 'hfds/', 'wds/', 'hfids/', 'tfds/')
 _LIBRARIES = {'hfds': 'datasets', 'wds': 'webdataset', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets'}
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
@@ -90,6 +92,8 @@ def class_names(dataset: Any, num_classes: int | None, name: str, fill: bool = T
     index = index or getattr(getattr(dataset, 'reader', None), 'class_name_to_idx', None)
     named = {number: str(key) for key, number in reversed((index or {}).items())}
     known = max(named, default=-1) + 1 or len(getattr(dataset, 'classes', ()))
+    if max(known, num_classes or 0) > MAX_CLASSES:
+        raise ValueError(f'{name}: {max(known, num_classes or 0)} classes are too many; allowed: up to {MAX_CLASSES}')
     if not known and not num_classes:
         raise ValueError(f'{name}: the reader does not know the number of classes; add --num-classes N')
     if known and not fill:

@@ -1,0 +1,109 @@
+"""The edge of every command: what its user did wrong is one line and status 2, a fault of ours a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+
+_INPUT = (ValueError, OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError)
+
+
+def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
+    """Make a function of argv the main of a command: the one place that turns errors into an exit status.
+
+    ValueError, OSError (no file, no connection, no process), ImportError (a library of the extras) and a lack of memory
+    are what this package raises for its input, with a text that says what was given, what is allowed and what to
+    type: 'error: ...' on one line of stderr, and status 2, as for argparse's own errors. Everything else, such as a
+    TypeError, KeyError or RuntimeError, is a fault of ours and goes on with its traceback; so what another library
+    raises for an input is turned into a ValueError where that library is called.
+
+    Args:
+        main: returns the exit status, or None for 0.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv) or 0
+        except KeyboardInterrupt:
+            print('interrupted', file=sys.stderr)
+            return 130
+        except Exception as error:
+            if not is_input_error(error):
+                raise
+            print(f'error: {_one_line(error)}', file=sys.stderr)
+            return 2
+
+    return run
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether what was given, or the machine, is at fault; torch says in a RuntimeError that there is no memory."""
+    return isinstance(error, _INPUT) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _one_line(error: Exception) -> str:
+    if not isinstance(error, _INPUT[:4]) or (isinstance(error, MemoryError) and not str(error)):
+        return 'out of memory; type a smaller --batch-size, or name a smaller model'
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest of its options for one that it does not know."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The options.
+
+        Raises:
+            SystemExit: with status 2, for wrong ones.
+        """
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split('=')[0], self._option_string_actions, 1)
+            hint = f'did you mean {near[0]!r}? ' if near else ''
+            self.error(f'unknown argument {unknown[0]!r}; {hint}{self.prog} --help lists them')
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f'error: {" ".join(message.split())}\n')
+
+
+class KeyValue(argparse.Action):
+    """Reads `key=value ...` into a dict, each value as a Python literal where it is one (timm's --model-kwargs)."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
+        """Set the dict."""
+        read = {}
+        for item in values:
+            key, equals, value = item.partition('=')
+            if not equals or not key:
+                parser.error(f'argument {option}: {item!r} is not of the form key=value')
+            try:
+                read[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                read[key] = value
+        setattr(namespace, self.dest, read)
+
+
+def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
+    """A type of argparse: a whole number of low to high."""
+
+    def read(text: str) -> int:
+        allowed = f'{low} to {high}' if high < 2**63 - 1 else f'{low} and more'
+        if not text.removeprefix('-').isdecimal() or len(text) > 19 or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f'{text!r} is not allowed; allowed: whole numbers, {allowed}')
+        return int(text)
+
+    return read
+
+
+count = whole_number(1)
+"""A type of argparse: how many."""
