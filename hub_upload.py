@@ -16,28 +16,26 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from timm_robust.cards import RESULTS
+from timm_robust.command_line import Parser, command
 from timm_robust.download import without_password
 from timm_robust.hub import Options, Outcome, publish, repo_of
-from timm_robust.releases import STAGED, TABLE
+from timm_robust.releases import STAGED, TABLE, read_table
 from timm_robust.results import say
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Publish each model on its own; one that fails does not keep the others back."""
     args = parse(argv)
+    read_table(args.table)  # or say what is wrong with it, once
     staged = sorted(path.parent.name for path in args.cards.glob(f'*/{RESULTS}'))
     unknown = [name for name in args.names if name not in staged]
     if unknown or not staged:
         wrong = f'{", ".join(unknown)} is not staged; ' if unknown else ''
         there = ', '.join(staged) or 'no staged model; type: python -m timm_robust.staging stage RUN NAME'
-        print(f'error: {wrong}{args.cards} holds {there}', file=sys.stderr)
-        return 2
+        raise ValueError(f'{wrong}{args.cards} holds {there}')
     keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
-    try:
-        options = Options(**{key: getattr(args, key) for key in keys})
-    except ValueError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    options = Options(**{key: getattr(args, key) for key in keys})
     outcomes = [attempt(args.cards / name, options, args.table) for name in args.names or staged]
     if args.json:
         print(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
@@ -78,7 +76,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(description='Publish staged models to the Hugging Face Hub.')
+    parser = Parser(description='Publish staged models to the Hugging Face Hub.')
     add = parser.add_argument
     add('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
     add('--dry-run', action='store_true', help='say what would be done; nothing is written')

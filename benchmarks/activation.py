@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from timm_robust.command_line import Parser, command, count, whole_number
+from timm_robust.distributed import World
 from timm_robust.pssilu import pssilu
 from timm_robust.results import atomic_file, environment, git_commit
 
@@ -56,18 +59,21 @@ def once(f: Callable[..., torch.Tensor], x: torch.Tensor, params: list[torch.Ten
     return time.perf_counter() - start
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--elements', type=int, default=4_000_000)
-    parser.add_argument('--repeats', type=int, default=30)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--elements', type=count, default=4_000_000)
+    parser.add_argument('--repeats', type=whole_number(2), default=30)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
     parser.add_argument(
         '--output', default=str(Path(__file__).parent / 'results'), help="folder for the JSON; '' for none"
     )
-    args = parser.parse_args()
-    device = torch.device(args.device)
+    args = parser.parse_args(argv)
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    device = World.join(args.device).device
     x = torch.randn(args.elements, device=device, dtype=getattr(torch, args.dtype))
     grad, functions = torch.randn_like(x), cases(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -100,11 +106,11 @@ def main() -> None:
         }
         slug = 'cpu' if device.type == 'cpu' else where['hardware'].split(',')[0].lower().replace(' ', '-')
         path = Path(args.output) / f'activation-{slug}-{args.dtype}.json'
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:
             file.write((json.dumps(record, indent=2) + '\n').encode())
         print(f'written: {path}')
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

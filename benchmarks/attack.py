@@ -34,6 +34,7 @@ from timm_robust.allocator import keep_freed_memory
 from timm_robust.autoattack import autoattack, predict
 from timm_robust.autoattack_runner import VERSIONS, upstream
 from timm_robust.checkpoint import load_model
+from timm_robust.command_line import Parser, command, count, whole_number
 from timm_robust.data import DATASETS, load_dataset
 from timm_robust.engine import build, fit
 from timm_robust.pixels import pixel_input
@@ -221,41 +222,46 @@ def compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return about | {'rows': report(found, args.attacks, args.n)}
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--model', default='resnet18_pssilu', help='a registry name, a checkpoint or a folder')
-    add('--width', type=int, help="width of a registry's ResNet-18, 64 if not given")
-    add('--train-steps', type=int, default=0, help='first train the model, adversarially, for so many steps')
+    add('--width', type=count, help="width of a registry's ResNet-18, 64 if not given")
+    add(
+        '--train-steps', type=whole_number(0), default=0, help='first train the model, adversarially, for so many steps'
+    )
     add('--dataset', choices=DATASETS, help='default: cifar10 with --data-dir, else digits to train on, else random')
     add('--data-dir', help='folder of the data set')
-    add('-n', type=int, default=32, help='images, the first of the test split')
+    add('-n', type=count, default=32, help='images, the first of the test split')
     add('--eps', default='8/255', help='radius of the Linf ball, in pixels on the [0, 1] scale')
     add('--attacks', nargs='+', default=list(ATTACKS), choices=ATTACKS)
     add('--peers', nargs='+', default=list(PEERS), choices=PEERS, help='the first is what ours is set against')
     add('--variants', nargs='+', default=['folded'], choices=('folded', 'model'), help='what ours searches on')
-    add('--batch-size', type=int, default=250)
-    add('--repeats', type=int, default=1)
+    add('--batch-size', type=count, default=250)
+    add('--repeats', type=count, default=1)
     add('--toy', action='store_true', help='a tiny network, few images, the first attack alone: to see that it runs')
     add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")
     add('--worker', help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
         serve(json.loads(args.worker), measure)
-        return
+        return 0
     if args.toy:
         args.width, args.n, args.train_steps, args.attacks = 8, 8, 30, ['apgd-ce']
     if not args.dataset and (args.data_dir or args.train_steps):
         args.dataset = 'cifar10' if args.data_dir else 'digits'
-    try:
-        upstream()  # if it is missing, say so now
-        with tempfile.TemporaryDirectory() as folder:
-            record = compare(args, Path(folder))
-    except (ImportError, ValueError, OSError, RuntimeError) as error:
-        sys.exit(f'error: {error}')
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    if not ThreatModel('Linf', args.eps).eps:
+        raise ValueError(f'eps {args.eps!r} leaves the attacks no room; allowed: > 0')
+    upstream()  # if it is missing, say so now
+    with tempfile.TemporaryDirectory() as folder:
+        record = compare(args, Path(folder))
     write('attack', record, args.output, DEVICE)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

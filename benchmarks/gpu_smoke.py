@@ -33,7 +33,9 @@ from train_step import sparse_images
 from timm_robust.attacks import attacked, input_gradient
 from timm_robust.autoattack import autoattack, predict
 from timm_robust.checkpoint import load_checkpoint
+from timm_robust.command_line import Parser, command, count
 from timm_robust.data import load_dataset
+from timm_robust.distributed import World
 from timm_robust.engine import Run, Stopped, build, fit
 from timm_robust.precision import ieee_convolutions
 from timm_robust.pssilu import pssilu
@@ -58,36 +60,42 @@ class Skipped(Exception):
     """A check that cannot run here; the message says why."""
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks and print the table; 0 if none failed, else 1."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--toy', action='store_true', help='tiny networks and batches, to see on any machine that the checks run')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     add('--data-dir', help='folder with CIFAR-10; random images if not given')
-    add('--batch', type=int, help="images a step; the recipe's own, at most 128 (--toy: 8), if not given")
+    add('--batch', type=count, help="images a step; the recipe's own, at most 128 (--toy: 8), if not given")
     add('--only', nargs='+', default=[''], metavar='WORD', help='checks whose name holds one of these')
     add('--seconds', type=float, default=480.0, help='begin no check after so many')
     args = parser.parse_args(argv)
     args.batch = args.batch or (8 if args.toy else 128)
     if not args.toy and args.device == 'cpu':
         parser.error('full size takes hours on a CPU; add --toy')
+    World.join(args.device)  # or say that there is no such device
+    if args.data_dir:
+        load_dataset('cifar10', args.data_dir)
     where = torch.cuda.get_device_name() if args.device == 'cuda' else 'CPU'
     print(f'{where}, torch {torch.__version__}\n{"check":58s}{"result":9s}{"seconds":>8s}  detail', flush=True)
-    started, failed, count = time.perf_counter(), 0, 0
+    started, failed, ran = time.perf_counter(), 0, 0
     with tempfile.TemporaryDirectory() as folder:
         for name, check in checks(args, Path(folder)):
             if not any(word in name for word in args.only):
                 continue
-            count += 1
+            ran += 1
             began = time.perf_counter()
             result, detail = ('skipped', '--seconds is over')
             if began - started < args.seconds:
                 result, detail = outcome(check)
             failed += result == 'FAILED'
             print(f'{name:58s}{result:9s}{time.perf_counter() - began:8.1f}  {detail}', flush=True)
-    print(f'{failed} of {count} checks failed, {time.perf_counter() - started:.0f} seconds', flush=True)
-    return int(failed > 0 or not count)
+    if not ran:
+        raise ValueError(f'no check has {" or ".join(args.only)} in its name')
+    print(f'{failed} of {ran} checks failed, {time.perf_counter() - started:.0f} seconds', flush=True)
+    return int(failed > 0)
 
 
 def outcome(check: Check) -> tuple[str, str]:

@@ -21,7 +21,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,12 +35,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
 
 from timm_robust.allocator import keep_freed_memory
+from timm_robust.command_line import Parser, command, count
 from timm_robust.recipe import Recipe
 from timm_robust.run import build
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-
-
+VARIANTS = ('fp32', 'bf16', 'fp32+compile', 'bf16+compile')
 Found = dict[str, list[dict[str, Any]]]
 
 
@@ -302,23 +302,25 @@ def measure_tables(tables: Iterator[Table], args: argparse.Namespace) -> None:
         write(f'train_step-{table.name}', record | {'rows': table.report(table.cases, found)}, args.output, DEVICE)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--models', nargs='+', default=['resnet18_pssilu', 'resnet18_silu', 'resnet18_relu'])
     on_gpu = DEVICE.type == 'cuda'
-    add('--steps', nargs='+', type=int, default=[10] if on_gpu else [10, 1], help='attack steps; 1 is FGSM')
-    add('--batch', type=int, default=512 if on_gpu else 128)
-    add('--variants', nargs='+', default=['bf16', 'bf16+compile'], help='of ours: fp32, bf16, bf16+compile')
+    add('--steps', nargs='+', type=count, default=[10] if on_gpu else [10, 1], help='attack steps; 1 is FGSM')
+    add('--batch', type=count, default=512 if on_gpu else 128)
+    add('--variants', nargs='+', default=['bf16', 'bf16+compile'], choices=VARIANTS, help='of ours')
     peers = ['fp32', 'bf16'] if on_gpu else ['fp32']
     add(
         '--peer-variants',
         nargs='*',
         default=peers,
+        choices=('fp32', 'bf16'),
         help='fp32; bf16: autocast and channels-last; nothing for ours alone',
     )
-    add('--repeats', type=int, default=5)
+    add('--repeats', type=count, default=5)
     add(
         '--seconds', type=float, default=480 if on_gpu else 1e9, help='begin no table and no further turn after so many'
     )
@@ -327,19 +329,20 @@ def main() -> None:
     add('--toy', action='store_true', help='tiny networks, to see that it runs')
     add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")
     add('--worker', help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.worker:
-        case = json.loads(args.worker)
-        try:
-            serve(case, measure)
-        except ImportError as error:
-            sys.exit(f'error: {error}')
-        return
+        serve(json.loads(args.worker), measure)
+        return 0
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
+    if unknown := [name for name in args.models if not timm.is_model(name)]:
+        raise ValueError(f'{", ".join(unknown)}: no such model in the timm registry')
     if args.toy:
         args.batch = 16
     take = sizes if args.sizes else imagenet if args.imagenet else compare
     measure_tables(take(args), args)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

@@ -39,13 +39,13 @@ class Worker:
         """One line of JSON out of the process.
 
         Raises:
-            RuntimeError: if the process ended; its own message is on stderr.
+            ChildProcessError: if the process ended; its own message is on stderr.
         """
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith('{'):
                 return json.loads(line)
-        raise RuntimeError(f'a case ended early, with status {self.process.wait()}; its message is above')
+        raise ChildProcessError(f'a case ended early, with status {self.process.wait()}; its message is above')
 
     def measure(self) -> dict[str, Any]:
         """One repeat."""
@@ -124,7 +124,6 @@ def write(name: str, record: dict[str, Any], output: str, device: torch.device) 
     where = environment(device)
     slug = 'cpu' if device.type == 'cpu' else where['hardware'].split(',')[0].lower().replace(' ', '-')
     path = Path(output) / f'{name}-{slug}.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {
         'benchmark': name,
         'threads': torch.get_num_threads(),

@@ -64,7 +64,7 @@ def test_cases_take_turns_in_processes_of_their_own(tmp_path):
     assert [one['value'] for one in found['a']] == [2, 3, 4]  # the first is the warm-up
     assert spread([one['value'] for one in found['b']]) == {'median': 30, 'min': 20, 'max': 40}
     assert len({one['pid'] for turns in found.values() for one in turns}) == 2
-    with pytest.raises(RuntimeError, match='ended early'):
+    with pytest.raises(ChildProcessError, match='ended early'):
         take_turns(str(script), {'a': {'value': -1}}, repeats=1)
 
 

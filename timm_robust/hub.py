@@ -68,7 +68,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check the names before anything is public."""
-        for what, name in (('tag', self.tag), ('branch', self.revision)):
+        for what, name in (('tag', self.tag), ('branch', self.revision), ('organisation', self.org)):
             if name is not None and not _NAME.fullmatch(name):
                 raise ValueError(
                     f'{name!r} is no name of a {what}; allowed are letters, digits and ._-/ between them, such as v1.0'

@@ -8,12 +8,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import math
 import os
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import torch
@@ -21,14 +20,20 @@ import yaml
 
 from .attacks import TRAINING_ATTACKS, AttackSchedule
 from .clock import parse_duration
+from .files import read_yaml
 from .model_config import check_model_kwargs
 from .precision import Precision
 from .results import atomic_file
 from .schedule import MOMENTUM_SWING
-from .threat_model import NORMS, ThreatModel, parse_eps
+from .threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps
 
 _RANGES: dict[str, Callable[[float], bool]] = {
     '>= 1': lambda v: v >= 1,
+    '1 to 10000': lambda v: 1 <= v <= 10_000,
+    '8 to 4096': lambda v: 8 <= v <= 4096,
+    '2 to 100000': lambda v: 2 <= v <= MAX_CLASSES,
+    '0 to 256': lambda v: 0 <= v <= 256,
+    '0 to 2^63 - 1': lambda v: 0 <= v < 2**63,
     '>= 0': lambda v: v >= 0,
     '> 0': lambda v: v > 0,
     '>= 0 and < 1': lambda v: 0 <= v < 1,
@@ -81,10 +86,12 @@ class Recipe:
     )
     act: str | None = _field('model', None, "put this activation of ours in the model's places; none: the model's own")
     act_shared: bool = _field('model', True, 'one such activation for the whole network, not one a place')
-    num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '>= 1')
+    num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '2 to 100000')
     pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
     initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
-    img_size: int | None = _field('model', None, 'pixels a side that images are resized to; none: as they are', '>= 1')
+    img_size: int | None = _field(
+        'model', None, 'pixels a side that images are resized to; none: as they are', '8 to 4096'
+    )
     progressive_resizing: dict[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata=_about('model', 'train on smaller images first: SIDE=EPOCHS of each stage, such as 16=4 24=8 32=10'),
@@ -110,7 +117,7 @@ class Recipe:
     cutmix: float = _field('data', 0.0, 'cutmix alpha; 0: none', '>= 0')
     extra_data: str | None = _field('data', None, 'generated images, .npz or .npy, to mix in')
     extra_fraction: float = _field('data', 0.5, 'their share of each batch', '>= 0 and <= 1')
-    workers: int = _field('data', 2, 'loader processes of streamed data', '>= 0')
+    workers: int = _field('data', 2, 'loader processes of streamed data', '0 to 256')
 
     loss: str = _field('loss', 'pgd_at', 'what training descends', ('pgd_at', 'trades', 'mart', 'clean'))
     beta: float = _field('loss', 6.0, 'weight of the robust term of TRADES and MART', '>= 0')
@@ -121,11 +128,11 @@ class Recipe:
     norm: str = _field('attack', 'Linf', 'norm of the threat model', NORMS)
     eps: float | str = _field('attack', '8/255', 'radius of the threat model, pixels in [0, 1]')
     attack: str = _field('attack', 'pgd', 'attack of the training step', tuple(TRAINING_ATTACKS))
-    steps: int = _field('attack', 10, 'PGD steps in training', '>= 1')
+    steps: int = _field('attack', 10, 'PGD steps in training', '1 to 10000')
     step_size: float | str | None = _field(
         'attack', None, 'none: 2.5 * eps / steps for pgd, 1.25 * eps for fgsm, eps for n_fgsm'
     )
-    late_steps: int | None = _field('attack', None, 'steps from late_start on; none: steps', '>= 1')
+    late_steps: int | None = _field('attack', None, 'steps from late_start on; none: steps', '1 to 10000')
     late_start: float = _field('attack', 0.5, 'share of the run after which late_steps holds', '>= 0 and <= 1')
     eps_warmup: float = _field('attack', 0.0, 'share of the run in which eps grows from 0', '>= 0 and <= 1')
     random_start: bool = _field('attack', True, 'start the attack at a random point of the ball')
@@ -141,7 +148,7 @@ class Recipe:
         'attack', 'exact', "derivative of ReLU in the attack: its own, or parametric softplus's", _GRADS
     )
     update_grad: str = _field('attack', 'exact', 'the same, in the update of the weights', _GRADS)
-    eval_steps: int = _field('validation', 10, 'PGD steps in validation', '>= 1')
+    eval_steps: int = _field('validation', 10, 'PGD steps in validation', '1 to 10000')
     eval_step_size: float | str | None = _field('validation', None, 'none: 2.5 * eps / eval_steps')
     val_interval: int = _field('validation', 1, 'epochs between validations', '>= 1')
 
@@ -196,7 +203,7 @@ class Recipe:
         'run',
         42,
         'seed of weights, data order, augmentation, attacks and held-out images (a resumed run keeps those it has)',
-        '>= 0',
+        '0 to 2^63 - 1',
     )
     output: str = _field('run', 'output/train', 'folder for the folders of the runs')
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
@@ -224,8 +231,26 @@ class Recipe:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
         _ = self.threat_model
         check_model_kwargs(self.model_kwargs)
-        for name in ('step_size', 'eval_step_size'):
-            _check_step_size(name, getattr(self, name))
+        self._check_attack()
+        if 'num_classes' in self.model_kwargs:
+            raise ValueError('num_classes is a setting of its own, none of model_kwargs; type --num-classes N')
+        if taken := {'opt', 'lr', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay'} & set(
+            self.opt_kwargs
+        ):
+            name = min(taken)
+            raise ValueError(
+                f'{name} is a setting of its own, none of opt_kwargs; type --{name.replace("_", "-")} VALUE'
+            )
+        if self.experiment in ('.', '..') or (self.experiment and Path(self.experiment).name != self.experiment):
+            raise ValueError(
+                f'experiment {self.experiment!r} is no name of a folder; allowed: one without / in it; the folder '
+                f'around it is output (--output {self.output})'
+            )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f'warmup_epochs {self.warmup_epochs:g} is longer than the run of {self.epochs} epochs; allowed: 0 to '
+                f'epochs (--warmup-epochs {self.epochs / 10:g})'
+            )
         if self.budget is not None:
             parse_duration(self.budget)
             if self.max_steps is not None:
@@ -264,16 +289,48 @@ class Recipe:
         except RuntimeError:
             raise ValueError(f"device {self.device!r} is unknown; allowed: 'cpu', 'cuda', 'cuda:1', ...") from None
 
+    def _check_attack(self) -> None:
+        """Refuse a ball without room in it, and steps and noise that leap over it."""
+        eps = self.threat_model.eps
+        if not eps:
+            raise ValueError(
+                f"eps {self.eps!r} leaves the attack no room; allowed: > 0; standard training is loss 'clean', "
+                'with the eps of its validation'
+            )
+        for name in ('step_size', 'eval_step_size'):
+            check_step_size(getattr(self, name), eps, name)
+        if self.start_noise is not None and self.start_noise > eps:
+            raise ValueError(f'start_noise {self.start_noise:g} is larger than eps {self.eps}; allowed: > 0 to eps')
+
+    def doubts(self) -> list[str]:
+        """What may be meant, but rarely is; a line of text each."""
+        found = self.threat_model.doubts()
+        if self.val_split is not None and self.val_split == self.train_split:
+            found.append(
+                f'val_split {self.val_split!r} is what it trains on, so validation tells nothing of other images, and '
+                'chooses the checkpoint by it; --val-split none holds val_size images out'
+            )
+        elif 'test' in (self.val_split, self.train_split):
+            what = 'trains on' if self.train_split == 'test' else 'chooses the checkpoint by'
+            found.append(f'this run {what} the test split; what is measured on it afterwards is too good')
+        if self.lr > 10 or self.lr * self.weight_decay >= 1:
+            found.append(f'a step of lr {self.lr:g} and weight_decay {self.weight_decay:g} throws the weights about')
+        if self.sched == 'multistep' and self.decay_milestones[-1] >= self.epochs:
+            found.append(f'decay_milestones {self.decay_milestones} are not all reached in {self.epochs} epochs')
+        return found
+
     def _check_stages(self) -> None:
         """Refuse stages of progressive resizing that are no sides and epochs, or not the whole run."""
         given = self.progressive_resizing
         if not given:
             return
-        shape = 'sides that grow, each with its epochs, such as {16: 4, 24: 8, 32: 10} (as flags 16=4 24=8 32=10)'
-        if not all(side.isdecimal() and type(epochs) is int and epochs > 0 for side, epochs in given.items()):
+        shape = 'sides of 8 to 4096 that grow, with epochs, such as {16: 4, 24: 8, 32: 10} (flags: 16=4 24=8 32=10)'
+        if not all(
+            side.isdecimal() and len(side) < 5 and type(epochs) is int and epochs > 0 for side, epochs in given.items()
+        ):
             raise ValueError(f'progressive_resizing {given} is not of the right form; allowed: {shape}')
         sides = [int(side) for side in given]
-        if sides != sorted(set(sides)) or sides[0] < 1:
+        if sides != sorted(set(sides)) or not 8 <= sides[0] <= sides[-1] <= 4096:
             raise ValueError(f'progressive_resizing has the sides {sides}; allowed: {shape}')
         if sum(given.values()) != self.epochs:
             raise ValueError(
@@ -344,27 +401,46 @@ class Recipe:
             FileNotFoundError: if there is no such file; it lists those in the folder.
             ValueError: naming the file, the line, and the unknown or doubled key or the wrong value.
         """
-        path, values = Path(path), {}
-        for key, value, line in _read_yaml(path):
+        values, lines = read_yaml(path)
+        return cls.from_values({} if values is None else values, path, lines)
+
+    @classmethod
+    def from_values(cls, values: Any, where: str | Path, lines: Mapping[str, int] = MappingProxyType({})) -> Recipe:
+        """The recipe of a mapping of what differs from the defaults; '-' and '_' in keys are the same.
+
+        Args:
+            values: name -> value, as a file holds them.
+            where: they come from, for messages.
+            lines: name -> its line there.
+
+        Raises:
+            ValueError: naming the place, and the unknown or doubled key or the wrong value.
+        """
+        if not isinstance(values, Mapping):
+            kind = type(values).__name__
+            raise ValueError(f'{where}: a recipe is a mapping of `key: value` lines, this is a {kind}')
+        read: dict[str, Any] = {}
+        for key, value in values.items():
             name = str(key).replace('-', '_')
+            place = f'{where}:{lines[str(key)]}' if str(key) in lines else str(where)
             if name in RETIRED:
                 if RETIRED[name] and value not in RETIRED[name]:
-                    raise ValueError(f'{path}:{line}: {name} is {RETIRED[name][0]} for good now; drop the line')
+                    raise ValueError(f'{place}: {name} is {RETIRED[name][0]} for good now; drop the line')
                 continue
             if name not in SETTINGS:
                 near = difflib.get_close_matches(name, SETTINGS, 1)
                 hint = f'did you mean {near[0]!r}? ' if near else ''
-                raise ValueError(f'{path}:{line}: unknown key {key!r}; {hint}timm_robust.recipe.Recipe lists the keys')
-            if name in values:
-                raise ValueError(f'{path}:{line}: key {key!r} is given twice')
+                raise ValueError(f'{place}: unknown key {key!r}; {hint}timm_robust.recipe.Recipe lists the keys')
+            if name in read:
+                raise ValueError(f'{place}: key {key!r} is given twice')
             try:
-                values[name] = _read_value(name, value)
+                read[name] = _read_value(name, value)
             except ValueError as error:
-                raise ValueError(f'{path}:{line}: {error}') from None
+                raise ValueError(f'{place}: {error}') from None
         try:
-            return cls(**values)
+            return cls(**read)
         except ValueError as error:
-            raise ValueError(f'{path}: {error}') from None
+            raise ValueError(f'{where}: {error}') from None
 
     @classmethod
     def from_checkpoint(cls, state: dict[str, Any]) -> Recipe:
@@ -409,7 +485,7 @@ def _read_value(name: str, value: Any) -> Any:
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
     """The value as one of these types, or this function itself where it fits none."""
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and not abs(value) < 3e38:  # of float32
         return _convert
     if list in kinds and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         return list(value)
@@ -427,44 +503,3 @@ def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
         except ValueError:
             return _convert
     return _convert
-
-
-def _check_step_size(name: str, value: float | str | None) -> None:
-    """Refuse a step size that is no positive number."""
-    try:
-        good = value is None or parse_eps(value) > 0
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(f"{name} {value!r} is not a positive number; write for example '2/255' or 0.0078")
-
-
-def _read_yaml(path: Path) -> list[tuple[Any, Any, int]]:
-    """The (key, value, line) of a YAML mapping, without doubled keys."""
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except FileNotFoundError:
-        others = ', '.join(sorted(file.name for file in path.parent.glob('*.yaml'))) or 'no .yaml file'
-        raise FileNotFoundError(f'recipe {path} does not exist; its folder holds {others}') from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: not a text file in UTF-8: {error}') from None
-    try:
-        root, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, 'problem_mark', None)
-        line = f':{mark.line + 1}' if mark else ''
-        raise ValueError(f'{path}{line}: not valid YAML: {getattr(error, "problem", None) or error}') from None
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f'{path}: a recipe is a mapping of `key: value` lines, this is a {type(values).__name__}')
-    lines: dict[str, int] = {}
-    for node in (root, *(value for _, value in root.value if isinstance(value, yaml.MappingNode))):
-        seen = set()
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise ValueError(f'{path}:{line}: key {key.value!r} is given twice')
-            seen.add(key.value)
-            lines.setdefault(key.value, line)
-    return [(key, value, lines.get(str(key), 1)) for key, value in values.items()]

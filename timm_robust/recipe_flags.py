@@ -3,30 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
-import difflib
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
 
+from .command_line import KeyValue, Parser
 from .recipe import KINDS, SETTINGS, Recipe, kinds_of
-
-
-class _KeyValue(argparse.Action):
-    """Reads `key=value ...` into a dict, each value as a Python literal where it is one (timm's --model-kwargs)."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: Any = None) -> None:
-        read = {}
-        for item in values:
-            key, equals, value = item.partition('=')
-            if not equals or not key:
-                parser.error(f'argument {option}: {item!r} is not of the form key=value')
-            try:
-                read[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                read[key] = value
-        setattr(namespace, self.dest, read)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if kinds == (bool,):
             options['action'] = argparse.BooleanOptionalAction
         elif kinds == (dict,):
-            options |= {'nargs': '*', 'action': _KeyValue, 'metavar': 'KEY=VALUE'}
+            options |= {'nargs': '*', 'action': KeyValue, 'metavar': 'KEY=VALUE'}
         elif kinds == (list,):
             options |= {'nargs': '*', 'type': int, 'metavar': 'N'}
         elif isinstance(allowed, tuple):
@@ -67,20 +50,15 @@ def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
 def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recipe:
     """The recipe of a command line (without the program's name): default < --config file < flags.
 
-    What is wrong is printed with the usage, without a traceback, and the exit code is 2.
+    Raises:
+        SystemExit: for wrong flags, after a line on stderr, with status 2.
+        ValueError, OSError: as Recipe and Recipe.from_yaml.
     """
     usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...] [--plan]; {prog} --help lists the flags'
     about = 'Train a robust model. With --plan, measure a few steps, print time and memory of the run, and end.'
-    parser = argparse.ArgumentParser(prog, usage, about, allow_abbrev=False)
+    parser = Parser(prog, usage, about, allow_abbrev=False)
     add_arguments(parser)
-    namespace, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split('=')[0], parser._option_string_actions, 1)
-        parser.error(f'unknown argument {unknown[0]!r}' + (f'; did you mean {near[0]!r}?' if near else ''))
-    given = vars(namespace)
+    given = vars(parser.parse_args(list(argv)))
     config = given.pop('config')
-    try:
-        recipe = Recipe.from_yaml(config) if config else Recipe()
-        return dataclasses.replace(recipe, **given)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    recipe = Recipe.from_yaml(config) if config else Recipe()
+    return dataclasses.replace(recipe, **given)

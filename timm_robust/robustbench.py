@@ -22,13 +22,14 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import nn
 
 from .allocator import keep_freed_memory
 from .checkpoint import load_model as load_any
 from .checkpoint import read_weights
+from .command_line import Parser, command, count, whole_number
 from .data import ImageData, load_dataset
+from .files import read_yaml
 from .model_files import write_model
 from .pixels import pixel_input
 from .releases import RELEASES, STAGED
@@ -258,17 +259,14 @@ def fetch(name: str, target: str | Path) -> Path:
         return convert(name, path, target)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 if it ended well, 2 for bad input."""
     args = _parser().parse_args(argv)
     keep_freed_memory()
-    try:
-        answer = args.run(args)
-        if answer is not None:
-            print(json.dumps(answer, indent=2))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    answer = args.run(args)
+    if answer is not None:
+        print(json.dumps(answer, indent=2))
     return 0
 
 
@@ -297,10 +295,7 @@ def _run_compare(args: argparse.Namespace) -> None:
 
 
 def _run_submission(args: argparse.Namespace) -> dict[str, Any]:
-    try:
-        info = yaml.safe_load(Path(args.paper).read_text(encoding='utf-8'))
-    except yaml.YAMLError as error:
-        raise ValueError(f'{args.paper} is not YAML: {" ".join(str(error).split())}') from None
+    info, _ = read_yaml(args.paper)
     if not isinstance(info, dict):
         raise ValueError(f'{args.paper} holds no paper; write link, name, authors and venue, each as KEY: VALUE')
     return {'written': str(submission(args.cards / args.name, args.target, args.data_dir, info))}
@@ -310,19 +305,19 @@ def _run_table(args: argparse.Namespace) -> dict[str, Any]:
     return write_entries(args.model_info, args.commit)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The commands."""
-    parser = argparse.ArgumentParser('python -m timm_robust.robustbench', description='The door to RobustBench.')
+    parser = Parser('python -m timm_robust.robustbench', description='The door to RobustBench.')
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('benchmark', help="RobustBench's own benchmark() on our model and local images")
     one.add_argument('name', help='registry name, checkpoint file or folder')
     one.add_argument('--data-dir', required=True, help='folder that holds the data, or CIFAR-10-C/')
-    one.add_argument('--dataset', default='cifar10', help='cifar10 or cifar100')
+    one.add_argument('--dataset', default='cifar10', choices=('cifar10', 'cifar100'))
     one.add_argument('--threat-model', default='Linf', choices=('Linf', 'L2', 'corruptions'))
     one.add_argument('--eps', help="radius, such as 8/255; the leaderboard's if not given")
-    one.add_argument('-n', type=int, help='number of images, the first of the test set; all if not given')
-    one.add_argument('--batch-size', type=int, default=250)
-    one.add_argument('--seed', type=int, default=0)
+    one.add_argument('-n', type=count, help='number of images, the first of the test set; all if not given')
+    one.add_argument('--batch-size', type=count, default=250)
+    one.add_argument('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N')
     one.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     one.set_defaults(run=_run_benchmark)
     two = commands.add_parser('convert', help="RobustBench's .pt to a folder of ours, or the way back")
@@ -353,8 +348,8 @@ def _parser() -> argparse.ArgumentParser:
     six.add_argument('model_info', help="folder model_info of a checkout of RobustBench's repository")
     six.add_argument('commit', help='the commit that it is of')
     six.set_defaults(run=_run_table)
-    for command in (four, five):
-        command.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+    for one in (four, five):
+        one.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
     return parser
 
 

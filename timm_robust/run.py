@@ -8,6 +8,7 @@ as if it had never stopped.
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +56,7 @@ from .distributed import World
 from .files import Writer, link_file
 from .folding import FoldedNet
 from .losses import make_loss
+from .model_config import make_model
 from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
@@ -317,8 +319,13 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
         near = difflib.get_close_matches(recipe.model, timm.list_models(), n=3)
         raise ValueError(f'model {recipe.model!r} is not registered with timm; nearest: {", ".join(near) or "none"}')
     classes = recipe.num_classes or num_classes
+    if classes < max(num_classes, 2):
+        raise ValueError(
+            f'{classes} classes are too few: the data has {num_classes}, and one class is never wrong; allowed: '
+            f'num_classes {max(num_classes, 2)} and more (leave it out for as many as the data has)'
+        )
     arch, kwargs = architecture(recipe)
-    model = timm.create_model(arch, recipe.pretrained, num_classes=classes, **kwargs)
+    model = make_model(arch, kwargs, pretrained=recipe.pretrained, num_classes=classes)
     if recipe.initial_checkpoint:
         try:
             model.load_state_dict(read_weights(recipe.initial_checkpoint))
@@ -425,15 +432,18 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     settings: dict[str, Any] = dict(recipe.opt_kwargs)
     if recipe.layer_decay is not None:
         settings['layer_decay'] = recipe.layer_decay
-    return create_optimizer_v2(
-        model,
-        opt=recipe.opt,
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        filter_bias_and_bn=recipe.filter_bias_and_bn,
-        **settings,
-    )
+    own = {key: getattr(recipe, key) for key in ('opt', 'lr', 'weight_decay', 'momentum', 'filter_bias_and_bn')}
+    try:
+        return create_optimizer_v2(model, **{**settings, **own})
+    except Exception as error:
+        if not recipe.opt_kwargs:
+            raise
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+        takes = [key for key in inspect.signature(get_optimizer_class(recipe.opt)).parameters if key not in own]
+        raise ValueError(
+            f'cannot make optimizer {recipe.opt!r} with opt_kwargs {recipe.opt_kwargs} ({reason}); it takes '
+            f'{", ".join(takes[1:])}'
+        ) from error
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:

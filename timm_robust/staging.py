@@ -10,7 +10,6 @@ the verdict on every image; both and `render` write the card, the check sums, th
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import statistics
@@ -28,6 +27,7 @@ import yaml
 from .allocator import keep_freed_memory
 from .cards import FLAGS, RESULTS, model_card, read_hyper, read_results, results_page, strongest
 from .checkpoint import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
+from .command_line import Parser, command, count, whole_number
 from .data import DATASETS, SPLITS, load_dataset
 from .distributed import World
 from .engine import activation_state
@@ -334,6 +334,7 @@ def _text_of(card: str) -> str:
     return card.split('\n---\n', 1)[-1]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; 0 if it ended well, 2 for bad input."""
     parser = _parser()
@@ -341,31 +342,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     table = args.table or (TABLE if args.cards == STAGED else args.cards.parent / TABLE.name)
     measured = args.name if args.command == 'measure' else None
-    try:
-        for old in args.cards.glob('.*/old'):  # of a command killed between two renames
-            recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
-        if args.command == 'stage':
-            stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
-        elif args.command == 'measure':
-            world = World.join(args.device)
-            data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
-            settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
-            settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
-            measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
-            world.leave()
-            if world.rank:
-                return 0
-        for folder in render(args.cards, table, args.recipes, measured):
-            check(folder)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    for old in args.cards.glob('.*/old'):  # of a command killed between two renames
+        recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
+    if args.command == 'stage':
+        stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
+    elif args.command == 'measure':
+        world = World.join(args.device)
+        data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
+        settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
+        settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
+        measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
+        world.leave()
+        if world.rank:
+            return 0
+    for folder in render(args.cards, table, args.recipes, measured):
+        check(folder)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     """The three commands."""
-    parser = argparse.ArgumentParser('python -m timm_robust.staging', description=(__doc__ or '').partition('\n')[0])
+    parser = Parser('python -m timm_robust.staging', description=(__doc__ or '').partition('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
     run = commands.add_parser('stage', help='write model_cards/NAME/ from a finished run')
     run.add_argument('run', metavar='RUN', help='folder that training wrote')
@@ -378,21 +375,19 @@ def _parser() -> argparse.ArgumentParser:
     add('--data-dir', required=True, help='folder that holds the data')
     add('--dataset', default='cifar10', help=', '.join(DATASETS))
     add('--split', default='test', help=', '.join(SPLITS))
-    add('-n', type=int, help='number of images, the first of the split; all if not given')
+    add('-n', type=count, help='number of images, the first of the split; all if not given')
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
-    add('--batch-size', type=int, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add('--batch-size', type=count, default=250, help="images a batch; AutoAttack's random numbers depend on it")
     add('--eps', help='radius, such as 8/255; that of the measurements before, or else of training')
-    add('--seed', type=int, default=0, help='seed of all attacks')
+    add('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N', help='seed of all attacks')
     add('--state-dir', help="keep AutoAttack's finds there; type the same again to go on after a kill")
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     commands.add_parser('render', help='write cards, check sums, the table of releases and RESULTS.md')
-    for command in commands.choices.values():
-        command.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
-        command.add_argument(
-            '--table', type=Path, help="table of releases; the package's, or that beside other --cards"
-        )
-        command.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
-        command.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
+    for one in commands.choices.values():
+        one.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+        one.add_argument('--table', type=Path, help="table of releases; the package's, or that beside other --cards")
+        one.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
+        one.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
 
 

@@ -20,12 +20,14 @@ import torch
 
 import timm_robust
 from timm_robust.allocator import keep_freed_memory
+from timm_robust.command_line import command, is_input_error
 from timm_robust.engine import Run, Stopped, build, fit
 from timm_robust.plan import plan
 from timm_robust.recipe_flags import parse_recipe
 from timm_robust.watchdog import Diverged
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipe of the command line; 0 if it ended well, 1 if it diverged, 2 bad input, 128 + n signal n."""
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         run = build(recipe)
+        for doubt in recipe.doubts() if not run.world.rank else ():
+            print(f'warning: {doubt}', file=sys.stderr)
         if planned:
             line = plan(run)
             return 0 if run.world.rank else print_plan(line)
@@ -51,16 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except torch.cuda.OutOfMemoryError:
         advice = 'type --grad-checkpointing, or a smaller --batch-size with another --experiment'
-        print(f'error: out of memory; {advice}', file=sys.stderr)
-        return 2
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        advice = ''
-        if run is not None and run.step:
-            advice = f'; when that is mended, go on with --resume {run.folder / "last.pth.tar"} and the same settings'
-            if isinstance(error, RuntimeError):  # of the device, the compiler or the other processes
-                traceback.print_exc()
-        print(f'error: {error}{advice}', file=sys.stderr)
-        return 2
+        raise MemoryError(f'out of memory; {advice}') from None
+    except Exception as error:
+        if run is None or not run.step or not (is_input_error(error) or isinstance(error, RuntimeError)):
+            raise
+        if not is_input_error(error):  # of the device, the compiler or the other processes
+            traceback.print_exc()
+        again = f'go on with --resume {run.folder / "last.pth.tar"} and the same settings'
+        raise OSError(f'{error}; when that is mended, {again}') from error
     if not run.world.rank:
         print(json.dumps(line))
     return 0

@@ -21,6 +21,7 @@ import torch
 
 import timm_robust
 from timm_robust.checkpoint import load_model
+from timm_robust.command_line import Parser, command, count
 from timm_robust.data import ImageData, load_dataset
 from timm_robust.engine import build, fit
 from timm_robust.losses import cross_entropy
@@ -50,27 +51,27 @@ ROBUST = Recipe(
 CONTROL = replace(ROBUST, loss='clean', epochs=8, val_interval=8, warmup_epochs=2.0, lr=0.05)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both, attack both, print the table, save the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
     )
-    parser.add_argument('-n', type=int, default=24, help='held-out images to attack (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, help='train both models for so many epochs')
+    parser.add_argument('-n', type=count, default=24, help='held-out images to attack (default: %(default)s)')
+    parser.add_argument('--epochs', type=count, help='train both models for so many epochs')
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
     started, output = time.perf_counter(), Path(args.output)
-    try:
-        claim(output)
-    except OSError as error:
-        parser.error(str(error))
+    claim(output)
     test = load_dataset('digits', split='test').first(args.n)
     results, models = {}, {}
     for name, recipe in {'standard training': CONTROL, 'robust training': ROBUST}.items():
         logging.info('\n%s', name)
         experiment = name.split()[0]
-        recipe = replace(recipe, output=str(output), experiment=experiment, epochs=args.epochs or recipe.epochs)
+        epochs = args.epochs or recipe.epochs
+        warmup = min(recipe.warmup_epochs, epochs / 4)
+        recipe = replace(recipe, output=str(output), experiment=experiment, epochs=epochs, warmup_epochs=warmup)
         shutil.rmtree(output / experiment, ignore_errors=True)  # of the demo before
         fit(build(recipe))
         models[name] = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here

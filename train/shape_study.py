@@ -9,7 +9,6 @@ cores: networks as small as these use no more than one. OUT gets results.csv, en
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -21,19 +20,22 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import yaml
 
 import timm_robust
 from timm_robust.activations import get_activation
 from timm_robust.allocator import keep_freed_memory
 from timm_robust.checkpoint import load_model
-from timm_robust.data import load_dataset
+from timm_robust.command_line import Parser, command, count
+from timm_robust.data import SPLITS, load_dataset
 from timm_robust.engine import build, fit
+from timm_robust.files import read_yaml
 from timm_robust.pixels import pixel_input
 from timm_robust.plots import read_run
 from timm_robust.recipe import Recipe
@@ -89,51 +91,103 @@ def read_study(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[Point]]
     Raises:
         ValueError: naming the unknown key or value.
     """
-    try:
-        study = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except yaml.YAMLError as error:
-        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from None
+    study, _ = read_yaml(path)
     if not isinstance(study, dict):
         raise ValueError(f'{path} holds no study; it needs recipe, seeds and sweeps')
-    if unknown := set(study) - {'recipe', 'measure', 'seeds', 'sweeps'}:
-        raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))}; allowed: recipe, measure, seeds, sweeps')
+    _check_keys(study, ('recipe', 'measure', 'seeds', 'sweeps'), str(path))
     if missing := [key for key in ('recipe', 'seeds', 'sweeps') if not study.get(key)]:
         raise ValueError(f'{path} lacks {", ".join(missing)}')
-    options = study.get('measure', {})
-    if unknown := set(options) - set(_MEASURE):
-        raise ValueError(
-            f'{path}: unknown key {", ".join(sorted(unknown))} under measure; allowed: {", ".join(_MEASURE)}'
-        )
-    if options.get('attack', 'autoattack') not in _TITLES or options.get('attack') == 'radius':
+    settings, options = study['recipe'], study.get('measure', {})
+    _check_keys(options, _MEASURE, f'{path}, measure')
+    if options.get('attack', 'autoattack') not in ('autoattack', 'apgd', 'pgd'):
         raise ValueError(f'{path}: attack {options["attack"]!r} is unknown; allowed: autoattack, apgd, pgd')
-    points = []
-    for sweep in study['sweeps']:
-        if 'act' not in sweep or ('parameter' in sweep) != ('values' in sweep):
-            raise ValueError(f'{path}: sweep {sweep} needs act, and parameter and values together or neither')
-        if unknown := set(sweep) - {'act', 'parameter', 'values', 'learned', 'loss'}:
-            allowed = 'act, parameter, values, learned, loss'
-            raise ValueError(f'{path}: unknown key {", ".join(sorted(unknown))} of a sweep; allowed: {allowed}')
-        initial, parameter = get_activation(sweep['act']).initial, sweep.get('parameter')
-        if parameter is not None and parameter not in initial:
-            has = ', '.join(initial) or 'none'
-            raise ValueError(f'{path}: {sweep["act"]} has no parameter {parameter!r}; it has {has}')
-        for value in sweep['values'] if parameter else [None]:
-            for learned in _list(sweep.get('learned', False)):
-                for loss in _list(sweep.get('loss', 'pgd_at')):
-                    points += [Point(sweep['act'], parameter, value, learned, loss, seed) for seed in study['seeds']]
-    return study['recipe'], options, points
+    for key in ('n', 'square_queries'):
+        if not (type(options.get(key, 1)) is int and options.get(key, 1) >= 1):
+            raise ValueError(
+                f'{path}, measure: {key} {options[key]!r} is not allowed; allowed: whole numbers, 1 and more'
+            )
+    if options.get('split', 'test') not in SPLITS[1:]:
+        raise ValueError(
+            f'{path}, measure: split {options["split"]!r} is not allowed; allowed: {", ".join(SPLITS[1:])}'
+        )
+    if not isinstance(settings, dict) or not isinstance(settings.get('model'), str):
+        raise ValueError(
+            f'{path}, recipe: it needs model, the family of networks that each sweep adds its activation to'
+        )
+    if taken := {'seed', 'loss', 'output', 'experiment', 'resume'} & set(settings):
+        raise ValueError(f'{path}, recipe: {min(taken)} is set by the study itself (seeds, sweeps, -o); leave it out')
+    for key in ('seeds', 'sweeps'):
+        if not isinstance(study[key], list):
+            raise ValueError(f'{path}: {key} {str(study[key])[:100]} is no list; write {key}: [...]')
+    points = [point for sweep in study['sweeps'] for point in _points(sweep, study['seeds'], str(path))]
+    if not points:
+        raise ValueError(f'{path}: its sweeps hold no point')
+    for number, point in enumerate(points):
+        if point in points[:number]:
+            raise ValueError(f'{path}: {point.name} is given twice')
+        own = point_settings(point, settings)
+        Recipe.from_values(own, f'{path}, recipe of {point.name}')
+        if not timm.is_model(own['model']):
+            raise ValueError(f'{path}: {own["model"]!r} is no model in the timm registry; change model or act')
+    return settings, options, points
+
+
+def _points(sweep: Any, seeds: list[Any], path: str) -> list[Point]:
+    """The points of a sweep.
+
+    Raises:
+        ValueError: for what a sweep cannot mean.
+    """
+    keys = ('act', 'parameter', 'values', 'learned', 'loss')
+    if not isinstance(sweep, dict):
+        raise ValueError(f'{path}: sweep {str(sweep)[:100]} is not of the form {{act: NAME, ...}}')
+    if not isinstance(sweep.get('act'), str) or ('parameter' in sweep) != ('values' in sweep):
+        raise ValueError(f'{path}: sweep {sweep} needs act, and parameter and values together or neither')
+    _check_keys(sweep, keys, f'{path}, a sweep')
+    initial, parameter = get_activation(sweep['act']).initial, sweep.get('parameter')
+    if 'parameter' in sweep and parameter not in list(initial):
+        has = ', '.join(initial) or 'none'
+        raise ValueError(f'{path}: {sweep["act"]} has no parameter {parameter!r}; it has {has}')
+    values = sweep['values'] if parameter else [None]
+    if not isinstance(values, list) or not all(
+        parameter is None or (type(value) in (int, float) and math.isfinite(value)) for value in values
+    ):
+        raise ValueError(f'{path}: values {values!r} of {parameter} are not allowed; allowed: a list of finite numbers')
+    learned, losses = _list(sweep.get('learned', False)), _list(sweep.get('loss', 'pgd_at'))
+    if not all(isinstance(item, bool) for item in learned):
+        raise ValueError(
+            f'{path}: learned {sweep["learned"]!r} is not allowed; allowed: true, false, or a list of them'
+        )
+    return [
+        Point(sweep['act'], parameter, value, learns, loss, seed)
+        for value in values
+        for learns in learned
+        for loss in losses
+        for seed in seeds
+    ]
+
+
+def _check_keys(mapping: Any, allowed: Sequence[str], where: str) -> None:
+    """Refuse what is no mapping, or has other keys."""
+    if not isinstance(mapping, dict):
+        raise ValueError(f'{where}: {str(mapping)[:100]} is no mapping of {", ".join(allowed)} to values')
+    if unknown := sorted(map(str, set(mapping) - set(allowed))):
+        raise ValueError(f'{where}: unknown key {", ".join(unknown)}; allowed: {", ".join(allowed)}')
 
 
 def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def point_settings(point: Point, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the recipe that trains a point."""
+    return {**settings, 'model': f'{settings["model"]}_{point.act}', 'loss': point.loss, 'seed': point.seed}
+
+
 def train(point: Point, settings: dict[str, Any], output: Path) -> dict[str, Any]:
     """Train a point, or go on with its training; returns the run's last line."""
-    family = settings['model']
-    own = {'model': f'{family}_{point.act}', 'loss': point.loss, 'seed': point.seed}
     run_settings = {'output': str(output), 'experiment': point.name, 'resume': 'auto'}
-    run = build(Recipe(**{**settings, **own, **run_settings}))
+    run = build(Recipe.from_values(point_settings(point, settings) | run_settings, point.name))
     act: Any = run.model.act
     start = {} if run.step or point.parameter is None else {point.parameter: float(point.value or 0)}
     set_shape(act, start, point.learned)
@@ -144,7 +198,7 @@ def train(point: Point, settings: dict[str, Any], output: Path) -> dict[str, Any
 
 def measure(point: Point, settings: dict[str, Any], options: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Everything that is measured of a trained point."""
-    recipe = Recipe(**{key: value for key, value in settings.items() if key != 'model'})
+    recipe = Recipe.from_values(point_settings(point, settings), point.name)
     device = torch.device(recipe.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     model = load_model(folder, device=device)
     data = load_dataset(recipe.dataset, recipe.data_dir, options.get('split', 'test')).first(options.get('n', 100))
@@ -171,14 +225,15 @@ def measure(point: Point, settings: dict[str, Any], options: dict[str, Any], fol
     }
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, measure, tabulate, plot; 0 if it ended well, 2 for bad input."""
-    parser = argparse.ArgumentParser(description=(__doc__ or '').partition('\n')[0])
+    parser = Parser(description=(__doc__ or '').partition('\n')[0])
     parser.add_argument('study', type=Path, help='YAML file of the study')
     parser.add_argument('-o', '--output', type=Path, required=True, help='folder for runs, table and plots')
     parser.add_argument('--data-dir', help='folder that holds the data')
     parser.add_argument(
-        '--jobs', type=int, default=1, metavar='N', help='points at a time, each in a process of its own'
+        '--jobs', type=count, default=1, metavar='N', help='points at a time, each in a process of its own'
     )
     parser.add_argument(
         '--publish', type=Path, metavar='DIR', help='put table, environment and plots there, without runs'
@@ -186,18 +241,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr, force=True)
-    try:
-        settings, options, points = read_study(args.study)
-        if args.data_dir:
-            settings['data_dir'] = args.data_dir
-        rows = []
-        for row in run_points(points, settings, options, args.output, args.jobs):
-            rows.append(row)
-            print(f'{len(rows)}/{len(points)} {describe(row)}', file=sys.stderr, flush=True)
-        report(rows, args.study, args.publish or args.output)
-    except (ValueError, OSError, ImportError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    settings, options, points = read_study(args.study)
+    if args.data_dir:
+        settings['data_dir'] = args.data_dir
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in run_points(points, settings, options, args.output, args.jobs):
+        rows.append(row)
+        print(f'{len(rows)}/{len(points)} {describe(row)}', file=sys.stderr, flush=True)
+    report(rows, args.study, args.publish or args.output)
     return 0
 
 
@@ -207,10 +259,9 @@ def run_points(
     """The rows of all points, in their order, `jobs` of them at a time.
 
     Raises:
-        ValueError: for no jobs at all, and as run_point does.
+        ChildProcessError: if a process was killed.
+        ValueError: as run_point does.
     """
-    if jobs < 1:
-        raise ValueError(f'--jobs {jobs} is no number of processes; allowed: 1 and more')
     if jobs == 1:
         for point in points:
             yield run_point(point, settings, options, output)
@@ -222,6 +273,8 @@ def run_points(
         try:
             for future in futures:
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
         finally:
             pool.shutdown(cancel_futures=True)
 
