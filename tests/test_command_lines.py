@@ -78,7 +78,7 @@ BAD = [
             (['--start-noise', '5'], 'start_noise 5 is larger than eps'),
             (['--img-size', '1'], 'img_size 1 is out of range; allowed: 8 to 4096'),
             (['--warmup-epochs', '1000'], 'longer than the run of 100 epochs'),
-            (['--crop-padding', '40'], 'crop_padding must be 0 to 31'),
+            (['--crop-padding', '40'], 'crop_padding must be 0 to 32'),
             (['--seed', '9' * 25], r'out of range; allowed: 0 to 2\^63 - 1'),
             (['--experiment', '../up'], "experiment '../up' is no name of a folder"),
             (['--bach-size', '3'], "did you mean '--batch-size'"),
@@ -272,24 +272,3 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
     with pytest.raises(Began):
         train(flags)
     assert 'warning' not in capsys.readouterr().err
-
-
-def test_the_demo_deletes_runs_alone(tmp_path, monkeypatch):
-    class Began(Exception):
-        pass
-
-    def begin(run):
-        raise Began
-
-    monkeypatch.setattr('timm_robust.engine.fit', begin)
-    demo = main_of('demo')
-    (tmp_path / 'standard').mkdir()
-    kept = tmp_path / 'standard' / 'thesis.txt'
-    kept.write_text('two years')
-    with pytest.raises(Began):
-        demo(['--output', str(tmp_path), '--epochs', '1'])
-    assert kept.is_file()
-    (kept.parent / 'args.yaml').write_text('')  # as a run begins
-    with pytest.raises(Began):
-        demo(['--output', str(tmp_path), '--epochs', '1'])
-    assert not kept.exists()

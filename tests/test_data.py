@@ -148,7 +148,7 @@ def test_the_incomplete_last_batch_is_dropped():
     [
         ({'batch_size': 41}, r'batch_size 41 must lie in 1\.\.40'),
         ({'batch_size': 0}, 'batch_size 0 must'),
-        ({'batch_size': 8, 'crop_padding': -1}, 'crop_padding must be 0 to 5'),
+        ({'batch_size': 8, 'crop_padding': -1}, 'crop_padding must be 0 to 6'),
         ({'batch_size': 8, 'hflip': 1.5}, r'hflip in \[0, 1\], got 4 and 1.5'),
     ],
 )

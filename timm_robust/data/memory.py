@@ -187,9 +187,9 @@ class TrainBatches:
         if not 0 < batch_size <= len(data):
             raise ValueError(f'batch_size {batch_size} must lie in 1..{len(data)}, the number of training images')
         side = min(data.images.shape[2:])
-        if not 0 <= crop_padding < side or not 0 <= hflip <= 1:
+        if not 0 <= crop_padding <= side or not 0 <= hflip <= 1:
             raise ValueError(
-                f'crop_padding must be 0 to {side - 1} for images of {side} pixels a side, and hflip in [0, 1], got '
+                f'crop_padding must be 0 to {side} for images of {side} pixels a side, and hflip in [0, 1], got '
                 f'{crop_padding} and {hflip}'
             )
         self.data, self.batch_size, self.seed = data, batch_size, seed
