@@ -1,10 +1,14 @@
 """The real script, as a user starts it."""
 
+import importlib.util
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +131,26 @@ def test_the_edm_recipes_follow_the_course_of_the_authors_code(size):
         if step < total - 1:
             reference.step()
     assert (recipe.bn_momentum, recipe.attack_bn) == (0.01, 'train')
+
+
+def test_every_signal_that_ends_a_program_asks_for_a_save(monkeypatch):
+    spec = importlib.util.spec_from_file_location('adv_train', ROOT / 'train/adv_train.py')
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        for number in numbers:
+            run, got = SimpleNamespace(stop=False), []
+            script.listen(run, got)
+            os.kill(os.getpid(), number)
+            assert run.stop and got == [number] and signal.getsignal(number) is signal.SIG_DFL  # a second one ends it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+        script.listen(run, got)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_there_are_recipes():

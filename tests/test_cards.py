@@ -85,17 +85,19 @@ def test_what_is_released_is_staged_described_and_has_its_recipe(name):
     assert (STAGED.parent / 'train/recipes' / f'{name}.yaml').is_file()
 
 
-def test_a_card_tells_of_extra_data_and_the_papers(tmp_path):
+def test_a_card_tells_of_extra_data_changes_on_the_way_and_the_papers(tmp_path):
     folder = tmp_path / 'wrn28_10_psilu.trades_edm1m_cifar10_linf'
     shutil.copytree(STAGED / 'resnet18_pssilu.fgsm_cifar10_linf', folder)
     text = (folder / 'results.json').read_text()
     content = json.loads(text.replace('resnet18_pssilu.fgsm_cifar10_linf', folder.name))
+    content['training']['changes'] = [{'step': 1200, 'epoch': 3, 'changes': {'eps': [0.03, '8/255'], 'seed': [42, 7]}}]
     (folder / 'results.json').write_text(json.dumps(content))
     hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
     hyper |= {'loss': 'trades', 'extra_data': '1m.npz', 'extra_fraction': 0.7}
     (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(hyper))
     card = model_card(folder)
     assert '- 70% of each batch is extra data: 1 million images of a diffusion model (EDM).' in card
+    assert '- From step 1,200 on: eps 8/255 instead of 0.03, seed 7 instead of 42.' in card
     papers = card.partition('## Papers')[2]
     for number in ('2110.05626', '1901.08573', '2302.04638', '2206.00364', '2003.01690'):
         assert f'https://arxiv.org/abs/{number}' in papers and f'arxiv:{number}' in card, number

@@ -17,6 +17,7 @@ from timm_robust.checkpoint import (
     prune_checkpoints,
     read_weights,
     save_checkpoint,
+    set_aside,
 )
 
 ARCH = 'test_resnet'
@@ -413,3 +414,22 @@ def test_no_temporary_names_count_as_checkpoints(tmp_path):
     save_checkpoint(tmp_path / 'last.pth.tar', make_state(1))
     shutil.copy(tmp_path / 'last.pth.tar', tmp_path / '.checkpoint-9.pth.tar.1.tmp')  # left by a killed process
     assert latest_checkpoint(tmp_path).name == 'last.pth.tar'
+
+
+def test_what_lies_after_a_step_is_set_aside(tmp_path):
+    for name, step in {'checkpoint-0': 3, 'checkpoint-1': 6, 'checkpoint-2': 9, 'last': 10, 'model_best': 9}.items():
+        save_checkpoint(tmp_path / f'{name}.pth.tar', make_state(step))
+    (tmp_path / 'checkpoint-7.pth.tar').write_bytes(b'damaged')
+    point = tmp_path / 'checkpoint-1.pth.tar'
+    aside = set_aside(tmp_path, 6, point, None)
+    assert aside == tmp_path / 'abandoned-after-step-6'
+    steps = {path.name: load_checkpoint(path)['step'] for path in aside.iterdir()}
+    assert steps == {'checkpoint-2.pth.tar': 9, 'last.pth.tar': 10, 'model_best.pth.tar': 9}
+    assert latest_checkpoint(tmp_path).name == 'last.pth.tar' and (tmp_path / 'last.pth.tar').samefile(point)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'checkpoint-7.pth.tar', 'last.pth.tar'
+    ]  # fmt: skip
+    assert set_aside(tmp_path, 6, point, None) is None
+    save_checkpoint(tmp_path / 'model_best.pth.tar', make_state(8))
+    assert set_aside(tmp_path, 6, point, tmp_path / 'checkpoint-0.pth.tar').name == 'abandoned-after-step-6-2'
+    assert load_checkpoint(tmp_path / 'model_best.pth.tar')['step'] == 3

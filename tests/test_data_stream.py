@@ -10,7 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_robust.data import ImageData, StreamBatches, StreamData, is_stream, load_dataset, split_holdout
+from timm_robust.data import (
+    ImageData,
+    StreamBatches,
+    StreamData,
+    fingerprint,
+    is_stream,
+    load_dataset,
+    reader_fault,
+    split_holdout,
+)
 from timm_robust.data.memory import new_labels
 from timm_robust.distributed import World
 from timm_robust.recipe import Recipe
@@ -411,6 +420,23 @@ def test_web_batches_resume_in_mid_epoch(tmp_path, workers):
     for step in (7, 8, 3):
         assert all(torch.equal(a, b) for a, b in zip(resumed[step], expected[step], strict=True)), step
     assert numbers(expected[6][0]) + numbers(expected[7][0]) != epoch[:8]
+
+
+def test_a_web_data_set_is_known_by_its_files(tmp_path):
+    found = set()
+    for number in (24, 24, 23):  # the same files twice
+        data = StreamData('wds/toy', write_shards(tmp_path, number), img_size=16, workers=2, num_classes=3)
+        found.add(fingerprint(data))
+    assert len(found) == 2 and all(text.startswith(('24 images #', '23 images #')) for text in found)
+
+
+def test_a_worker_that_died_is_told_in_a_line():
+    killed = RuntimeError('DataLoader worker (pid 12) is killed by signal: Killed. ')
+    full = RuntimeError('Caught it in DataLoader worker process 0.\nunable to write to file </torch_1_2_0>: No space\n')
+    for error, start in ((killed, 'DataLoader worker (pid 12) is killed'), (full, 'unable to write to file </torch_')):
+        text = reader_fault(error)
+        assert text.startswith(start) and '--workers' in text and '--shm-size' in text and '\n' not in text
+    assert reader_fault(RuntimeError('Caught RuntimeError in DataLoader worker process 0. Failed to load')) is None
 
 
 def test_web_data_says_what_it_cannot(tmp_path):

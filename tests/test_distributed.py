@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from timm_robust.checkpoint import load_checkpoint
+from timm_robust.distributed import World
 
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,27 @@ def test_a_stopped_pair_saves_and_resumes(tmp_path):
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     assert state['step'] >= 2, rest
     settings[-1] = state['step'] + 2
-    run = adv_train(2, *settings, '--resume', 'auto')
+    run = adv_train(2, *settings, '--resume', 'auto', '--allow-changes')
     assert run.returncode == 0, run.stderr
     assert f'at step {state["step"]} of' in run.stderr
+
+
+def test_two_processes_with_different_settings_are_refused(tmp_path):
+    code = 'import os, sys; sys.argv += ["--eps", "0." + os.environ["RANK"] + "1"]; from runpy import run_path; '
+    script = command(2, '--output', tmp_path, '--max-steps', 1, '--batch-size', 50)
+    script[script.index(str(ROOT / 'train/adv_train.py'))] = str(tmp_path / 'train.py')
+    (tmp_path / 'train.py').write_text(code + f'run_path({str(ROOT / "train/adv_train.py")!r}, run_name="__main__")\n')
+    run = subprocess.run(script, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    assert run.returncode and 'error: eps 0.01 in process 0, 0.11 in process 1: the processes of a run' in run.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+def test_inside_an_allocation_a_command_runs_alone(monkeypatch, caplog):
+    for name in ('WORLD_SIZE', 'SLURM_STEP_NUM_TASKS'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('SLURM_NTASKS', '2')
+    monkeypatch.setenv('SLURM_PROCID', '0')  # as sbatch has it in the script itself
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', '1')
+    assert World.join('cpu') == World(torch.device('cpu'))  # without waiting for the other
+    assert caplog.messages == ['SLURM_NTASKS is 2, but neither srun nor torchrun started this: it runs alone']

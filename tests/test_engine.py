@@ -2,9 +2,11 @@ import concurrent.futures
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +29,7 @@ from timm_robust.recipe import Recipe
 from timm_robust.robustness import evaluate
 from timm_robust.run import Sums, make_scheduler, read_data, restore, save, set_bn_momentum
 from timm_robust.validation import reestimate_batch_norm, validate
-from timm_robust.watchdog import Diverged
+from timm_robust.watchdog import Diverged, check_epoch
 
 TINY = Recipe(
     model='resnet18_pssilu',
@@ -159,7 +161,14 @@ def test_resume_auto_without_a_checkpoint_starts_afresh(tmp_path, caplog):
 @pytest.mark.parametrize(
     ('changes', 'match'),
     [
-        ({'model': 'resnet18_relu'}, r"holds arch 'resnet18_pssilu', the recipe says 'resnet18_relu'"),
+        ({'model': 'resnet18_relu'}, r'trained with model resnet18_pssilu, now resnet18_relu: go on with --model res'),
+        ({'model': 'resnet18_relu', 'allow_changes': True}, r"holds arch 'resnet18_pssilu', the recipe says 'resnet18"),
+        ({'model_kwargs': {'width': 8}, 'allow_changes': True}, r'weights of another resnet18_pssilu: .*size mismatch'),
+        ({'eps': 0.2, 'weight_decay': 0.1}, r'eps 0.1, now 0.2; weight_decay 0.0005, now 0.1: go on with --eps 0.1'),
+        ({'opt': 'adamw'}, r'trained with opt sgd, now adamw: go on with --opt sgd, .* type --allow-changes'),
+        ({'amp_dtype': 'float16', 'amp': True}, r'amp False, now True; amp_dtype bfloat16, now float16: go on with'),
+        ({'epochs': 2}, r'trained with epochs 3, now 2: go on with --epochs 3'),
+        ({'max_steps': 6, 'allow_changes': True}, r'is at step 7, behind the end of this schedule, step 6; type more'),
         ({'batch_size': 200}, r'400 in each of 1 processes; resume with batches of 400 in all, not 200 x 1'),
     ],
 )
@@ -167,6 +176,90 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
     with pytest.raises(ValueError, match=match):
         build(tiny(tmp_path, resume=path, **changes))
+
+
+def test_other_images_under_the_same_name_are_refused(undisturbed, tmp_path, monkeypatch):
+    path = str(undisturbed[0] / 'run' / 'last.pth.tar')
+    real = module.load_dataset
+    monkeypatch.setattr(module, 'load_dataset', lambda *args: real(*args).first(1400))
+    with pytest.raises(
+        ValueError, match=r'training data 1387 images #\w+, now 1350 .*; vali.*: name the right'
+    ):
+        build(tiny(tmp_path, resume=path))
+    again = build(tiny(tmp_path, resume=path, allow_changes=True))
+    assert again.step == 7 and again.changes[0]['changes']['training data'][1].startswith('1350 images')
+
+
+def test_a_course_is_changed_on_purpose_and_noted(undisturbed, tmp_path):
+    with pytest.raises(Killed):
+        fit(killed_at(5, build(tiny(tmp_path))))
+    changes = {'eps': 0.2, 'weight_decay': 0.1, 'seed': 7, 'lr': 0.01}
+    again = build(tiny(tmp_path, resume='auto', allow_changes=True, **changes))
+    assert {group['weight_decay'] for group in again.train_step.optimizer.param_groups} == {0.0, 0.1}
+    assert again.train_step.optimizer.state_dict()['state']  # the moments go on
+    fit(again)
+    assert Recipe.from_yaml(tmp_path / 'run/args.yaml') == tiny(tmp_path, resume='auto', **changes)
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    noted = {'weight_decay': [0.0005, 0.1], 'eps': [0.1, 0.2], 'seed': [42, 7], 'lr': [0.05, 0.01]}
+    assert state['changes'] == [{'step': 3, 'epoch': 0, 'changes': noted}] and state['recipe']['eps'] == 0.2
+    third = build(tiny(tmp_path, resume='auto', opt='adamw', allow_changes=True, **changes))
+    assert not third.train_step.optimizer.state_dict()['state'] and len(third.changes) == 2
+
+
+def test_a_checkpoint_that_does_not_tell_its_images_resumes(undisturbed, tmp_path, caplog):
+    state = load_checkpoint(undisturbed[0] / 'run/checkpoint-1.pth.tar')
+    for key in ('images', 'changes'):
+        del state[key]
+    del state['recipe']['allow_changes']
+    save_checkpoint(tmp_path / 'run/last.pth.tar', state)
+    with caplog.at_level(logging.INFO, 'timm_robust'):
+        assert build(tiny(tmp_path, resume='auto')).step == 6
+    assert 'last.pth.tar does not tell its images: they are taken for these' in caplog.text
+
+
+def test_what_a_run_goes_back_from_is_never_taken_up_again(tmp_path, monkeypatch, caplog):
+    found = {3: 0.3, 6: 0.5, 7: 0.6}
+    validation = lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found[args[3].step]}  # noqa: E731
+    monkeypatch.setattr(engine, 'validate', validation)
+    fit(build(tiny(tmp_path, checkpoint_hist=3)))
+    folder, settings = tmp_path / 'run', {'seed': 7, 'checkpoint_hist': 3}
+    back = build(tiny(tmp_path, resume=str(folder / 'checkpoint-0.pth.tar'), **settings))
+    assert sorted(folder.glob('*.pth.tar'))[-1].name == 'model_best.pth.tar' and not list(folder.glob('abandoned*'))
+    with pytest.raises(Killed):
+        fit(killed_at(4, back))
+    assert build(tiny(tmp_path, resume='auto')).step == 7  # nothing was saved: the first course stands
+    found[6] = 0.2
+    with pytest.raises(Killed):
+        fit(killed_at(6, build(tiny(tmp_path, resume=str(folder / 'checkpoint-0.pth.tar'), **settings))))
+    assert 'what was saved after step 3 is of the course that was left; it is in ' in caplog.text
+    aside = {path.name: load_checkpoint(path)['step'] for path in (folder / 'abandoned-after-step-3').iterdir()}
+    assert aside == {'checkpoint-1.pth.tar': 6, 'checkpoint-2.pth.tar': 7, 'last.pth.tar': 7, 'model_best.pth.tar': 7}
+    again = build(tiny(tmp_path, resume='auto', **settings))
+    assert again.step == 6 and again.best == 0.3
+    assert load_checkpoint(folder / 'model_best.pth.tar')['step'] == 3
+
+
+def test_a_folder_that_nobody_named_is_the_runs_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'strftime', lambda _: 'now')
+    settings = {'experiment': None, 'max_steps': 1, 'val_size': 0, 'epochs': 1}
+    runs = [build(tiny(tmp_path, **settings)), build(tiny(tmp_path, resume='auto', **settings))]  # in one second
+    folders = [fit(run)['output'] for run in runs]
+    assert folders == [str(tmp_path / name) for name in ('now-resnet18_pssilu', 'now-resnet18_pssilu-2')]
+
+
+def test_a_folder_in_use_is_refused(undisturbed, tmp_path):
+    code = 'import sys, pathlib; from timm_robust.files import lock_folder; '
+    code += 'lock = lock_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()'
+    (tmp_path / 'run').mkdir()
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
+    with subprocess.Popen([sys.executable, '-c', code, tmp_path / 'run'], **pipes) as other:
+        assert other.stdout.readline()
+        for go in (lambda: fit(build(tiny(tmp_path))), lambda: build(tiny(tmp_path, resume='auto'))):
+            with pytest.raises(BlockingIOError, match=f'is held by process {other.pid} on'):
+                go()
+        assert [path.name for path in (tmp_path / 'run').iterdir()] == ['run.lock']
+        other.communicate('\n')
+    assert build(tiny(tmp_path, resume='auto')).lock is not None
 
 
 def held_out(run):
@@ -655,6 +748,39 @@ def test_what_diverged_is_not_gone_back_to(tmp_path, monkeypatch):
     run.clock.progress = progress
     line = fit(run)
     assert line['epoch'] == 0 and line['steps'] == 3 and line['rollbacks'] <= 2
+
+
+def test_a_collapse_goes_back_behind_the_epoch_that_it_was_seen_in(tmp_path, monkeypatch):
+    """Though there is a state inside that epoch: it may have collapsed already."""
+    begun, found = [], iter([0.8, 0.8, 0.01, 0.8, 0.8])
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': next(found)})
+    real = engine.restore
+    monkeypatch.setattr(engine, 'restore', lambda run, path: real(run, path) or begun.append(run.step))
+    run = build(tiny(tmp_path, batch_size=200, epochs=4, max_steps=None, save_interval=4))
+    monkeypatch.setattr(engine, 'check_epoch', lambda row, history: check_epoch({**row, 'train_acc': 1.0}, history))
+    per_epoch = run.batches.steps_per_epoch
+    assert per_epoch == 6  # saved inside the epoch from step 12 on, at 16
+    assert fit(run)['rollbacks'] == 1 and begun == [2 * per_epoch] and run.step == 4 * per_epoch
+    assert not list((tmp_path / 'run').glob('abandoned*'))
+
+
+def test_a_state_that_diverged_again_is_not_gone_back_to_for_ever(tmp_path):
+    run = build(tiny(tmp_path, batch_size=200, epochs=2, max_steps=None, save_interval=2, log_interval=1))
+    take, begun = run.train_step, []
+
+    class Spoiling:
+        def __getattr__(self, name):
+            return getattr(take, name)
+
+        def __call__(self, x, y, number, progress):
+            begun.append(number)
+            out = take(x, y, number, progress)
+            return out._replace(loss=out.loss * float('nan')) if number == 10 and run.rollbacks < 2 else out
+
+    run.train_step = Spoiling()
+    assert fit(run)['rollbacks'] == 2
+    jumps = [now for before, now in itertools.pairwise(begun) if now != before + 1]
+    assert jumps == [10, 6]  # the newest, then the one before the epoch
 
 
 def test_a_fault_of_one_process_is_one_of_all(tmp_path):

@@ -1,11 +1,16 @@
+import errno
 import os
+import signal
 import subprocess
 import sys
 import threading
 
 import pytest
 
-from timm_robust.files import Writer, link_file, sweep_temporaries
+from timm_robust import files
+from timm_robust.files import LOCK, Writer, link_file, lock_folder, new_folder, sweep_temporaries
+
+HOLD = 'import sys, pathlib; from timm_robust.files import lock_folder; lock = lock_folder(pathlib.Path(sys.argv[1])); '
 
 
 def test_a_writer_does_one_job_at_a_time_beside_its_caller():
@@ -76,3 +81,32 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     removed = {path.name for path in sweep_temporaries(tmp_path)}
     alive.communicate(b'\n')
     assert removed == set(left) and set(os.listdir(tmp_path)) == set(kept)
+
+
+def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
+    """Of whatever it dies, and though what it forked lives on, as the workers of a loader do for some seconds."""
+    work = 'import os, time; child = os.fork(); child and print(child, flush=True); time.sleep(600)'
+    process = subprocess.Popen([sys.executable, '-c', HOLD + work, tmp_path], stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    with pytest.raises(BlockingIOError, match=rf'held by process {process.pid} on .* since .*--experiment') as error:
+        lock_folder(tmp_path)
+    assert '\n' not in str(error.value)
+    process.kill()
+    process.wait()
+    with lock_folder(tmp_path):
+        assert f'process {os.getpid()} on' in (tmp_path / LOCK).read_text()
+    os.kill(child, signal.SIGKILL)  # it had lived on
+    process.stdout.close()
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(files.fcntl, 'lockf', refuse)
+    assert lock_folder(tmp_path) is None
+    assert f'{tmp_path} cannot be locked' in caplog.text and 'let no other run write there' in caplog.text
+
+
+def test_a_new_folder_is_nobody_elses(tmp_path):
+    assert [new_folder(tmp_path / 'a/run').name for _ in range(3)] == ['run', 'run-2', 'run-3']

@@ -38,6 +38,7 @@ FLOORS = {
     'papers': 0,
     'recipe': 1.25,
     'recipe_flags': 1.5,
+    'resuming': 1.5,
     'checkpoint': 1,
     'losses': 2,
     'honesty': 3.25,

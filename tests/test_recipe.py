@@ -20,7 +20,7 @@ DEFAULTS = {
     'decay_milestones': [], 'decay_rate': 0.1, 'model_ema': False, 'model_ema_decay': 0.999,
     'pssilu_reg': 10.0, 'pssilu_beta_clip': 0.01, 'amp': False, 'channels_last': True,
     'fold_bn': True, 'torchcompile': False,
-    'device': None, 'seed': 42, 'output': 'output/train', 'experiment': None, 'resume': None,
+    'device': None, 'seed': 42, 'output': 'output/train', 'experiment': None, 'resume': None, 'allow_changes': False,
     'log_interval': 20, 'checkpoint_hist': 2, 'img_size': None, 'grad_checkpointing': False, 'train_split': 'train',
     'val_split': None, 'mixup': 0.0, 'cutmix': 0.0, 'extra_data': None, 'extra_fraction': 0.5, 'workers': 2,
     'awp_gamma': 0.0, 'awp_start': 0.0, 'late_steps': None, 'late_start': 0.5, 'eps_warmup': 0.0, 'budget': None,

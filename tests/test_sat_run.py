@@ -44,7 +44,7 @@ def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp
     settings += ['--output', tmp_path, '--checkpoint-hist', 1]
     train = ROOT / 'train/adv_train.py'
     call(train, *settings, '--experiment', 'one', '--max-steps', 2)
-    again = call(train, *settings, '--experiment', 'one', '--max-steps', 3, '--resume', 'auto')
+    again = call(train, *settings, '--experiment', 'one', '--max-steps', 3, '--resume', 'auto', '--allow-changes')
     assert json.loads(again.stdout.splitlines()[-1])['steps'] == 3 and 'at step 2 of 3' in again.stderr
     torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
     pair = call(*torchrun, train, *settings, '--experiment', 'two', '--max-steps', 2)

@@ -90,7 +90,7 @@ def test_a_warm_up_leaves_no_trace(tmp_path, settings):
     for warmed in (False, True):
         folder = tmp_path / str(warmed)
         for steps in (2, 4):  # afresh, and resumed
-            run = build(tiny(folder, max_steps=steps, resume='auto', **settings))
+            run = build(tiny(folder, max_steps=steps, resume='auto', allow_changes=True, **settings))
             if warmed:
                 before = state_of(run)
                 assert warm_up(run).steps.keys() == set(run.recipe.turning_points)

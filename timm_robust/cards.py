@@ -290,6 +290,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     lines = [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
+        *[f'- From step {each["step"]:,} on: {changes_text(each["changes"])}.' for each in training.get('changes', [])],
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
@@ -303,6 +304,11 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         '```',
     ]
     return lines
+
+
+def changes_text(changes: dict[str, list[Any]]) -> str:
+    """The settings and images that a resumed run changed, in words."""
+    return ', '.join(f'{name} {now} instead of {was}' for name, (was, now) in changes.items())
 
 
 def limits(record: dict[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from .download import fetch_folder
-from .files import link_file, read_yaml, sync_folder
+from .files import link_file, new_folder, read_yaml, sync_folder
 from .model_config import (
     check_model_kwargs,
     find_weights,
@@ -258,6 +258,44 @@ def latest_checkpoint(folder: str | Path, before: float = math.inf) -> Path | No
 def read_step(path: str | Path) -> int:
     """The step that a checkpoint was written at; its tensors are not read."""
     return int(torch.load(path, map_location='cpu', weights_only=True, mmap=True)['step'])
+
+
+def later_checkpoints(folder: str | Path, step: int) -> list[Path]:
+    """The checkpoints in a folder that were written after this step, model_best.pth.tar among them."""
+    found = []
+    for path in sorted(Path(folder).glob('*.pth.tar')):
+        with contextlib.suppress(Exception):  # damaged: it stays
+            found += [path] * (read_step(path) > step)
+    return found
+
+
+def set_aside(folder: Path, step: int, last: Path | None, best: Path | None) -> Path | None:
+    """Move what a run wrote after this step into a folder inside its own, so that none of it is taken up again.
+
+    Killed at any moment, the newest checkpoint is that of one course or of the other.
+
+    Args:
+        folder: of the run.
+        step: that the run went back to.
+        last: the checkpoint of that step, which last.pth.tar names from now on.
+        best: that of the best epoch until then, which model_best.pth.tar names from now on.
+
+    Returns:
+        Where they are now; None if there were none.
+    """
+    later = later_checkpoints(folder, step)
+    if not later:
+        return None
+    aside = new_folder(folder / f'abandoned-after-step-{step}')
+    successors = {LAST: last, BEST: best}
+    for path in sorted(later, key=lambda path: (path.name == BEST, path.name == LAST)):
+        successor = successors.get(path.name)
+        if successor is None:
+            os.replace(path, aside / path.name)
+        else:
+            link_file(path, aside / path.name)
+            link_file(successor, path)
+    return aside
 
 
 def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from timm.utils.distributed import init_distributed_device_so
 
 T = TypeVar('T')
+logger = logging.getLogger('timm_robust')
 
 
 def _check_device(device: str) -> None:
@@ -50,7 +52,7 @@ class World:
 
     @classmethod
     def join(cls, device: str | None) -> World:
-        """Join the processes that torchrun or SLURM started, if any; by default on CUDA where there is one.
+        """Join the processes that torchrun or srun started, if any; by default on CUDA where there is one.
 
         Raises:
             ValueError: for a device that is not here.
@@ -59,6 +61,14 @@ class World:
         if dist.is_initialized():
             ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
             return cls(torch.device(device or 'cpu'), *ranks, _patient_group())
+        tasks = os.environ.get('SLURM_NTASKS', '1')
+        steps = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+        if tasks != '1' and steps == '1' and 'WORLD_SIZE' not in os.environ:  # in an allocation, without srun
+            logger.warning('SLURM_NTASKS is %s, but neither srun nor torchrun started this: it runs alone', tasks)
+            alone = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+            if alone.type == 'cuda' and alone.index is not None:
+                torch.cuda.set_device(alone)
+            return cls(alone)
         info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         group = _patient_group() if info['world_size'] > 1 else None
         ranks = info['global_rank'], info['world_size'], info['local_rank']

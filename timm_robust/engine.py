@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ import torch.nn as nn
 from timm.utils import distribute_bn
 
 from .activations import Activation
-from .checkpoint import LAST, latest_checkpoint
-from .files import sweep_temporaries
+from .checkpoint import BEST, LAST, later_checkpoints, latest_checkpoint, read_step
+from .files import link_file, lock_folder, new_folder, sweep_temporaries
 from .logs import RunLog
 from .precision import fastest_convolutions
 from .run import (
@@ -27,15 +28,18 @@ from .run import (
     best_row,
     build,
     change_seed,
+    leave_course,
     metric_name,
     restore,
     save,
+    take_lock,
     training_batch,
+    unnamed,
 )
 from .step import averaged_weights
 from .validation import reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
-from .watchdog import Diverged, check_epoch, check_loss, check_weights
+from .watchdog import Collapsed, Diverged, check_epoch, check_loss, check_weights
 
 __all__ = ['Stopped', 'build', 'fit']
 logger = logging.getLogger('timm_robust')
@@ -61,13 +65,20 @@ def fit(run: Run) -> dict[str, Any]:
         Stopped: after a signal, with what to type to go on.
         Diverged: if the run went wrong more often than the recipe lets it go back.
         FileExistsError: if a new run would mix its checkpoints with those of another.
+        BlockingIOError: if another process trains in the folder.
     """
+    try:
+        return train(run)
+    finally:
+        if run.lock is not None:
+            run.lock.close()
+            run.lock = None
+
+
+def train(run: Run) -> dict[str, Any]:
+    """What `fit` does while it holds the folder."""
     recipe = run.recipe
-    if not (run.step or recipe.resume or run.world.rank) and any(run.folder.glob('*.pth.tar')):
-        raise FileExistsError(
-            f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
-        )
-    make_folder(run)
+    occupy(run)
     if not run.world.rank:
         sweep_temporaries(run.folder)
     describe(run)
@@ -94,11 +105,29 @@ def fit(run: Run) -> dict[str, Any]:
     return result(run)
 
 
+def occupy(run: Run) -> None:
+    """Make the run's folder, or enter it, and hold it; a folder that nobody named is the run's own."""
+    recipe, held = run.recipe, run.world.agree(run.lock is not None)
+    if unnamed(recipe) and not run.step and not run.world.rank:
+        run.folder = new_folder(run.folder)
+    run.folder = run.world.agree(run.folder)
+    if not held:
+        if not run.world.rank:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock = take_lock(run.folder, run.world)
+    mixed = not (run.step or recipe.resume) and any(run.folder.glob('*.pth.tar'))  # no other run can make any now
+    if run.world.agree(mixed):
+        raise FileExistsError(
+            f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
+        )
+    make_folder(run)
+
+
 def make_folder(run: Run) -> None:
     """The run's folder, with the recipe in it."""
     if not run.world.rank:
         run.folder.mkdir(parents=True, exist_ok=True)
-        run.recipe.to_yaml(run.folder / 'args.yaml', full=True)
+        replace(run.recipe, allow_changes=False).to_yaml(run.folder / 'args.yaml', full=True)
 
 
 def describe(run: Run) -> None:
@@ -110,6 +139,7 @@ def describe(run: Run) -> None:
     data = f'{len(run.batches.data)} images'
     if recipe.extra_data:
         data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
+    logger.info('output in %s', run.folder)
     logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
     logger.info(
         '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
@@ -278,6 +308,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     if not (run.world.rank or run.folder.is_dir()):  # other nodes may never have had it
         logger.warning('%s has vanished; it is made anew', run.folder)
         make_folder(run)
+        run.lock = lock_folder(run.folder)
     run.history.append(row)
     log.epoch(row)
     metric = row.get(metric_name(recipe), -1.0)
@@ -310,7 +341,9 @@ def roll_back(run: Run, error: Diverged) -> None:
     """
     recipe, count = run.recipe, run.rollbacks + 1
     run.writer.wait()
-    path = run.world.agree(latest_checkpoint(run.folder, before=run.step))  # what diverged may have been saved, too
+    if run.point is not None and not run.world.rank:
+        leave_course(run, *run.point)  # before anything of it could be gone back to
+    path = run.world.agree(good_state(run, isinstance(error, Collapsed)))
     stop = recipe.on_divergence == 'stop' or count > MAX_ROLLBACKS or path is None
     if stop:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''
@@ -322,8 +355,39 @@ def roll_back(run: Run, error: Diverged) -> None:
     assert path is not None
     spent = run.clock.elapsed()
     restore(run, path)
+    if not run.world.rank:
+        forget_later(run, path)
+    run.returns.add(run.step)
     run.clock.restart(spent, run.clock.progress(run.step))  # the time is gone, the schedule goes back with the weights
     change_seed(run, count)
+
+
+def good_state(run: Run, collapsed: bool) -> Path | None:
+    """The newest checkpoint from before a divergence; None if there is none.
+
+    A collapse may have begun long before it was seen, and what comes again from the same state did: then it is a state
+    of before the last validation.
+    """
+    newest = latest_checkpoint(run.folder, before=run.step)  # what diverged may have been saved, too
+    again = newest is not None and read_step(newest) in run.returns
+    metric = metric_name(run.recipe)
+    validated = [row['step'] for row in run.history if metric in row]
+    if not (collapsed or again) or not validated:
+        return newest
+    earlier, best = latest_checkpoint(run.folder, before=validated[-1] + 1), run.folder / BEST
+    if earlier is None and best.is_file() and best not in later_checkpoints(run.folder, validated[-1]):
+        return best
+    return earlier if earlier is not None or collapsed else newest
+
+
+def forget_later(run: Run, path: Path) -> None:
+    """Delete what diverged, so that a run that is killed now does not go on from it; last.pth.tar is the good state."""
+    last, run.point = run.folder / LAST, None
+    if path != last:
+        link_file(path, last)
+    for later in later_checkpoints(run.folder, run.step):
+        if later.name != BEST:
+            later.unlink()
 
 
 def stop_if_asked(run: Run, epoch: int) -> None:

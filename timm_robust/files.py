@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = 'run.lock'
 _TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 logger = logging.getLogger('timm_robust')
@@ -144,6 +153,50 @@ class Writer:
         started = time.perf_counter()
         work()
         self.seconds = time.perf_counter() - started
+
+
+def new_folder(path: Path) -> Path:
+    """Make a folder of this name; where there is one already, whoever made it, another with -2, -3, ... behind it."""
+    for suffix in chain([''], (f'-{number}' for number in count(2))):
+        folder = path.with_name(path.name + suffix)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError('count has no end')
+
+
+def lock_folder(folder: Path) -> IO[str] | None:
+    """Hold a run's folder until the file that is returned is closed, or the process ends, in whatever way.
+
+    The lock belongs to the process alone, not to the workers that it forks; the file tells others who holds it.
+
+    Returns:
+        The open file; None, with a warning, where the disk knows no locks.
+
+    Raises:
+        BlockingIOError: if another process holds it, with its host, number and start.
+    """
+    file = open(folder / LOCK, 'a+', encoding='utf-8')  # noqa: SIM115  # it is the lock
+    try:
+        if fcntl is None:
+            raise OSError('this system has no such locks')
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or 'another process'
+        file.close()
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(
+                f'{folder} is held by {holder}; wait for its end (then --resume auto), stop it, or name another '
+                '--experiment'
+            ) from None
+        logger.warning('%s cannot be locked (%s): let no other run write there', folder, error)
+        return None
+    with contextlib.suppress(OSError):  # of a full disk: it only tells
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
+        file.flush()
+    return file
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ leaves the machine (the config) carries no secrets and no machine paths.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -239,8 +240,9 @@ class RunLog:
     def _show(self, output: str, shown: str) -> None:
         """Write to the terminal, in one piece, and note what its last line now says."""
         self._shown = shown
-        self._stream.write(output)
-        self._stream.flush()
+        with contextlib.suppress(OSError):  # the terminal was closed; the run saves, and ends
+            self._stream.write(output)
+            self._stream.flush()
 
 
 def public_config(config: Mapping[Any, Any]) -> dict[str, Any]:

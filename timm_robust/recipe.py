@@ -208,6 +208,7 @@ class Recipe:
     output: str = _field('run', 'output/train', 'folder for the folders of the runs')
     experiment: str | None = _field('run', None, "name of this run's folder; none: <time>-<model>")
     resume: str | None = _field('run', None, "checkpoint to go on from, or 'auto' for the newest in the run's folder")
+    allow_changes: bool = _field('run', False, 'resume though settings or images are others than before; it is noted')
     log_interval: int = _field('run', 20, 'steps between log lines', '>= 1')
     save_interval: int | None = _field('run', None, 'steps between checkpoints within an epoch; none: none', '>= 1')
     on_divergence: str = _field(

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter, strftime
-from typing import Any
+from typing import IO, Any
 
 import timm
 import torch
@@ -33,12 +33,14 @@ from .checkpoint import (
     BEST,
     LAST,
     class_list,
+    later_checkpoints,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
     read_step,
     read_weights,
     save_checkpoint,
+    set_aside,
     snapshot,
 )
 from .clock import Clock, parse_duration
@@ -48,18 +50,20 @@ from .data import (
     StreamBatches,
     StreamData,
     TrainBatches,
+    fingerprint,
     is_stream,
     load_dataset,
     split_holdout,
 )
 from .distributed import World
-from .files import Writer, link_file
+from .files import Writer, link_file, lock_folder
 from .folding import FoldedNet
 from .losses import make_loss
 from .model_config import make_model
 from .pixels import pixel_input, resized
 from .recipe import Recipe
 from .results import environment, git_commit
+from .resuming import Changes, check_changes, check_equal, check_processes, find_changes
 from .schedule import CosineOneCycle
 from .step import AttackForward, Clipping, Forward, TrainStep, compiled
 
@@ -108,6 +112,12 @@ class Run:
         saved_rows: rows of history in the newest checkpoint.
         saved_at: when that was, by time.perf_counter.
         origins: for each start or resumption its step, processes, hardware, versions and commit.
+        images: what for -> fingerprint of the images.
+        changes: for each resumption under other settings or on other images its step, epoch and what changed.
+        returns: steps that rollbacks of this session went back to.
+        lock: what holds the folder, in the first process.
+        point: the checkpoint that the run went on from and its step, until it saves; later ones are set aside then.
+        best_before: the checkpoint of the best epoch until then, if model_best.pth.tar is of a later one.
     """
 
     recipe: Recipe
@@ -135,6 +145,12 @@ class Run:
     saved_rows: int = 0
     saved_at: float = field(default_factory=perf_counter)
     origins: list[dict[str, Any]] = field(default_factory=list)
+    images: dict[str, str] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    returns: set[int] = field(default_factory=set)
+    lock: IO[str] | None = None
+    point: tuple[Path, int] | None = None
+    best_before: Path | None = None
 
 
 def build(recipe: Recipe) -> Run:
@@ -142,16 +158,29 @@ def build(recipe: Recipe) -> Run:
 
     Raises:
         ValueError, FileNotFoundError: for data, model names, weights or checkpoints that are not there or do not fit.
+        BlockingIOError: if another process trains in the folder of the checkpoint.
     """
     started = perf_counter()
     world = World.join(recipe.device)
+    check_processes(world, recipe)
     folder = Path(world.agree(str(output_folder(recipe))))
+    entered = world.agree(bool(recipe.resume) and not unnamed(recipe) and folder.is_dir())
+    lock = take_lock(folder, world) if entered else None
     path, state = find_checkpoint(recipe, folder, world)
     split_seed = choose_split_seed(recipe, path, state)
+    if path is not None and state is not None and 'recipe' in state:
+        check_changes(path, find_changes(state, recipe, {}), recipe.allow_changes)
     torch.manual_seed(recipe.seed)
     with world.in_turn(recipe.dataset_download):
         classes = class_list(state.get('classes'), state.get('num_classes')) if state else None
         train, held_out = read_data(recipe, world, split_seed, classes)
+    images = {'training data': fingerprint(train)}
+    if held_out is not None:
+        images['validation data'] = fingerprint(held_out)
+        if not getattr(held_out, 'iterable', False):  # timm's reader shares out what has no numbers
+            held_out = held_out.subset(world.share(torch.arange(len(held_out))))
+        held_out = held_out.to(world.device)
+    train = train.to(world.device)
     model = create_model(recipe, train.num_classes).to(world.device)
     example = check_fit(model, recipe, train)
     if recipe.channels_last:
@@ -172,6 +201,11 @@ def build(recipe: Recipe) -> Run:
     mixup = make_mixup(recipe, train.num_classes)
     smoothing = 0.0 if mixup else recipe.smoothing  # which is in mixup's labels then
     batches = make_batches(recipe, train, recipe.seed, world)
+    if recipe.extra_data:
+        images['generated data'] = fingerprint(batches.extra)
+    check_equal(world, images, 'images')
+    if path is not None and state is not None and 'recipe' in state:
+        check_changes(path, find_changes(state, recipe, images), recipe.allow_changes)
     total = recipe.epochs * batches.steps_per_epoch
     total = min(recipe.max_steps or total, total)
     budget = parse_duration(recipe.budget) if recipe.budget else None
@@ -207,6 +241,8 @@ def build(recipe: Recipe) -> Run:
         total_steps=total,
         clock=Clock(total, budget),
         split_seed=split_seed,
+        images=images,
+        lock=lock,
     )
     if path is not None:
         restore(run, path, state)
@@ -216,11 +252,31 @@ def build(recipe: Recipe) -> Run:
     return run
 
 
+def take_lock(folder: Path, world: World) -> IO[str] | None:
+    """Hold the folder of a run for its first process.
+
+    Raises:
+        OSError: in every process, if another run holds it, or the disk refuses.
+    """
+    lock, fault = None, None
+    if not world.rank:
+        try:
+            lock = lock_folder(folder)
+        except OSError as error:
+            fault = error
+    fault = world.agree(fault)
+    if fault is not None:
+        raise fault
+    return lock
+
+
 def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
     """The checkpoint that the recipe resumes from, and what it holds; None for a new run."""
     if not recipe.resume:
         return None, None
-    path = world.agree(latest_checkpoint(folder)) if recipe.resume == 'auto' else Path(recipe.resume)
+    path: Path | None = Path(recipe.resume)
+    if recipe.resume == 'auto':
+        path = world.agree(None if unnamed(recipe) else latest_checkpoint(folder))
     if path is None:
         logger.info('nothing to resume in %s: starting afresh', folder)
         return None, None
@@ -247,7 +303,7 @@ def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] |
 
 
 def read_data(recipe: Recipe, world: World, split_seed: int, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
-    """Training images, and those held out of them by this seed or of a validation split (None for none).
+    """Training images, and those held out of them by this seed or of a validation split (None for none), on the CPU.
 
     The classes of the validation split are those of training by name, and those of training what they were in the run
     that is resumed.
@@ -263,9 +319,7 @@ def read_data(recipe: Recipe, world: World, split_seed: int, classes: Sequence[s
             held_out = StreamData(recipe.dataset, recipe.data_dir, split, classes=train.classes, **settings)
         elif recipe.val_size:
             train, held_out = split_holdout(train, recipe.val_size, split_seed)
-        if held_out is not None and not held_out.iterable:  # timm's reader shares out what has no numbers
-            held_out = held_out.subset(world.share(torch.arange(len(held_out))))
-        return train.to(world.device), held_out.to(world.device) if held_out is not None else None
+        return train, held_out
     data = load_dataset(recipe.dataset, recipe.data_dir, recipe.train_split, recipe.dataset_download)
     data = data.with_classes(classes) if classes else data
     rest, held = data, None
@@ -274,9 +328,7 @@ def read_data(recipe: Recipe, world: World, split_seed: int, classes: Sequence[s
         held = held.with_classes(data.classes)
     elif recipe.val_size:
         rest, held = split_holdout(data, recipe.val_size, split_seed)
-    if held is not None:
-        held = held.subset(world.share(torch.arange(len(held)))).to(world.device)
-    return rest.to(world.device), held
+    return rest, held
 
 
 def default_size(model: str) -> int:
@@ -473,6 +525,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
     return scheduler
 
 
+def unnamed(recipe: Recipe) -> bool:
+    """Whether the run's folder gets its name from the time and is new."""
+    return recipe.experiment is None and recipe.resume in (None, 'auto')
+
+
 def output_folder(recipe: Recipe) -> Path:
     """output/<experiment>; a run that resumes a checkpoint file goes on in that file's folder."""
     if recipe.resume and recipe.resume != 'auto':
@@ -501,6 +558,8 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     if run.world.rank:
         return
     run.writer.wait()
+    if run.point is not None and run.point[0].parent == run.folder:
+        leave_course(run, *run.point)
     state = {
         'version': 1,
         'arch': architecture(run.recipe)[0],
@@ -520,6 +579,8 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'rollbacks': run.rollbacks,
         'side': run.side,
         'origins': run.origins,
+        'images': run.images,
+        'changes': run.changes,
         'state_dict': run.model.state_dict(),
         'optimizer': run.train_step.optimizer.state_dict(),
     }
@@ -529,6 +590,14 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
     if numbered:
         names.insert(0, f'checkpoint-{epoch}.pth.tar')
     run.writer.start(partial(_write, run.folder, snapshot(state), names, run.recipe))
+
+
+def leave_course(run: Run, point: Path, step: int) -> None:
+    """Set aside what was saved after the checkpoint that the run went on from."""
+    run.point = None
+    aside = set_aside(run.folder, step, point if point.is_file() else None, run.best_before)
+    if aside is not None:
+        logger.warning('what was saved after step %d is of the course that was left; it is in %s now', step, aside)
 
 
 def _write(folder: Path, state: dict[str, Any], names: list[str], recipe: Recipe) -> None:
@@ -580,7 +649,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
         state: what it holds, where it has been read already.
 
     Raises:
-        ValueError: if the checkpoint is of another model, or of batches of another size.
+        ValueError: if the checkpoint is of another model, of batches of another size, or behind the schedule's end.
     """
     recipe = run.recipe
     run.writer.wait()
@@ -598,16 +667,35 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
             f'{path} was trained with --batch-size {theirs} in each of {processes} processes; resume with batches of '
             f'{theirs * processes} in all, not {recipe.batch_size} x {run.world.size}'
         )
-    run.model.load_state_dict(state['state_dict'])
-    run.train_step.optimizer.load_state_dict(state['optimizer'])
+    if run.clock.budget is None and state['step'] > run.total_steps:
+        raise ValueError(
+            f'{path} is at step {state["step"]}, behind the end of this schedule, step {run.total_steps}; '
+            'type more --epochs or --max-steps, or begin a new run by another --experiment'
+        )
+    changes = find_changes(state, recipe, run.images)
+    try:
+        run.model.load_state_dict(state['state_dict'])
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{path} holds the weights of another {recipe.model}: {reason}') from None
+    restore_optimizer(run, path, state, changes)
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
     run.saved_rows, run.saved_at = len(run.history), perf_counter()
     if not run.world.rank:
         mend_names(path, state, recipe)
+    run.point, run.best_before = (path, run.step), None
     if not (run.folder / BEST).is_file():  # the run was moved without it
         run.best = -1.0
+    elif run.folder / BEST in later_checkpoints(run.folder, run.step):  # of a course that is left
+        run.best_before = find_best(run)
+        run.best = run.best if run.best_before else -1.0
+    if 'images' not in state:
+        logger.info('%s does not tell its images: they are taken for these', path)
+    run.changes = list(state.get('changes', ()))
+    if changes:
+        run.changes.append({'step': run.step, 'epoch': state['epoch'], 'changes': changes})
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]
     run.side = state.get('side')
@@ -627,6 +715,27 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
             f'{path} is not the same file for every process: they would go on from steps {list(steps.values())}'
         )
     logger.info('resumed %s at step %d of %d', path, run.step, run.total_steps)
+
+
+def restore_optimizer(run: Run, path: Path, state: dict[str, Any], changes: Changes) -> None:
+    """The moments of the checkpoint under the recipe's settings; an optimizer of another kind begins without."""
+    optimizer, saved = run.train_step.optimizer, state['optimizer']
+    sizes = [[len(group['params']) for group in groups] for groups in (optimizer.param_groups, saved['param_groups'])]
+    if 'opt' in changes or sizes[0] != sizes[1]:
+        logger.warning('the optimizer is another than in %s: it begins without moments', path)
+        return
+    ours = [{key: value for key, value in group.items() if key != 'params'} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    if changes.keys() & {'lr', 'momentum', 'weight_decay', 'opt_kwargs', 'layer_decay', 'sched'}:
+        for group, settings in zip(optimizer.param_groups, ours, strict=True):
+            group.update(settings)
+
+
+def find_best(run: Run) -> Path | None:
+    """The numbered checkpoint of the best epoch."""
+    row = best_row(run.recipe, run.history, run.best)
+    later = later_checkpoints(run.folder, row['step'] - 1) if row is not None else []
+    return next((path for path in later if path.name not in (LAST, BEST) and read_step(path) == row['step']), None)
 
 
 def change_seed(run: Run, rollbacks: int) -> None:

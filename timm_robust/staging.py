@@ -51,8 +51,9 @@ from .threat_model import ThreatModel, parse_eps
 ORGANISATION = 'timm-robust'
 """Where the releases live on the Hub."""
 _PRIVATE = (
-    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'log_interval'),
+    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
     *(
+        'log_interval',
         'save_interval',
         'tensorboard',
         'log_wandb',
@@ -107,6 +108,7 @@ def stage(
         'seconds': round(last['seconds'], 1),
         'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
         'rollbacks': last['rollbacks'],
+        'changes': state.get('changes', []),
         'activation': activation_state(model),
         'origins': last['origins'],
         'notes': list(notes),

@@ -25,6 +25,10 @@ class Diverged(RuntimeError):
     """The run went wrong; the message says how."""
 
 
+class Collapsed(Diverged):
+    """PGD accuracy fell, at some time since the validation before."""
+
+
 def check_loss(loss: float, history: Sequence[dict[str, Any]], step: int) -> None:
     """Refuse a mean loss that is not finite, or that jumped.
 
@@ -46,7 +50,7 @@ def check_epoch(row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
         history: those of the epochs before.
 
     Raises:
-        Diverged: with both accuracies.
+        Collapsed: with both accuracies.
     """
     same = [past for past in history if past.get('side') == row.get('side')]  # of progressive resizing
     earlier = [past for past in same if 'val_pgd_acc' in past and 'val_pgd_acc' in row]
@@ -56,7 +60,7 @@ def check_epoch(row: dict[str, Any], history: Sequence[dict[str, Any]]) -> None:
     learns = row['train_acc'] >= earlier[-1]['train_acc']
     fell = row['val_pgd_acc'] < COLLAPSE * best and best - row['val_pgd_acc'] > NOISE
     if fell and learns:
-        raise Diverged(
+        raise Collapsed(
             f'PGD accuracy collapsed from {best:.1%} to {row["val_pgd_acc"]:.1%} in epoch {row["epoch"]}, training '
             f'accuracy rose to {row["train_acc"]:.1%} (catastrophic overfitting); --attack n_fgsm or more --steps help'
         )

@@ -8,6 +8,7 @@ held-out images) and the newest checkpoints. The last line of the output is the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -21,6 +22,7 @@ import torch
 import timm_robust
 from timm_robust.allocator import keep_freed_memory
 from timm_robust.command_line import command, is_input_error
+from timm_robust.data import reader_fault
 from timm_robust.engine import Run, Stopped, build, fit
 from timm_robust.plan import plan
 from timm_robust.recipe_flags import parse_recipe
@@ -45,10 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0 if run.world.rank else print_plan(line)
         signals: list[int] = []
         listen(run, signals)
-        logging.info('timm_robust %s, output in %s', timm_robust.__version__, run.folder)
+        logging.info('timm_robust %s', timm_robust.__version__)
         line = fit(run)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(stopped, file=sys.stderr)
         return 128 + (signals or [signal.SIGTERM])[0]  # another process may have got it
     except Diverged as error:
         print(f'error: {error}', file=sys.stderr)
@@ -57,27 +60,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         advice = 'type --grad-checkpointing, or a smaller --batch-size with another --experiment'
         raise MemoryError(f'out of memory; {advice}') from None
     except Exception as error:
+        fault = reader_fault(error)
+        if fault is not None and (run is None or not run.step):
+            raise OSError(fault) from error
         if run is None or not run.step or not (is_input_error(error) or isinstance(error, RuntimeError)):
             raise
-        if not is_input_error(error):  # of the device, the compiler or the other processes
+        if not is_input_error(error) and fault is None:  # of the device, the compiler or the other processes
             traceback.print_exc()
         again = f'go on with --resume {run.folder / "last.pth.tar"} and the same settings'
-        raise OSError(f'{error}; when that is mended, {again}') from error
+        raise OSError(f'{fault or error}; when that is mended, {again}') from error
     if not run.world.rank:
         print(json.dumps(line))
     return 0
 
 
 def listen(run: Run, signals: list[int]) -> None:
-    """On SIGTERM and SIGINT finish the step, save and end; a second one ends at once."""
+    """On a signal that ends programs finish the step, save and end; a second one ends at once.
+
+    SIGHUP comes from a terminal that closes (nohup has it ignored), SIGUSR1 from SLURM's --signal ahead of the limit.
+    """
 
     def note(number: int, _: Any) -> None:
         signals.append(number)
         run.stop = True
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
+        asked = getattr(signal, name, None)  # Windows lacks some
+        if asked is not None and not (name == 'SIGHUP' and signal.getsignal(asked) is signal.SIG_IGN):
+            signal.signal(asked, note)
 
 
 def print_plan(line: dict[str, Any]) -> int:

@@ -48,7 +48,8 @@ disk = Path(disk)
 last = disk / 'run/last.pth.tar'
 
 def train(steps):
-    command = [sys.executable, script, *args, '--output', disk, '--max-steps', str(steps), '--resume', 'auto']
+    command = [sys.executable, script, *args, '--output', disk, '--max-steps', str(steps)]
+    command += ['--resume', 'auto', '--allow-changes']
     return subprocess.run(command, capture_output=True, text=True)
 
 assert train(4).returncode == 0
@@ -123,7 +124,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_writt
     assert 'Signal 9 (SIGKILL)' in rest
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     assert state['step'] >= 2 and not list((tmp_path / 'run').glob('.*'))
-    steps = ['--max-steps', str(state['step'] + 1)]
+    steps = ['--max-steps', str(state['step'] + 1), '--allow-changes']
     again = subprocess.run([*command, *steps], capture_output=True, text=True, env=ENVIRONMENT)
     assert again.returncode == 0 and f'at step {state["step"]} of' in again.stderr, again.stderr
 

@@ -6,12 +6,13 @@ on the seed and the step alone, so a resumed run needs no state of its data (web
 """
 
 from .extra import ExtraImages
+from .fingerprint import fingerprint
 from .memory import ImageData, TrainBatches, split_holdout
 from .mixed import MixedBatches
 from .readers import DATASETS, SPLITS, load_dataset
 from .sources import is_stream
 from .stream_batches import StreamBatches
-from .stream_data import StreamData
+from .stream_data import StreamData, reader_fault
 
 __all__ = [
     'DATASETS',
@@ -22,7 +23,9 @@ __all__ = [
     'StreamBatches',
     'StreamData',
     'TrainBatches',
+    'fingerprint',
     'is_stream',
     'load_dataset',
+    'reader_fault',
     'split_holdout',
 ]

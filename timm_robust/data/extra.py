@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .arrays import channels_first, find_pair, map_arrays
@@ -46,6 +47,11 @@ class ExtraImages:
     def __len__(self) -> int:
         """Number of images."""
         return len(self._labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The label of each image, [N], mapped."""
+        return self._labels
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,17 @@ from .transforms import Samples, SampleStream, Size, eval_transform, read_sample
 MOST_UNREADABLE = 0.01
 """Of the pictures of a split: with more, neither training nor a measurement is what it says it is."""
 _logger = logging.getLogger('timm_robust')
+
+
+def reader_fault(error: BaseException) -> str | None:
+    """What to do where worker processes died, or could not hand their images over; None for another error."""
+    found = re.search(r'DataLoader worker \(pid[^.\n]*|unable to \w+[^\n]*/torch_[^\n]*', str(error))
+    if found is None:
+        return None
+    return (
+        f'{found[0]}: a loader process was killed, or memory or /dev/shm is full; type fewer --workers (0: none), '
+        'or give a container more (docker run --shm-size 8g)'
+    )
 
 
 class StreamData:
