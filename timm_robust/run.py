@@ -734,7 +734,9 @@ def restore_optimizer(run: Run, path: Path, state: dict[str, Any], changes: Chan
 def find_best(run: Run) -> Path | None:
     """The numbered checkpoint of the best epoch."""
     row = best_row(run.recipe, run.history, run.best)
-    later = later_checkpoints(run.folder, row['step'] - 1) if row is not None else []
+    if row is None:
+        return None
+    later = later_checkpoints(run.folder, row['step'] - 1)
     return next((path for path in later if path.name not in (LAST, BEST) and read_step(path) == row['step']), None)
 
 
