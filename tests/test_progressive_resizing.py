@@ -123,7 +123,7 @@ def test_the_result_is_of_the_last_stage(undisturbed):
     ('stages', 'epochs', 'words'),
     [
         ({16: 4, 32: 10}, 15, r'14 epochs in all, epochs is 15; make them equal'),
-        ({32: 4, 16: 10}, 14, r'has the sides \[32, 16\]; allowed: sides that grow.*16=4 24=8'),
+        ({32: 4, 16: 10}, 14, r'has the sides \[32, 16\]; allowed: sides of 8 to 4096 that grow.*16=4 24=8'),
         ({'a': 4}, 4, r"\{'a': 4\} is not of the right form"),
         ({16: 0, 32: 4}, 4, r'not of the right form'),
         ({16: 1.5, 32: 2}, 4, r'not of the right form'),
