@@ -112,6 +112,7 @@ OTHERS = [
     ('output', 'runs', ['--output', 'runs']),
     ('experiment', 'naïve', ['--experiment', 'naïve']),
     ('resume', 'auto', ['--resume', 'auto']),
+    ('allow_changes', True, ['--allow-changes']),
     ('log_interval', 1, ['--log-interval', '1']),
     ('act', 'silu', ['--act', 'silu']),
     ('act_shared', False, ['--no-act-shared']),
