@@ -141,6 +141,7 @@ def test_every_signal_that_ends_a_program_asks_for_a_save(monkeypatch):
     before = [signal.getsignal(number) for number in numbers]
     try:
         for number in numbers:
+            signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
             run, got = SimpleNamespace(stop=False), []
             script.listen(run, got)
             os.kill(os.getpid(), number)

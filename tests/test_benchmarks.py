@@ -120,6 +120,7 @@ def test_each_table_is_written_when_it_is_done(tmp_path, monkeypatch, capsys):
 def test_results_name_hardware_versions_and_commit(tmp_path):
     from turns import write
 
+    (tmp_path / 'results').mkdir()
     write('x', {'rows': {}}, str(tmp_path / 'results'), torch.device('cpu'))
     record = json.loads((tmp_path / 'results' / 'x-cpu.json').read_text())
     assert record['benchmark'] == 'x' and record['versions']['torch'] and record['hardware'] and record['rows'] == {}
@@ -239,7 +240,8 @@ def test_a_wrong_compiler_fails_the_smoke_test(smoke, monkeypatch, capsys):
 
 def test_a_resumed_run_that_differs_fails_the_smoke_test(smoke, monkeypatch, capsys):
     def build_otherwise(recipe, build=smoke.module.build):
-        return build(dataclasses.replace(recipe, lr=recipe.lr * (1.1 if recipe.resume else 1.0)))
+        other = {'lr': 1.1 * recipe.lr, 'allow_changes': True} if recipe.resume else {}
+        return build(dataclasses.replace(recipe, **other))
 
     monkeypatch.setattr(smoke.module, 'build', build_otherwise)
     assert smoke('resume: resnet18_pssilu.fgsm') == 1
@@ -254,4 +256,4 @@ def test_a_check_that_breaks_hides_no_other(smoke, monkeypatch, capsys):
     assert smoke('step: resnet18_silu.fgsm', 'kernels: pssilu eager', 'validate: resnet18_pssilu.fgsm') == 1
     out = capsys.readouterr().out
     assert list(rows_of(out).values()) == ['ok', 'ok', 'FAILED', 'FAILED'] and 'ValueError: no such thing' in out
-    assert smoke('nothing of this name') == 1
+    assert smoke('nothing of this name') == 2

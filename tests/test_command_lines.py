@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import logging
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,16 @@ SCRIPTS = {
     **{name: ROOT / f'benchmarks/{name}.py' for name in ('activation', 'attack', 'train_step', 'gpu_smoke')},
     'hub_upload': ROOT / 'hub_upload.py',
 }
+
+
+@pytest.fixture(autouse=True)
+def loggers_stay_as_they_were():
+    """A command sends the log to its stderr; here that is closed after the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def main_of(name):

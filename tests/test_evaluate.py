@@ -381,9 +381,7 @@ def test_a_file_of_another_kind_is_never_replaced(checkpoint, tmp_path, option, 
     np.savez(flags, image=np.zeros(3), label=np.zeros(3))
     kept = {path: path.read_bytes() for path in (checkpoint, record, flags)}
     for path in (*kept, '/dev/null', checkpoint.parent):
-        with pytest.raises(SystemExit) as end:
-            main(measuring(checkpoint, option, path))
-        assert end.value.code == 2
+        assert main(measuring(checkpoint, option, path)) == 2
         assert re.search(f'error: .*{path}.*name (another|a) file', capsys.readouterr().err)
     assert kept == {path: path.read_bytes() for path in kept}
 
@@ -394,20 +392,17 @@ def test_a_record_does_not_replace_flags_nor_flags_a_record(checkpoint, tmp_path
         main(measuring(checkpoint, *files))
     no_measurement(monkeypatch)
     for wrong in (['--results-file', tmp_path / 'b'], ['--flags-file', tmp_path / 'a']):
-        with pytest.raises(SystemExit):
-            main(measuring(checkpoint, *wrong))
+        assert main(measuring(checkpoint, *wrong)) == 2
         assert 'is something else, and stays' in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(measuring(checkpoint, '--results-file', tmp_path / 'c', '--flags-file', tmp_path / 'x/../c'))
+    assert main(measuring(checkpoint, '--results-file', tmp_path / 'c', '--flags-file', tmp_path / 'x/../c')) == 2
     assert 'name two files' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('option', ['--results-file', '--flags-file', '--state-dir'])
 def test_what_cannot_be_written_is_said_before_the_attack(checkpoint, tmp_path, option, monkeypatch, capsys):
     no_measurement(monkeypatch)
-    with pytest.raises(SystemExit) as end:
-        main(measuring(checkpoint, option, '/proc/self/new'))  # refuses root too
-    assert end.value.code == 2 and re.search('error: .*/proc/self/new', capsys.readouterr().err)
+    assert main(measuring(checkpoint, option, '/proc/self/new')) == 2  # refuses root too
+    assert re.search('error: .*/proc/self/new', capsys.readouterr().err)
 
 
 def test_a_disk_that_fills_up_meanwhile_costs_the_files_and_not_the_record(checkpoint, tmp_path, monkeypatch, capsys):
@@ -418,10 +413,9 @@ def test_a_disk_that_fills_up_meanwhile_costs_the_files_and_not_the_record(check
     calls = []
     monkeypatch.setattr('timm_robust.evaluate.check_output', refuse)
     files = [tmp_path / 'r.json', tmp_path / 'f.npz']
-    with pytest.raises(SystemExit) as end:
-        main(measuring(checkpoint, '--results-file', files[0], '--flags-file', files[1]))
+    assert main(measuring(checkpoint, '--results-file', files[0], '--flags-file', files[1])) == 2
     out, err = capsys.readouterr()
-    assert end.value.code == 2 and json.loads(out.splitlines()[-1])['n'] == 2
+    assert json.loads(out.splitlines()[-1])['n'] == 2
     assert all(f'no space for {path}' in err.splitlines()[-1] for path in files)
 
 
@@ -455,9 +449,8 @@ def test_the_classes_of_training_are_those_of_the_checkpoint(tmp_path, capsys):
         ('new', 'has classes that training did not have: dog; those of training are ant, bee, cat'),
         ('old', 'the model has 3 outputs, images has 2 classes'),  # it does not say which
     ):
-        with pytest.raises(SystemExit) as end:
-            main([str(tmp_path / f'{name}.pth.tar'), *where, *flags])
-        assert end.value.code == 2 and message in capsys.readouterr().err
+        assert main([str(tmp_path / f'{name}.pth.tar'), *where, *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_without_n_a_small_split_is_measured_whole(checkpoint, capsys):

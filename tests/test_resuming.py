@@ -23,7 +23,7 @@ def test_every_setting_changes_what_a_run_is_unless_it_is_listed_as_free():
         if changes(Recipe(), **{name: then}):
             seen.add(name)
     assert seen == set(SETTINGS) - set(FREE)
-    assert {'eps', 'norm', 'loss', 'weight_decay', 'img_size', 'epochs', 'opt', 'amp_dtype'} <= seen
+    assert {'eps', 'norm', 'loss', 'weight_decay', 'img_size', 'epochs', 'opt', 'amp'} <= seen
     assert set(FREE) <= set(SETTINGS)
 
 

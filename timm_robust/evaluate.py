@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.dataset = args.dataset or 'cifar10'
     _check_files(args)
     threat_model = ThreatModel(args.norm, args.eps)
+    threat_model.check_scale()
     if args.attack != 'none' and not threat_model.eps:
         raise ValueError(
             f'eps {args.eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy'

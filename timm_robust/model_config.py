@@ -27,6 +27,8 @@ _LOADING = (
 refuses what it does not take."""
 _PLACES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
 _STATISTICS = {'mean', 'std'}
+FEATURES = ('features_only', 'out_indices', 'feature_cls')
+"""Arguments that make a network of features, without a classifier."""
 _NAMES = ('model.safetensors', 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
 
 
@@ -42,7 +44,7 @@ def check_model_kwargs(kwargs: Any, where: object = 'model_kwargs') -> None:
     """
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise ValueError(f'{where}: the arguments of a model are NAME: VALUE pairs, not {str(kwargs)[:100]!r}')
-    if features := [name for name in ('features_only', 'out_indices', 'feature_cls') if kwargs.get(name)]:
+    if features := [name for name in FEATURES if kwargs.get(name)]:
         raise ValueError(f'{where}: {features[0]} makes no classifier, which attacks need; leave it out')
     overlay = kwargs.get('pretrained_cfg_overlay')
     statistics = isinstance(overlay, Mapping) and set(overlay) <= _STATISTICS

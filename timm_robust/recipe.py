@@ -230,7 +230,7 @@ class Recipe:
         """
         for name in SETTINGS:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
-        _ = self.threat_model
+        self.threat_model.check_scale()
         check_model_kwargs(self.model_kwargs)
         self._check_attack()
         if 'num_classes' in self.model_kwargs:

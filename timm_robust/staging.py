@@ -171,6 +171,7 @@ def measure(
     name, hyper = before['model'], read_hyper(folder)
     there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
     threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
+    threat_model.check_scale()
     _check_alike(before, data.name, settings.get('split', 'test'), threat_model)
     check_output(folder / RESULTS)
     model = load_model(folder, device=device)

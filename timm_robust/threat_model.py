@@ -88,11 +88,19 @@ class ThreatModel:
                 f'eps {given!r} for Linf is wider than the pixel range: pixels lie in [{lo:g}, {hi:g}] here. '
                 f"For {given} steps of 8-bit images write '{given}/255'"
             )
+
+    def check_scale(self) -> None:
+        """Refuse an L2 radius that holds every small image: one on the scale of 8-bit pixels, most likely.
+
+        Raises:
+            ValueError: saying what is allowed.
+        """
+        lo, hi = self.bounds
         if self.norm == 'L2' and self.eps > 32 * (hi - lo):
             raise ValueError(
-                f'eps {given!r} for L2 holds every image: pixels lie in [{lo:g}, {hi:g}] here, and 32 x 32 images have '
-                f'a distance of 55 at most; allowed: up to {32 * (hi - lo):g}. For {given} on the scale of 8-bit '
-                f"images write '{given}/255'"
+                f'eps {self.eps:g} for L2 holds every image: pixels lie in [{lo:g}, {hi:g}] here, and 32 x 32 images '
+                f'have a distance of 55 at most; allowed: up to {32 * (hi - lo):g}. For {self.eps:g} on the scale of '
+                f"8-bit images write '{self.eps:g}/255'"
             )
 
     def doubts(self) -> list[str]:

@@ -91,6 +91,7 @@ def valid(kind: str, folder: Path) -> Path:
         record |= {
             'attack': 'pgd',
             'clean_acc': 0.5,
+            'pgd_acc': 0.4,
             'seed': 0,
             'batch_size': 5,
             'dtype': 'float32',

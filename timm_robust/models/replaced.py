@@ -14,7 +14,7 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
-from ..model_config import check_model_kwargs
+from ..model_config import FEATURES, check_model_kwargs
 from ._shared_act import whole_features
 from ._weights import SOURCES
 
@@ -157,7 +157,7 @@ def act_swapped(
     own = pretrained_cfg is not None or any(overlay.get(key) for key in SOURCES)  # saved with the new activation
     kwargs.pop('cache_dir', None)
     kwargs.pop('pretrained_model_args', None)
-    check_model_kwargs(kwargs, ARCHITECTURE)
+    check_model_kwargs({key: value for key, value in kwargs.items() if key not in FEATURES}, ARCHITECTURE)
     if not isinstance(model, str) or not timm.is_model(model) or model.partition('.')[0] == ARCHITECTURE:
         raise ValueError(f"{ARCHITECTURE}: model {model!r} must be another name of timm's registry, such as 'resnet50'")
     if shared or own:
