@@ -3,7 +3,6 @@
 import argparse
 import importlib
 import importlib.util
-import logging
 import re
 import sys
 from pathlib import Path
@@ -20,16 +19,6 @@ SCRIPTS = {
     **{name: ROOT / f'benchmarks/{name}.py' for name in ('activation', 'attack', 'train_step', 'gpu_smoke')},
     'hub_upload': ROOT / 'hub_upload.py',
 }
-
-
-@pytest.fixture(autouse=True)
-def loggers_stay_as_they_were():
-    """A command sends the log to its stderr; here that is closed after the test."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
 
 
 def main_of(name):
