@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import get_token
 
 from timm_robust.cards import RESULTS
-from timm_robust.command_line import Parser, command
+from timm_robust.command_line import Parser, command, is_input_error
 from timm_robust.download import without_password
 from timm_robust.hub import Options, Outcome, publish, repo_of
 from timm_robust.releases import STAGED, TABLE, read_table
@@ -50,16 +51,23 @@ def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
         return publish(folder, options, table=releases, say=say)
     except KeyboardInterrupt:
         raise
-    except Exception as error:  # the edge: network errors of three client libraries end here
-        message = ' '.join(without_password(f'{type(error).__name__}: {error}').split())
-        if token := get_token():
-            message = message.replace(token, '***')
+    except Exception as error:  # the edge: errors of this package and of three client libraries end here
+        client = type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests')
+        if not (client or is_input_error(error)):  # a fault of ours
+            say(masked(traceback.format_exc()))
+        message = masked(' '.join(f'{type(error).__name__}: {error}'.split()))
         say(f'error: {folder.name}: {message}')
         try:
             repo = repo_of(folder.name, options.org, releases)
         except (ValueError, OSError):  # the table of releases is what failed
             repo = ''
         return Outcome(folder.name, repo, 'failed', message=message)
+
+
+def masked(text: str) -> str:
+    """The text without the token, and without passwords in addresses."""
+    text, token = without_password(text), get_token()
+    return text.replace(token, '***') if token else text
 
 
 def table(outcomes: list[Outcome]) -> str:

@@ -21,10 +21,10 @@ SCRIPTS = {
 }
 
 
-def main_of(name):
-    """The main of a script or of a module of the package."""
+def load(name):
+    """A script, or a module of the package."""
     if name not in SCRIPTS:
-        return importlib.import_module(f'timm_robust.{name}').main
+        return importlib.import_module(f'timm_robust.{name}')
     spec = importlib.util.spec_from_file_location(f'{name}_of_command_lines', SCRIPTS[name])
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     sys.path.insert(0, str(SCRIPTS[name].parent))
@@ -32,7 +32,7 @@ def main_of(name):
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
-    return module.main
+    return module
 
 
 @pytest.fixture(scope='module')
@@ -121,6 +121,7 @@ BAD = [
     ('train_step', ['--models', 'nobody'], 'nobody: no such model'),
     ('gpu_smoke', ['--toy', '--device', 'foo'], "device 'foo' cannot be used here .*; type --device cpu"),
     ('gpu_smoke', ['--toy', '--only', 'nothing'], 'no check has nothing in its name'),
+    ('plots', [], 'required: RUN'),
     ('activation', ['--output', 'one/train.npz'], 'one/train.npz'),
     ('hub_upload', ['--tag', 'a b', '--dry-run'], "'a b' is no name of a tag; allowed are letters"),
     ('hub_upload', ['--table', 'nowhere.json'], 'nowhere.json'),
@@ -135,7 +136,7 @@ def test_bad_input_is_one_line_and_status_2(entry, argv, match, folder, monkeypa
     monkeypatch.chdir(folder)
     monkeypatch.setattr('timm_robust.engine.fit', lambda *_: pytest.fail('it was accepted'))
     try:
-        status = main_of(entry)(argv)
+        status = load(entry).main(argv)
     except SystemExit as end:
         status = end.code
     error = capsys.readouterr().err.splitlines()
@@ -182,7 +183,7 @@ STUDY = {
 def test_what_a_study_cannot_mean_is_one_line(key, value, match, tmp_path, capsys):
     lines = {**STUDY, key: value}
     (tmp_path / 'study.yaml').write_text(''.join(f'{name}: {text}\n' for name, text in lines.items()))
-    study = main_of('shape_study')
+    study = load('shape_study').main
     assert study([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and error.startswith('error: ') and not (tmp_path / 'out').exists()
@@ -221,7 +222,7 @@ def test_whole_numbers_have_bounds(capsys):
 
 
 def test_what_is_rarely_meant_is_said(capsys, monkeypatch):
-    evaluate = main_of('evaluate')
+    evaluate = load('evaluate').main
 
     def end(*_, **__):
         raise ValueError('the end')
@@ -251,7 +252,7 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
 
     monkeypatch.setattr('timm_robust.engine.fit', begin)
     train, flags = (
-        main_of('adv_train'),
+        load('adv_train').main,
         [*DIGITS, '--model-kwargs', 'width=2', '--device', 'cpu', '--output', str(tmp_path)],
     )
     cases = {
@@ -272,3 +273,15 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
     with pytest.raises(Began):
         train(flags)
     assert 'warning' not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(('fault', 'traceback'), [(KeyError('hf_canary'), True), (ValueError('no hf_canary'), False)])
+def test_a_failed_upload_is_a_row_and_a_fault_of_ours_a_traceback_too(tmp_path, monkeypatch, capsys, fault, traceback):
+    script = load('hub_upload')
+    publish = lambda *_, **__: (_ for _ in ()).throw(fault)  # noqa: E731
+    monkeypatch.setattr(script, 'publish', publish)
+    monkeypatch.setattr(script, 'get_token', lambda: 'hf_canary')
+    outcome = script.attempt(tmp_path / 'some.model', script.Options(), script.TABLE)
+    said = capsys.readouterr().err
+    assert outcome.status == 'failed' and type(fault).__name__ in outcome.message
+    assert ('Traceback' in said) == traceback and 'canary' not in said + outcome.message

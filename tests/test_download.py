@@ -1,10 +1,10 @@
 """What is said while a download waits, and what is never said."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -26,23 +26,30 @@ class Sizes:
         return self.looks == len(self.sizes)
 
 
-def said(caplog, *sizes):
-    caplog.clear()
-    fake = Sizes(*sizes)
-    with caplog.at_level(logging.WARNING, 'timm_robust'):
-        download._watch(fake.count, fake.wait, 'some.model')
-    return caplog.messages
+def said(*sizes):
+    lines, fake = [], Sizes(*sizes)
+    download._watch(fake.count, fake.wait, 'some.model', lines.append)
+    return lines
 
 
-def test_a_minute_without_progress_is_said_once_a_minute(caplog):
+def test_a_minute_without_progress_is_said_once_a_minute():
     looks = int(download._QUIET_S / download._POLL_S)
-    [message] = said(caplog, *[7] * (looks + 3))
+    [message] = said(*[7] * (looks + 3))
     assert message.startswith(
         'some.model: the download has made no progress for 60 s (7 bytes are here); still waiting'
     )
-    assert len(said(caplog, *[7] * (2 * looks + 2))) == 2
-    assert not said(caplog, *[7] * looks, *[8] * looks)  # it goes on just in time
-    assert not said(caplog, *range(10 * looks))
+    assert len(said(*[7] * (2 * looks + 2))) == 2
+    assert not said(*[7] * looks, *[8] * looks)  # it goes on just in time
+    assert not said(*range(10 * looks))
+
+
+def test_a_stall_is_said_while_the_body_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, '_POLL_S', 0.01)
+    monkeypatch.setattr(download, '_QUIET_S', 0.02)
+    lines, heard = [], threading.Event()
+    with download.told_stalls(tmp_path, 'owner/name', 'here', lambda line: (lines.append(line), heard.set())):
+        assert heard.wait(60)
+    assert lines[0].startswith('here: the download has made no progress')
 
 
 def test_the_bytes_of_half_written_files_count(tmp_path):

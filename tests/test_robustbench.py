@@ -96,6 +96,8 @@ def test_a_checkpoint_converts_to_the_same_function_and_back(name, x, tmp_path):
     model = load_model(folder)
     assert type(model) is type(timm.create_model(SAMPLES[name], device='meta'))
     assert not (folder / 'LICENSE').exists()  # the weights are their authors'
+    with pytest.raises(ValueError, match=r'a\.pt exists; name a new one, or remove it'):
+        door.convert(name, folder, tmp_path / 'a.pt')
     with torch.no_grad():
         expected = net(x)
         assert torch.allclose(pixel_input(model)(x), expected, atol=1e-5 * expected.abs().max().item())
@@ -220,6 +222,11 @@ def images(model, n=10):
         labels = model(data.pixels()).argmax(1)
     labels[0] = (labels[0] + 1) % 10
     return ImageData(pixels, labels, data.classes, 'cifar10')
+
+
+def test_a_radius_on_the_scale_of_8_bit_pixels_is_refused():
+    with pytest.raises(ValueError, match="write '128/255'"):
+        door.benchmark(None, None, norm='L2', eps=128)
 
 
 @NEEDS

@@ -73,7 +73,7 @@ def _fetch(release: Release, **options: Any) -> Path:
             return Path(cached)
     _knock(where)
     try:
-        with _telling_stalls(release.repo, where):
+        with _watched(release.repo, where):
             return Path(huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, **options))
     except errors.GatedRepoError:
         raise PermissionError(
@@ -115,7 +115,7 @@ def fetch_folder(spec: str) -> Path:
     repo, _, revision = spec.partition('@')
     folder = Path()
     try:
-        with _telling_stalls(repo, repo):
+        with _watched(repo, repo):
             for names in (['config.json', WEIGHTS, '*.yaml'], ['config.json', 'pytorch_model.bin']):
                 folder = Path(huggingface_hub.snapshot_download(repo, revision=revision or None, allow_patterns=names))
                 if (folder / WEIGHTS).is_file():
@@ -160,35 +160,46 @@ def bounded_waits(say: Callable[[str], object]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _telling_stalls(repo: str, where: str) -> Iterator[None]:
-    """Say in the log when a download makes no progress for a minute: the client waits and retries in silence."""
+def _watched(repo: str, where: str) -> Iterator[None]:
+    """A download into the user's cache, whose waits and stalls go to the log."""
     from huggingface_hub import constants
 
-    blobs = Path(constants.HF_HUB_CACHE) / f'models--{repo.replace("/", "--")}' / 'blobs'
-    done = threading.Event()
-    thread = threading.Thread(target=_watch, args=(lambda: _bytes_in(blobs), done.wait, where), daemon=True)
+    warn = _logger.warning
+    with told_stalls(constants.HF_HUB_CACHE, repo, where, warn), bounded_waits(warn):
+        yield
+
+
+@contextlib.contextmanager
+def told_stalls(cache: str | Path, repo: str, where: str, say: Callable[[str], object]) -> Iterator[None]:
+    """Say when a download makes no progress for a minute: the client waits and retries in silence.
+
+    Args:
+        cache: folder of the client's cache.
+        repo: that is downloaded from.
+        where: it is, for the line.
+        say: called with the line.
+    """
+    blobs, done = Path(cache) / f'models--{repo.replace("/", "--")}' / 'blobs', threading.Event()
+    thread = threading.Thread(target=_watch, args=(lambda: _bytes_in(blobs), done.wait, where, say), daemon=True)
     thread.start()
     try:
-        with bounded_waits(_logger.warning):
-            yield
+        yield
     finally:
         done.set()
         thread.join()
 
 
-def _watch(count: Callable[[], int], wait: Callable[[float], bool], where: str) -> None:
-    """Warn for each minute in which the number of bytes stays the same, until `wait` returns True."""
+def _watch(count: Callable[[], int], wait: Callable[[float], bool], where: str, say: Callable[[str], object]) -> None:
+    """Say so for each minute in which the number of bytes stays the same, until `wait` returns True."""
     seen, quiet = count(), 0.0
     while not wait(_POLL_S):
         now = count()
         quiet = quiet + _POLL_S if now == seen else 0.0
         seen = now
         if quiet and quiet % _QUIET_S == 0:
-            _logger.warning(
-                '%s: the download has made no progress for %.0f s (%s bytes are here); still waiting, Ctrl-C ends it',
-                where,
-                quiet,
-                f'{now:,}',
+            say(
+                f'{where}: the download has made no progress for {quiet:.0f} s ({now:,} bytes are here); still '
+                'waiting, Ctrl-C ends it'
             )
 
 

@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from .download import bounded_waits, without_password
+from .download import bounded_waits, told_stalls, without_password
 from .releases import TABLE, WEIGHTS, Release, read_table, sha256, write_table
 from .staging import ORGANISATION, check, files_of
 
@@ -383,7 +383,7 @@ def verify(api: HfApi, folder: Path, repo: str, commit: str, say: Callable[[str]
     for path, what in patiently(lambda: compare(api, folder, repo, commit), say).items():
         if what != 'same':
             raise ValueError(f'{repo}@{commit[:12]}: {path} is {what} on the server; type the same again')
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, told_stalls(cache, repo, f'{repo}@{commit[:12]}', say):
         for path, file in files_of(folder).items():
             where = {'revision': commit, 'cache_dir': cache, 'endpoint': api.endpoint, 'token': api.token}
             fetched = patiently(partial(hf_hub_download, repo, path, **where), say)

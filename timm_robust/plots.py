@@ -5,15 +5,16 @@ python -m timm_robust.plots RUN [RUN ...] [-o plots.png] draws the summary.csv o
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from .command_line import Parser, command
 from .results import atomic_file
 from .threat_model import ThreatModel
 
@@ -282,33 +283,24 @@ def _metric(folder: Path) -> str:
     return 'val_clean_acc' if clean else 'val_pgd_acc'
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End with exit status 2."""
-        self.exit(2, f'error: {" ".join(message.split())}\n')
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; bad input ends it with one line, 'error: ...', and exit status 2."""
-    parser = _Parser('python -m timm_robust.plots', description='Draw the course of training runs side by side.')
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 if it ended well, 2 for bad input."""
+    parser = Parser('python -m timm_robust.plots', description='Draw the course of training runs side by side.')
     parser.add_argument('runs', nargs='+', metavar='RUN', help='folder of a run, with its summary.csv')
     parser.add_argument('-o', '--output', metavar='FILE', help='.png, .pdf or .svg; plots.png in the first RUN if none')
     args = parser.parse_args(argv)
     path = Path(args.output or Path(args.runs[0]) / 'plots.png')
-    try:
-        rows = {Path(folder): read_run(folder) for folder in args.runs}
-        if path.is_dir():
-            raise IsADirectoryError(f'{path} is a folder; name a file there, such as -o {path / "plots.png"}')
-        names = _names(list(rows))
-        by_folder = {folder.resolve(): table for folder, table in rows.items()}
-        metrics = {name: _metric(folder) for name, folder in names.items()}
-        run_figure(path, {name: by_folder[folder] for name, folder in names.items()}, metrics)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
+    if path.is_dir():
+        raise IsADirectoryError(f'{path} is a folder; name a file there, such as -o {path / "plots.png"}')
+    rows = {Path(folder): read_run(folder) for folder in args.runs}
+    names = _names(list(rows))
+    by_folder = {folder.resolve(): table for folder, table in rows.items()}
+    metrics = {name: _metric(folder) for name, folder in names.items()}
+    run_figure(path, {name: by_folder[folder] for name, folder in names.items()}, metrics)
     print(path)
+    return 0
 
 
 if __name__ == '__main__':
-    main()
+    sys.exit(main())

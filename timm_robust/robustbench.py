@@ -37,7 +37,7 @@ from .results import atomic_file
 from .robustbench_package import SETTINGS, robustbench
 from .robustbench_report import compare, submission, write_entries
 from .robustbench_zoo import LINF, ZooEntry, check_network, entry_of, to_ours, to_theirs
-from .threat_model import LEADERBOARD_EPS, parse_eps
+from .threat_model import LEADERBOARD_EPS, ThreatModel, parse_eps
 
 
 def load_model(
@@ -109,7 +109,13 @@ def benchmark(
 
     Returns:
         'clean_acc' and 'autoattack_acc' as RobustBench computes them, and 'robust', the verdict on every image [n].
+
+    Raises:
+        ImportError: if RobustBench is missing.
+        ValueError: for a radius that cannot be meant.
     """
+    threat_model = ThreatModel(norm, parse_eps(LEADERBOARD_EPS[norm] if eps is None else eps))
+    threat_model.check_scale()
     package, n = robustbench(), len(data) if n is None else n
     SETTINGS.seed, SETTINGS.x_adv = seed, []
     model = model.to(device).eval()
@@ -121,7 +127,7 @@ def benchmark(
             threat_model=norm,
             device=torch.device(device),
             batch_size=batch_size,
-            eps=parse_eps(LEADERBOARD_EPS[norm] if eps is None else eps),
+            eps=threat_model.eps,
         )
     y = data.labels[:n]
     with torch.no_grad():
@@ -180,10 +186,12 @@ def convert(name: str, source: str | Path, target: str | Path) -> Path:
         target: the folder to write; or, for the way back, the .pt file.
 
     Raises:
-        ValueError: if the entry does not convert, or the weights or the network are not its.
+        ValueError: if the entry does not convert, the weights or the network are not its, or the target exists.
         FileNotFoundError: if the source does not exist.
     """
     entry, target = entry_of(name), Path(target)
+    if target.exists():
+        raise ValueError(f'{target} exists; name a new one, or remove it')
     if target.suffix == '.pt':
         return _to_robustbench(name, entry, source, target)
     weights = to_ours(read_weights(source), entry)
