@@ -16,12 +16,11 @@ from pathlib import Path
 
 from huggingface_hub import get_token
 
-from timm_robust.cards import RESULTS
-from timm_robust.command_line import Parser, command, is_input_error
-from timm_robust.download import without_password
-from timm_robust.hub import Options, Outcome, publish, repo_of
-from timm_robust.releases import STAGED, TABLE, read_table
-from timm_robust.results import say
+from timm_robust.command_line import Parser, command, is_input_error, say
+from timm_robust.release.publish import Options, Outcome, publish, repo_of
+from timm_robust.release.record import RESULTS
+from timm_robust.weights.download import without_password
+from timm_robust.weights.releases import STAGED, TABLE, read_table
 
 
 @command

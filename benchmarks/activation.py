@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from timm_robust.activations.pssilu import pssilu
 from timm_robust.command_line import Parser, command, count, whole_number
 from timm_robust.distributed import World
-from timm_robust.pssilu import pssilu
-from timm_robust.results import atomic_file, environment, git_commit
+from timm_robust.files import atomic_file
+from timm_robust.provenance import environment, git_commit
 
 
 def formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

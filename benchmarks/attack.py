@@ -30,18 +30,18 @@ from peers import ACTIVATIONS, Peer
 from torch import nn
 from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
 
-from timm_robust.allocator import keep_freed_memory
-from timm_robust.autoattack import autoattack, predict
-from timm_robust.autoattack_runner import VERSIONS, upstream
-from timm_robust.checkpoint import load_model
-from timm_robust.command_line import Parser, command, count, whole_number
+from timm_robust.command_line import Parser, command, count, keep_freed_memory, whole_number
 from timm_robust.data import DATASETS, load_dataset
-from timm_robust.engine import build, fit
+from timm_robust.evaluation.autoattack import autoattack, predict
+from timm_robust.evaluation.runner import VERSIONS, upstream
+from timm_robust.evaluation.search_network import search_model
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.recipe import Recipe
-from timm_robust.results import public_name
-from timm_robust.search import search_model
+from timm_robust.provenance import public_name
 from timm_robust.threat_model import ThreatModel, parse_eps
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 ATTACKS = ('apgd-ce', 'apgd-t', 'fab-t', 'square')

@@ -30,21 +30,22 @@ import torch
 import torch.nn.functional as F
 from train_step import sparse_images
 
-from timm_robust.attacks import attacked, input_gradient
-from timm_robust.autoattack import autoattack, predict
-from timm_robust.checkpoint import load_checkpoint
+from timm_robust.activations.pssilu import pssilu
+from timm_robust.attacks.gradient import attacked, input_gradient
 from timm_robust.command_line import Parser, command, count
 from timm_robust.data import load_dataset
 from timm_robust.distributed import World
-from timm_robust.engine import Run, Stopped, build, fit
+from timm_robust.evaluation.autoattack import autoattack, predict
+from timm_robust.evaluation.search_network import search_model
+from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.precision import ieee_convolutions
-from timm_robust.pssilu import pssilu
-from timm_robust.recipe import Recipe
-from timm_robust.run import make_attack_forward
-from timm_robust.search import search_model
-from timm_robust.step import AttackForward, Forward
 from timm_robust.threat_model import ThreatModel
-from timm_robust.validation import validate
+from timm_robust.training.builder import build, make_attack_forward
+from timm_robust.training.loop import Stopped, fit
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.run import Run
+from timm_robust.training.step import AttackForward, Forward
+from timm_robust.training.validation import validate
 
 RECIPES = Path(__file__).parent.parent / 'train' / 'recipes'
 MAIN = ('wrn28_10_pssilu.trades_cifar10_linf', 'resnet18_pssilu.fast_cifar10_linf', 'resnet18_pssilu.fgsm_cifar10_linf')

@@ -34,10 +34,9 @@ from peers import Peer, pgd_at_step, trades_step
 from torch.utils.flop_counter import FlopCounterMode
 from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
 
-from timm_robust.allocator import keep_freed_memory
-from timm_robust.command_line import Parser, command, count
-from timm_robust.recipe import Recipe
-from timm_robust.run import build
+from timm_robust.command_line import Parser, command, count, keep_freed_memory
+from timm_robust.training.builder import build
+from timm_robust.training.recipe import Recipe
 
 DEVICE = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 VARIANTS = ('fp32', 'bf16', 'fp32+compile', 'bf16+compile')

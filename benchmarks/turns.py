@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from timm_robust.results import atomic_file, environment, git_commit
+from timm_robust.files import atomic_file
+from timm_robust.provenance import environment, git_commit
 
 RESULTS = Path(__file__).parent / 'results'
 Case = dict[str, Any]

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from timm_robust.activations import ACTIVATIONS, PSSiLU, get_activation, reblu, smooth_relu
-from timm_robust.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
+from timm_robust.activations.functions import reblu, smooth_relu
+from timm_robust.activations.modules import ACTIVATIONS, PSSiLU, get_activation
+from timm_robust.activations.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
 
-module = sys.modules['timm_robust.pssilu']
+module = sys.modules['timm_robust.activations.pssilu']
 
 # parameters away from their initial values, where every term of every formula counts
 POINTS = {

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from timm_robust.data import load_dataset
-from timm_robust.recipe import Recipe
-from timm_robust.run import make_scheduler
+from timm_robust.training.builder import make_scheduler
+from timm_robust.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared/data/cifar10'

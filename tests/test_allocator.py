@@ -6,7 +6,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, torch
-from timm_robust.allocator import keep_freed_memory
+from timm_robust.command_line import keep_freed_memory
 if sys.argv[1] == 'keep':
     assert keep_freed_memory()
 torch.ones(1 << 24)

@@ -3,8 +3,17 @@ import torch
 import torch.nn as nn
 from pyautoattack.autopgd_base import APGDAttack
 
-from timm_robust.attacks import _checkpoints, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
-from timm_robust.losses import cross_entropy
+from timm_robust.attacks.gradient import (
+    _checkpoints,
+    apgd,
+    attacked,
+    fgsm,
+    frozen_statistics,
+    input_gradient,
+    n_fgsm,
+    pgd,
+)
+from timm_robust.attacks.surrogates import cross_entropy
 from timm_robust.threat_model import ThreatModel
 
 LINF, L2 = ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust import autoattack as door
-from timm_robust import autoattack_runner
-from timm_robust.autoattack import autoattack, predict, undisturbed
+from timm_robust.evaluation import autoattack as door
+from timm_robust.evaluation import runner as autoattack_runner
+from timm_robust.evaluation.autoattack import autoattack, predict, undisturbed
 from timm_robust.precision import ieee_convolutions
 from timm_robust.threat_model import ThreatModel
 

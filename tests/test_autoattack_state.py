@@ -15,10 +15,10 @@ import timm
 import torch
 from torch import nn
 
-from timm_robust import search
-from timm_robust.autoattack import autoattack
-from timm_robust.autoattack_state import BatchStore, Found
-from timm_robust.search import Bf16, search_model
+from timm_robust.evaluation import search_network as search
+from timm_robust.evaluation.autoattack import autoattack
+from timm_robust.evaluation.batch_store import BatchStore, Found
+from timm_robust.evaluation.search_network import Bf16, search_model
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -26,7 +26,7 @@ LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
 SCRIPT = """
 import sys, torch
 from test_autoattack_state import conv_net, images
-from timm_robust.autoattack import autoattack
+from timm_robust.evaluation.autoattack import autoattack
 from timm_robust.threat_model import ThreatModel
 model = conv_net()
 x, y = images(model)
@@ -35,7 +35,7 @@ autoattack(model, x, y, ThreatModel('Linf', 0.02), batch_size=3, state_dir=sys.a
 PAIR = """
 import pathlib, sys, torch
 from test_autoattack_state import conv_net, images
-from timm_robust.autoattack import autoattack
+from timm_robust.evaluation.autoattack import autoattack
 from timm_robust.distributed import World
 from timm_robust.threat_model import ThreatModel
 world, folder, lines = World.join('cpu'), pathlib.Path(sys.argv[1]), []
@@ -309,7 +309,7 @@ def test_a_long_search_runs_on_compiled_kernels_to_the_same_verdicts(monkeypatch
     with torch.no_grad():
         model.act.alpha.fill_(1.7)
     x = torch.rand(8, 3, 32, 32)
-    y, kernels = model(x).argmax(1), sys.modules['timm_robust.pssilu']
+    y, kernels = model(x).argmax(1), sys.modules['timm_robust.activations.pssilu']
     plain, fast = search_model(model, x), search_model(model, x, len(x))
     calls = []
     fast.kernels = tuple(lambda *a, f=f: calls.append(1) or f(*a) for f in fast.kernels)

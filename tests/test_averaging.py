@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust.averaging import ModelEma
+from timm_robust.training.averaging import ModelEma
 
 
 def test_decay_warms_up_to_what_was_asked_for():

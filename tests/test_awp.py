@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn as nn
 
-from timm_robust.awp import perturbed_weights
+from timm_robust.training.awp import perturbed_weights
 
 
 @pytest.fixture

@@ -6,8 +6,10 @@ import pytest
 import yaml
 from records import complete
 
-from timm_robust.cards import model_card, paired_difference, results_page
-from timm_robust.releases import RELEASES, STAGED, releases_of, sha256
+from timm_robust.files import sha256
+from timm_robust.release.card import model_card
+from timm_robust.release.results_page import paired_difference, results_page
+from timm_robust.weights.releases import RELEASES, STAGED, releases_of
 
 
 def test_a_paired_difference_and_its_interval():

@@ -10,15 +10,9 @@ import safetensors.torch
 import timm
 import torch
 
-from timm_robust.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    load_model,
-    prune_checkpoints,
-    read_weights,
-    save_checkpoint,
-    set_aside,
-)
+from timm_robust.models.checkpoint import load_checkpoint, read_weights
+from timm_robust.models.load import load_model
+from timm_robust.training.checkpoints import latest_checkpoint, prune_checkpoints, save_checkpoint, set_aside
 
 ARCH = 'test_resnet'
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from timm_robust.clock import Clock, parse_duration
+from timm_robust.training.clock import Clock, parse_duration
 
 
 @pytest.mark.parametrize(

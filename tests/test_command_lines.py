@@ -24,7 +24,7 @@ SCRIPTS = {
 def load(name):
     """A script, or a module of the package."""
     if name not in SCRIPTS:
-        return importlib.import_module(f'timm_robust.{name}')
+        return importlib.import_module(f'timm_robust.{name}' + ('.__main__' if name == 'robustbench' else ''))
     spec = importlib.util.spec_from_file_location(f'{name}_of_command_lines', SCRIPTS[name])
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     sys.path.insert(0, str(SCRIPTS[name].parent))
@@ -134,7 +134,7 @@ BAD = [
 )
 def test_bad_input_is_one_line_and_status_2(entry, argv, match, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr('timm_robust.engine.fit', lambda *_: pytest.fail('it was accepted'))
+    monkeypatch.setattr('timm_robust.training.loop.fit', lambda *_: pytest.fail('it was accepted'))
     try:
         status = load(entry).main(argv)
     except SystemExit as end:
@@ -250,7 +250,7 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
     def begin(run):
         raise Began
 
-    monkeypatch.setattr('timm_robust.engine.fit', begin)
+    monkeypatch.setattr('timm_robust.training.loop.fit', begin)
     train, flags = (
         load('adv_train').main,
         [*DIGITS, '--model-kwargs', 'width=2', '--device', 'cpu', '--output', str(tmp_path)],

@@ -22,8 +22,8 @@ from timm_robust.data import (
 )
 from timm_robust.data.memory import new_labels
 from timm_robust.distributed import World
-from timm_robust.recipe import Recipe
-from timm_robust.run import read_data
+from timm_robust.training.batches import read_data
+from timm_robust.training.recipe import Recipe
 
 CLASSES = ('ant', 'bee', 'cat')
 

@@ -18,19 +18,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import timm_robust.run
-import timm_robust.step
-from timm_robust import honesty
-from timm_robust.attacks import pgd
+import timm_robust.training.builder
+import timm_robust.training.step
+from timm_robust.attacks.gradient import pgd
 from timm_robust.distributed import World
-from timm_robust.engine import build, train_epoch
-from timm_robust.logs import RunLog
-from timm_robust.recipe import Recipe
-from timm_robust.robustness import evaluate
-from timm_robust.run import TICKS, create_optimizer, make_batches, make_scheduler
-from timm_robust.step import averaged_weights
+from timm_robust.evaluation import sanity_checks as honesty
+from timm_robust.evaluation.measure import evaluate
 from timm_robust.threat_model import ThreatModel
-from timm_robust.validation import reestimate_batch_norm, validate
+from timm_robust.training.batches import make_batches
+from timm_robust.training.builder import build, create_optimizer, make_scheduler
+from timm_robust.training.log import RunLog
+from timm_robust.training.loop import train_epoch
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.run import TICKS
+from timm_robust.training.step import averaged_weights
+from timm_robust.training.validation import reestimate_batch_norm, validate
 
 OURS = Path(__file__).resolve().parent.parent
 RECIPES = OURS / 'train' / 'recipes'
@@ -237,7 +239,7 @@ def test_a_generator_of_another_device_is_an_error(waits):
 def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkeypatch):
     graphs = CompileCounter()
     compiled = partial(torch.compile, dynamic=False, backend=graphs)
-    monkeypatch.setattr(timm_robust.run, 'compiled', lambda net, device: compiled(net))
+    monkeypatch.setattr(timm_robust.training.builder, 'compiled', lambda net, device: compiled(net))
     recipe = dataclasses.replace(small(MAIN[1], tmp_path), batch_size=40, val_size=40, torchcompile=True)
     run = build(recipe)
     found = []

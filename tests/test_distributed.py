@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_robust.checkpoint import load_checkpoint
 from timm_robust.distributed import World
+from timm_robust.models.checkpoint import load_checkpoint
 
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
 ROOT = Path(__file__).parents[1]

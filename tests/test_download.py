@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from timm_robust import download
-from timm_robust.download import without_password
+from timm_robust.weights import download
+from timm_robust.weights.download import without_password
 
 
 class Sizes:
@@ -75,9 +75,10 @@ def test_a_password_in_the_endpoint_is_never_said(tmp_path):
     """Nobody listens at the address; what fails there is told by our messages, and by the client's."""
     code = """
 import json
-from timm_robust.checkpoint import load_model
-from timm_robust.download import _page, read_release
-from timm_robust.releases import Release
+from timm_robust.models.load import load_model
+from timm_robust.weights.download import _page
+from timm_robust.weights.download import read_release
+from timm_robust.weights.releases import Release
 release = Release('resnet18_relu.at_cifar10_linf', 'a' * 64, 5, None, 'owner/name', 'b' * 40)
 messages = [_page(release)]
 for call in (lambda: read_release(release), lambda: load_model('hf-hub:owner/name')):

@@ -16,20 +16,27 @@ import timm
 import torch
 import yaml
 
-from timm_robust import engine, validation
-from timm_robust import run as module
-from timm_robust.attacks import input_gradient
-from timm_robust.checkpoint import load_checkpoint, load_model, save_checkpoint
+from timm_robust.attacks.gradient import input_gradient
+from timm_robust.attacks.surrogates import cross_entropy
 from timm_robust.data import load_dataset
-from timm_robust.engine import Stopped, build, epoch_row, fit, result
-from timm_robust.losses import cross_entropy
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.plan import plan
-from timm_robust.recipe import Recipe
-from timm_robust.robustness import evaluate
-from timm_robust.run import Sums, make_scheduler, read_data, restore, save, set_bn_momentum
-from timm_robust.validation import reestimate_batch_norm, validate
-from timm_robust.watchdog import Diverged, check_epoch
+from timm_robust.training import batches, rollback, validation
+from timm_robust.training import builder as module
+from timm_robust.training import loop as engine
+from timm_robust.training import run as run_module
+from timm_robust.training.batches import read_data
+from timm_robust.training.builder import build, make_scheduler, set_bn_momentum
+from timm_robust.training.checkpoints import save_checkpoint
+from timm_robust.training.loop import Stopped, epoch_row, fit, result
+from timm_robust.training.plan import plan
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.run import Sums
+from timm_robust.training.state import restore, save
+from timm_robust.training.validation import reestimate_batch_norm, validate
+from timm_robust.training.watchdog import Diverged, check_epoch
 
 TINY = Recipe(
     model='resnet18_pssilu',
@@ -180,8 +187,8 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
 
 def test_other_images_under_the_same_name_are_refused(undisturbed, tmp_path, monkeypatch):
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
-    real = module.load_dataset
-    monkeypatch.setattr(module, 'load_dataset', lambda *args: real(*args).first(1400))
+    real = batches.load_dataset
+    monkeypatch.setattr(batches, 'load_dataset', lambda *args: real(*args).first(1400))
     with pytest.raises(
         ValueError, match=r'training data 1387 images #\w+, now 1350 images #\w+; vali.*: name the right'
     ):
@@ -241,7 +248,7 @@ def test_what_a_run_goes_back_from_is_never_taken_up_again(tmp_path, monkeypatch
 
 
 def test_a_folder_that_nobody_named_is_the_runs_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'strftime', lambda _: 'now')
+    monkeypatch.setattr(run_module, 'strftime', lambda _: 'now')
     settings = {'experiment': None, 'max_steps': 1, 'val_size': 0, 'epochs': 1}
     runs = [build(tiny(tmp_path, **settings)), build(tiny(tmp_path, resume='auto', **settings))]  # in one second
     folders = [fit(run)['output'] for run in runs]
@@ -460,7 +467,7 @@ def test_every_loss_norm_and_mode_takes_a_step(tmp_path, loss, norm, settings):
 
 
 def test_the_compiled_run_follows_the_eager_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules['timm_robust.pssilu'], '_kernels', None)  # put back afterwards
+    monkeypatch.setattr(sys.modules['timm_robust.activations.pssilu'], '_kernels', None)  # put back afterwards
     losses = []
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -755,8 +762,8 @@ def test_a_collapse_goes_back_behind_the_epoch_that_it_was_seen_in(tmp_path, mon
     """Though there is a state inside that epoch: it may have collapsed already."""
     begun, found = [], iter([0.8, 0.8, 0.01, 0.8, 0.8])
     monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': next(found)})
-    real = engine.restore
-    monkeypatch.setattr(engine, 'restore', lambda run, path: real(run, path) or begun.append(run.step))
+    real = rollback.restore
+    monkeypatch.setattr(rollback, 'restore', lambda run, path: real(run, path) or begun.append(run.step))
     run = build(tiny(tmp_path, batch_size=200, epochs=4, max_steps=None, save_interval=4))
     monkeypatch.setattr(engine, 'check_epoch', lambda row, history: check_epoch({**row, 'train_acc': 1.0}, history))
     per_epoch = run.batches.steps_per_epoch
@@ -805,7 +812,7 @@ def test_the_result_is_that_of_the_saved_best(tmp_path):
 
 
 def test_too_many_rollbacks_stop_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, 'MAX_ROLLBACKS', 1)
+    monkeypatch.setattr(rollback, 'MAX_ROLLBACKS', 1)
     run = build(tiny(tmp_path, lr=1e30, warmup_epochs=0.0))
     with pytest.raises(Diverged, match='stops after 1 rollbacks'):
         fit(run)

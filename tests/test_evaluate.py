@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from timm_robust import robustness as module
-from timm_robust.cards import attack_title, robust_acc
 from timm_robust.data import ImageData, load_dataset
 from timm_robust.evaluate import main
+from timm_robust.evaluation import measure as module
+from timm_robust.evaluation.measure import SeededStart, evaluate
 from timm_robust.pixels import PixelInput, pixel_input
+from timm_robust.release.record import attack_title, robust_acc
 from timm_robust.results import RobustnessResult
-from timm_robust.robustness import SeededStart, evaluate
 from timm_robust.threat_model import ThreatModel
 
 LINF = ThreatModel('Linf', 0.02)

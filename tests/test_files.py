@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from timm_robust import files
-from timm_robust.files import LOCK, Writer, link_file, lock_folder, new_folder, sweep_temporaries
+from timm_robust.files import LOCK, link_file, lock_folder, new_folder, sweep_temporaries
+from timm_robust.training.writer import Writer
 
 HOLD = 'import sys, pathlib; from timm_robust.files import lock_folder; lock = lock_folder(pathlib.Path(sys.argv[1])); '
 

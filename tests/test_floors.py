@@ -1,66 +1,37 @@
-"""Imports go down only: a module may import those on lower floors; scripts stand on the roof."""
+"""The house: every room has a floor, imports go down only and through the door of a room, its `__init__`."""
 
 import ast
+import importlib
+import inspect
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / 'timm_robust'
 FLOORS = {
-    'pssilu': 0,
-    'allocator': 0,
     'threat_model': 0,
-    'results': 0,
-    'releases': 0.5,
-    'download': 0.6,
-    'model_config': 0,
-    'hub': 5.5,
-    'robustbench_zoo': 2,
-    'robustbench_report': 2.5,
-    'robustbench_package': 2.5,
-    'robustbench': 5.5,
-    'plots': 1,
-    'activations': 0.5,  # stands on pssilu alone
-    'models': 1,
-    'averaging': 0,
-    'clock': 0,
-    'distributed': 0,
-    'watchdog': 0,
-    'files': 0,
-    'command_line': 0,
-    'precision': 0,
-    'folding': 0.5,
-    'packing': 0,
     'pixels': 0,
-    'logs': 1,
-    'attacks': 1,
-    'gradients': 1.5,
+    'precision': 0,
+    'distributed': 0,
+    'files': 0,
+    'provenance': 0,
+    'command_line': 0,
+    'activations': 0,
     'data': 1,
-    'schedule': 0,
-    'papers': 0,
-    'recipe': 1.25,
-    'recipe_flags': 1.5,
-    'resuming': 1.5,
-    'checkpoint': 1,
-    'losses': 2,
-    'honesty': 3.25,
-    'cards': 2,
-    'staging': 5,
-    'model_files': 1.5,
-    'awp': 2,
-    'step': 3,
-    'autoattack_state': 1,
-    'autoattack_runner': 2,
-    'autoattack': 3,
-    'search': 3.5,
-    'shape': 3.5,
-    'run': 4,
-    'validation': 4.25,
-    'warmup': 4.27,
-    'plan': 4.3,
-    'engine': 4.5,
-    'robustness': 3.75,
+    'attacks': 1,
+    'weights': 1,
+    'results': 1,
+    'plots': 1,
+    'models': 2,
+    'training': 3,
+    'evaluation': 3,
+    'release': 4,
     'evaluate': 4,
+    'staging': 5,
+    'robustbench': 5,
     '__init__': 6,
 }
+FOLDERS = sorted(room for room in FLOORS if (PACKAGE / room).is_dir())
 
 
 def room(path):
@@ -68,36 +39,57 @@ def room(path):
 
 
 def imports(path):
-    """Rooms of this package that a file imports, at module level or inside functions."""
+    """What a file imports of this package, at module level or inside functions: (room, what lies behind its door)."""
     depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            if node.level == depth:  # from . (or .. in a subpackage): the package itself
-                yield from [node.module.split('.')[0]] if node.module else [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'timm_robust':
-            parts = node.module.split('.')
-            yield from [parts[1]] if len(parts) > 1 else ['__init__']
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.level == depth:  # the package itself; less is the own room
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split('.')[0] == 'timm_robust':
+            names = [node.module.partition('.')[2] or '__init__']
         elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split('.')[0] == 'timm_robust':
-                    yield [*alias.name.split('.'), '__init__'][1]
+            names = [alias.name.partition('.')[2] or '__init__' for alias in node.names]
+            names = [
+                name for name, alias in zip(names, node.names, strict=True) if alias.name.startswith('timm_robust')
+            ]
+        for name in names:
+            there, _, behind = name.partition('.')
+            yield there, behind
 
 
 def test_every_room_has_a_floor():
-    rooms = {room(path) for path in PACKAGE.rglob('*.py')}
-    assert rooms == set(FLOORS)
+    assert {room(path) for path in PACKAGE.rglob('*.py')} == set(FLOORS)
 
 
 def test_imports_go_down_only():
     wrong = []
     for path in PACKAGE.rglob('*.py'):
         here = room(path)
-        for there in imports(path):
-            if there == '__init__' and here in ('evaluate',):
+        for there, _ in imports(path):
+            if there == '__init__' and here == 'evaluate':
                 continue  # a command registers the models as its user would
-            if there != here and there in FLOORS and FLOORS[there] >= FLOORS[here]:
-                wrong.append(f'{here} (floor {FLOORS[here]}) imports {there} (floor {FLOORS[there]})')
+            if there != here and FLOORS[there] >= FLOORS[here]:
+                wrong.append(f'{path.relative_to(PACKAGE)} (floor {FLOORS[here]}) imports {there} ({FLOORS[there]})')
     assert not wrong
+
+
+def test_other_rooms_are_entered_by_their_door():
+    wrong = []
+    for path in PACKAGE.rglob('*.py'):
+        for there, behind in imports(path):
+            if behind and there != room(path) and room(path) != '__init__':
+                wrong.append(f'{path.relative_to(PACKAGE)} imports {there}.{behind}; import it from {there}')
+    assert not wrong
+
+
+@pytest.mark.parametrize('name', FOLDERS)
+def test_a_door_is_no_wider_than_a_screen(name):
+    door = importlib.import_module(f'timm_robust.{name}')
+    assert 0 < len(door.__all__) <= 20
+    for item in door.__all__:
+        assert inspect.ismodule(getattr(door, item)) or not (PACKAGE / name / f'{item}.py').exists(), (
+            f'{item} hides a module'
+        )
 
 
 def test_library_reads_no_argv_and_names_no_device():

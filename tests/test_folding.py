@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import timm_robust  # noqa: F401
-from timm_robust.folding import FoldedNet
+from timm_robust.attacks.folding import FoldedNet
 
 
 def unsettle(model: nn.Module) -> nn.Module:

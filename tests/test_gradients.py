@@ -5,11 +5,11 @@ import timm
 import torch
 from torch import nn
 
-from timm_robust.attacks import input_gradient
-from timm_robust.engine import build
-from timm_robust.gradients import relu_gradient, smooth_backward_relu
-from timm_robust.losses import cross_entropy
-from timm_robust.recipe import Recipe
+from timm_robust.attacks.gradient import input_gradient
+from timm_robust.attacks.surrogates import cross_entropy
+from timm_robust.training.builder import build
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.relu_gradient import relu_gradient, smooth_backward_relu
 
 
 def test_forward_is_relu_and_backward_that_of_parametric_softplus():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust.honesty import doubts
+from timm_robust.evaluation.sanity_checks import doubts
 from timm_robust.threat_model import ThreatModel
 
 EPS = ThreatModel('Linf', 0.05)

@@ -14,10 +14,11 @@ import pytest
 import timm
 import torch
 
-from timm_robust.checkpoint import save_checkpoint
-from timm_robust.recipe import Recipe
-from timm_robust.releases import read_table, sha256
-from timm_robust.staging import render, stage
+from timm_robust.files import sha256
+from timm_robust.release.staging import render, stage
+from timm_robust.training.checkpoints import save_checkpoint
+from timm_robust.training.recipe import Recipe
+from timm_robust.weights.releases import read_table
 
 ROOT = Path(__file__).parents[1]
 NAME = 'resnet18_relu.at_digits_linf'
@@ -88,7 +89,7 @@ def stranger(hub, root, tmp_path, code=None, token=None, **kwargs):
     package = tmp_path / 'site'
     if not package.exists():
         shutil.copytree(ROOT / 'timm_robust', package / 'timm_robust', ignore=shutil.ignore_patterns('__pycache__'))
-    shutil.copyfile(root / 'releases.json', package / 'timm_robust/releases.json')
+    shutil.copyfile(root / 'releases.json', package / 'timm_robust/weights/releases.json')
     env = environment(hub, tmp_path / 'stranger', token, **kwargs)
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(package), env.get('PYTHONPATH')]))
     code = (
@@ -143,8 +144,8 @@ def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path):
         'wrn28_10_relu.fgsm_digits_linf',
         """
 import hashlib
-from timm_robust.download import read_release
-from timm_robust.releases import RELEASES
+from timm_robust.weights.download import read_release
+from timm_robust.weights.releases import RELEASES
 [release] = RELEASES.values()
 print(hashlib.sha256(read_release(release)).hexdigest())
 """,
@@ -324,7 +325,7 @@ RACE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from timm_robust import hub
+from timm_robust.release import publish as hub
 hub.check = lambda folder: None  # eight folders of the same weights: loaded once is enough
 def one(root):
     try:
@@ -455,7 +456,7 @@ except ConnectionError as error:
 def test_other_ways_to_load(hub, published, tmp_path):
     code = f"""
 import json, timm, timm_robust, torch
-from timm_robust.checkpoint import load_model
+from timm_robust.models.load import load_model
 x = torch.full((1, 3, 32, 32), 0.5)
 by_hub = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()
 adapted = timm.create_model('{NAME}', pretrained=True, num_classes=3, in_chans=1)

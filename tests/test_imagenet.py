@@ -4,7 +4,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from timm_robust.activations import PSSiLU, SmoothReLU
+from timm_robust.activations.modules import PSSiLU, SmoothReLU
 from timm_robust.models.replaced import SharedAct
 
 SITES = 49  # activations of a ResNet-50: one behind the stem, three in each of 16 blocks

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_robust import engine
-from timm_robust.checkpoint import load_checkpoint
-from timm_robust.engine import build, fit
-from timm_robust.files import Writer
-from timm_robust.recipe import Recipe
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.training import loop as engine
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.writer import Writer
 
 ROOT = Path(__file__).parents[1]
 ARGS = [

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from timm_robust.logs import RunLog, _duration, _fit, public_config
+from timm_robust.training.log import RunLog, _duration, _fit, public_config
 
 CONFIG = {
     'model': 'resnet18_pssilu',

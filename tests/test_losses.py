@@ -3,7 +3,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from timm_robust.losses import LOSSES, clean, kl_divergence, make_loss, mart, pgd_at, trades
+from timm_robust.attacks.surrogates import kl_divergence
+from timm_robust.training.losses import LOSSES, clean, make_loss, mart, pgd_at, trades
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 
 import timm_robust
-from timm_robust.activations import ACTIVATIONS
+from timm_robust.activations.modules import ACTIVATIONS
 from timm_robust.models.cifar_resnet import checkpoint_filter_fn as resnet_filter
 from timm_robust.models.wide_resnet import checkpoint_filter_fn as wrn_filter
-from timm_robust.recipe import Recipe
-from timm_robust.releases import RELEASES
-from timm_robust.run import create_optimizer
+from timm_robust.training.builder import create_optimizer
+from timm_robust.training.recipe import Recipe
+from timm_robust.weights.releases import RELEASES
 
 SMALL = {'resnet18': {'width': 8}, 'wrn28_10': {'depth': 10, 'widen_factor': 1}}
 NETS = [f'{family}_{act}' for family in SMALL for act in ('relu', 'silu', 'pssilu')]

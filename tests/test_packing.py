@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import timm_robust  # noqa: F401
-from timm_robust.packing import PackedConv2d, pack_convolutions
+from timm_robust.attacks.packing import PackedConv2d, pack_convolutions
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='PyTorch without oneDNN')
 
@@ -73,6 +73,6 @@ def test_without_the_operators_the_network_stays_as_it_is(monkeypatch):
     def missing(*args):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_reorder_convolution_weight'")
 
-    monkeypatch.setattr('timm_robust.packing._arguments', missing)
+    monkeypatch.setattr('timm_robust.attacks.packing._arguments', missing)
     net = nn.Sequential(nn.Conv2d(8, 8, 3))
     assert pack_convolutions(net, least=0) == 0 and type(net[0]) is nn.Conv2d

@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from timm_robust import activations
-from timm_robust.papers import ACTIVATIONS, EXTRA_DATA, extra_data_of, papers_of
-from timm_robust.recipe import Recipe
-from timm_robust.releases import STAGED
+from timm_robust.release.papers import ACTIVATIONS, EXTRA_DATA, extra_data_of, papers_of
+from timm_robust.training.recipe import Recipe
+from timm_robust.weights.releases import STAGED
 
 RECIPES = sorted((STAGED.parent / 'train/recipes').glob('*.yaml'))
 

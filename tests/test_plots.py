@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from timm_robust.logs import RunLog
 from timm_robust.plots import _best, _names, adversarial_figure, main, read_run, run_figure
 from timm_robust.threat_model import ThreatModel
+from timm_robust.training.log import RunLog
 
 figure_module = pytest.importorskip('matplotlib.figure')
 PNG = b'\x89PNG'

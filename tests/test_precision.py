@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from timm_robust import engine
 from timm_robust.precision import fastest_convolutions
-from timm_robust.recipe import Recipe
+from timm_robust.training import loop as engine
+from timm_robust.training.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from timm_robust import engine
-from timm_robust.checkpoint import load_checkpoint
-from timm_robust.engine import Stopped, build, fit
+from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.pixels import resized
-from timm_robust.plan import plan
-from timm_robust.recipe import Recipe
+from timm_robust.training import loop as engine
+from timm_robust.training.builder import build
+from timm_robust.training.loop import Stopped, fit
+from timm_robust.training.plan import plan
+from timm_robust.training.recipe import Recipe
 
 STAGES = {8: 1, 16: 1, 32: 2}  # 3 steps an epoch
 

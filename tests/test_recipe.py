@@ -5,9 +5,9 @@ import os
 import pytest
 
 from timm_robust.command_line import command
-from timm_robust.recipe import Recipe
-from timm_robust.recipe_flags import add_arguments, parse_recipe
 from timm_robust.threat_model import ThreatModel
+from timm_robust.training.flags import add_arguments, parse_recipe
+from timm_robust.training.recipe import Recipe
 
 DEFAULTS = {
     'model': 'resnet18_pssilu', 'model_kwargs': {}, 'num_classes': None, 'pretrained': False,

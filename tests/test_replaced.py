@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
 from timm_robust import replace_activations
-from timm_robust.activations import PSSiLU, SmoothReLU
+from timm_robust.activations.modules import PSSiLU, SmoothReLU
 from timm_robust.models.replaced import SharedAct
 
 NETS = ['test_resnet', 'test_efficientnet', 'test_vit', 'test_convnext']

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from timm_robust import results
-from timm_robust.results import (
-    RobustnessResult,
-    atomic_file,
-    atomic_folder,
-    environment,
-    git_commit,
-    public_name,
-    recover_folder,
-)
+from timm_robust import files
+from timm_robust.files import atomic_file, atomic_folder, recover_folder
+from timm_robust.provenance import environment, git_commit, public_name
+from timm_robust.results import RobustnessResult
 
 
 def result(**changes) -> RobustnessResult:
@@ -65,7 +59,7 @@ def replace_folder(target):
 def test_a_folder_is_replaced_whole(tmp_path, monkeypatch, exchange):
     target = tmp_path / 'a[b].c'
     if not exchange:
-        monkeypatch.setattr(results, '_exchange', lambda *paths: False)
+        monkeypatch.setattr(files, '_exchange', lambda *paths: False)
     for _ in range(2):
         replace_folder(target)
         (target / 'file').write_text('old')
@@ -96,7 +90,7 @@ def test_a_rename_that_fails_or_is_killed_leaves_the_old_folder(tmp_path, monkey
 
     replace_folder(target)
     (target / 'file').write_text('old')
-    monkeypatch.setattr(results, '_exchange', lambda *paths: False)
+    monkeypatch.setattr(files, '_exchange', lambda *paths: False)
     with monkeypatch.context() as patch, pytest.raises(OSError, match='refused'):
         patch.setattr(Path, 'rename', failing)
         replace_folder(target)
@@ -119,8 +113,8 @@ def test_here_two_folders_change_names_in_one_step(tmp_path):
     for name in 'ab':
         (tmp_path / name).mkdir()
         (tmp_path / name / 'file').write_text(name)
-    assert results._exchange(tmp_path / 'a', tmp_path / 'b') and (tmp_path / 'a/file').read_text() == 'b'
-    assert not results._exchange(tmp_path / 'a', tmp_path / 'absent')
+    assert files._exchange(tmp_path / 'a', tmp_path / 'b') and (tmp_path / 'a/file').read_text() == 'b'
+    assert not files._exchange(tmp_path / 'a', tmp_path / 'absent')
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from timm_robust.recipe import SETTINGS, Recipe
-from timm_robust.resuming import FREE, check_changes, check_equal, check_processes, find_changes
+from timm_robust.training.changes import FREE, check_changes, check_equal, check_processes, find_changes
+from timm_robust.training.recipe import SETTINGS, Recipe
 
 PATH = Path('run/last.pth.tar')
 

@@ -15,15 +15,15 @@ from records import HYPER, complete
 from torch import nn
 
 from timm_robust import robustbench as door
-from timm_robust import robustbench_package as package
-from timm_robust import robustbench_report as report
-from timm_robust.checkpoint import load_model
 from timm_robust.data import ImageData
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.releases import RELEASES, releases_of, split_name
-from timm_robust.robustbench_zoo import LINF, check_network, entry_of, to_ours, to_theirs
-from timm_robust.robustness import evaluate
+from timm_robust.robustbench import conversion, package, report
+from timm_robust.robustbench.__main__ import main
+from timm_robust.robustbench.zoo import LINF, check_network, entry_of, to_ours, to_theirs
 from timm_robust.threat_model import ThreatModel
+from timm_robust.weights.releases import RELEASES, releases_of, split_name
 
 NEEDS = pytest.mark.skipif(
     importlib.util.find_spec('robustbench') is None, reason='robustbench is not installed; make test installs it'
@@ -41,7 +41,7 @@ SAMPLES = {  # one of each kind, and one with statistics
 def theirs(name, dtype=torch.float32):
     """RobustBench's network with random weights, and statistics that batch norm does not start with."""
     torch.manual_seed(0)
-    net = door.zoo_network(name).eval()
+    net = conversion.zoo_network(name).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
@@ -62,18 +62,18 @@ def x():
 def test_every_entry_has_a_name_of_ours():
     assert len(LINF) == 44
     for name, entry in LINF.items():
-        assert split_name(door.release_name(name, entry))[0] == entry.arch
+        assert split_name(conversion.release_name(name, entry))[0] == entry.arch
 
 
 @NEEDS
 @pytest.mark.parametrize('name', LINF)
 def test_every_entry_has_the_weights_of_robustbenchs_definition(name, monkeypatch):
     entry = entry_of(name)
-    door.robustbench()
+    package.robustbench()
     made = torch.tensor
     monkeypatch.setattr(torch, 'tensor', lambda *args, **kwargs: made(*args, **{'device': 'cpu', **kwargs}))
     with torch.device('meta'):
-        net = door.zoo_network(name)
+        net = conversion.zoo_network(name)
         ours = timm.create_model(entry.arch, **entry.model_kwargs)
     weights = {key: value for key, value in net.state_dict().items() if key not in ('mu', 'sigma')}
     if entry.kind == 'paf':  # meta tensors cannot be compared: copies are the same parameter
@@ -103,7 +103,7 @@ def test_a_checkpoint_converts_to_the_same_function_and_back(name, x, tmp_path):
         assert torch.allclose(pixel_input(model)(x), expected, atol=1e-5 * expected.abs().max().item())
     door.convert(name, folder, tmp_path / 'b.pt')
     again = torch.load(tmp_path / 'b.pt', weights_only=True)
-    fresh = door.zoo_network(name).eval()
+    fresh = conversion.zoo_network(name).eval()
     fresh.load_state_dict(again, strict=True)
     with torch.no_grad():
         assert torch.equal(fresh(x), expected)
@@ -188,7 +188,7 @@ def test_a_web_page_and_a_pickle_are_named(tmp_path):
 
 @NEEDS
 def test_fetch_says_what_to_do_without_a_network(tmp_path, monkeypatch, capsys):
-    utils = door.robustbench().utils
+    utils = package.robustbench().utils
 
     def refuse(drive_id, path):
         raise OSError('no route to host')
@@ -198,13 +198,13 @@ def test_fetch_says_what_to_do_without_a_network(tmp_path, monkeypatch, capsys):
 
     arguments = ['fetch', 'Dai2021Parameterizing', str(tmp_path / 'out')]
     monkeypatch.setattr(utils, 'download_gdrive_new', refuse)
-    assert door.main(arguments) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert '1eO-MNXQSAoCuNFjIbdCheprT4Beqo9Zv' in error and 'convert Dai2021Parameterizing FILE.pt' in error
     monkeypatch.setattr(utils, 'download_gdrive_new', page)
-    assert door.main(arguments) == 2 and 'is a web page' in capsys.readouterr().err
+    assert main(arguments) == 2 and 'is a web page' in capsys.readouterr().err
     monkeypatch.setattr(utils, 'download_gdrive_new', lambda drive_id, path: None)
-    assert door.main(arguments) == 2 and 'did not arrive' in capsys.readouterr().err
+    assert main(arguments) == 2 and 'did not arrive' in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()
 
 
@@ -251,7 +251,7 @@ def test_common_corruptions_from_local_files(tmp_path):
     folder = tmp_path / 'CIFAR-10-C'
     folder.mkdir()
     model = SmallNet().eval()
-    names = door.robustbench().data.CORRUPTIONS
+    names = package.robustbench().data.CORRUPTIONS
     for name in names:  # 50,000 rows, most of them holes in the file
         shape = (50_000, 32, 32, 3)
         rows = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.uint8, shape)
@@ -296,7 +296,9 @@ def test_an_unknown_name_is_refused():
 @NEEDS
 def test_norm_chooses_as_threat_model_does(monkeypatch):
     asked = []
-    monkeypatch.setattr(door.robustbench().utils, 'load_model', lambda name, **options: asked.append((name, options)))
+    monkeypatch.setattr(
+        package.robustbench().utils, 'load_model', lambda name, **options: asked.append((name, options))
+    )
     door.load_model('Rebuffi2021Fixing_70_16_cutmix_extra', norm='L2', model_dir='here')
     expected = {'dataset': 'cifar10', 'threat_model': 'L2', 'model_dir': 'here'}
     assert asked == [('Rebuffi2021Fixing_70_16_cutmix_extra', expected)]
@@ -307,7 +309,7 @@ def test_a_missing_package_says_what_to_type(monkeypatch):
     with pytest.raises(
         ImportError, match=r"no geotorch\); type: pip install 'timm-robust\[robustbench\]' && pip install"
     ):
-        door.robustbench()
+        package.robustbench()
 
 
 def install(root, version, code='', files=('robustbench/__init__.py',), name='robustbench'):

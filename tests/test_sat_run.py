@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from timm_robust.checkpoint import load_model
+from timm_robust.models.load import load_model
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / 'train/recipes/resnet50_silu.sat_imagenet_linf.yaml'

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust.activations import PSSiLU, get_activation
-from timm_robust.recipe import Recipe
-from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
-from timm_robust.watchdog import Diverged
+from timm_robust.activations.modules import PSSiLU, get_activation
+from timm_robust.evaluation.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.watchdog import Diverged
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,18 +14,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
-import timm_robust.models._weights as resolver
-from timm_robust.cards import model_card, read_results, results_page, strongest
-from timm_robust.checkpoint import load_model, read_hyper_parameters, trained_classes
+import timm_robust.models.pretrained as resolver
 from timm_robust.data import load_dataset
-from timm_robust.download import read_release
-from timm_robust.engine import build, fit
-from timm_robust.model_files import canonical, stored
+from timm_robust.files import sha256
+from timm_robust.models.load import load_model, read_hyper_parameters, trained_classes
 from timm_robust.plots import read_run
-from timm_robust.recipe import Recipe
-from timm_robust.recipe_flags import parse_recipe
-from timm_robust.releases import read_table, sha256
-from timm_robust.staging import check, files_of, main, measure, render, stage
+from timm_robust.release.card import model_card
+from timm_robust.release.folder import check, files_of
+from timm_robust.release.model_files import canonical, stored
+from timm_robust.release.record import read_results, strongest
+from timm_robust.release.results_page import results_page
+from timm_robust.release.staging import measure, render, stage
+from timm_robust.staging import main
+from timm_robust.training.builder import build
+from timm_robust.training.flags import parse_recipe
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
+from timm_robust.weights.download import read_release
+from timm_robust.weights.releases import read_table
 
 NAME = 'resnet18_pssilu.fgsm_digits_linf'
 SMALL = Recipe(

@@ -6,10 +6,11 @@ import pytest
 import timm
 import torch
 
-from timm_robust.attacks import input_gradient
-from timm_robust.engine import build, fit
-from timm_robust.losses import cross_entropy
-from timm_robust.recipe import Recipe
+from timm_robust.attacks.gradient import input_gradient
+from timm_robust.attacks.surrogates import cross_entropy
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
 
 TINY = Recipe(
     model='resnet18_pssilu',

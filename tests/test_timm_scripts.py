@@ -15,9 +15,9 @@ from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3, accuracy
 from torch import nn
 
-from timm_robust.checkpoint import load_model
 from timm_robust.data import load_dataset
 from timm_robust.evaluate import main
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
 
 ARCH = 'resnet18_pssilu'

@@ -3,11 +3,11 @@ import dataclasses
 import pytest
 import torch
 
-from timm_robust import run as module
-from timm_robust import step, validation
-from timm_robust.engine import build
-from timm_robust.recipe import Recipe
-from timm_robust.validation import validate
+from timm_robust.training import builder as module
+from timm_robust.training import step, validation
+from timm_robust.training.builder import build
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.validation import validate
 
 TINY = Recipe(
     model='resnet18_relu', model_kwargs={'width': 2}, dataset='digits', val_size=50, eps=0.1, eval_steps=2,

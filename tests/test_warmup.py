@@ -11,17 +11,20 @@ import numpy
 import pytest
 import torch
 
-from timm_robust import engine, warmup
-from timm_robust import run as module
-from timm_robust import step as step_module
-from timm_robust.checkpoint import load_checkpoint
-from timm_robust.engine import Stopped, build, fit
-from timm_robust.plan import plan
-from timm_robust.recipe import Recipe
-from timm_robust.run import make_batches, read_data, save
-from timm_robust.step import StepOutput
-from timm_robust.warmup import Timing, untouched, warm_up
-from timm_robust.watchdog import Diverged
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.training import builder as module
+from timm_robust.training import loop as engine
+from timm_robust.training import state, warmup
+from timm_robust.training import step as step_module
+from timm_robust.training.batches import make_batches, read_data
+from timm_robust.training.builder import build
+from timm_robust.training.loop import Stopped, fit
+from timm_robust.training.plan import plan
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.state import save
+from timm_robust.training.step import StepOutput
+from timm_robust.training.warmup import Timing, untouched, warm_up
+from timm_robust.training.watchdog import Diverged
 
 TINY = Recipe(
     model='resnet18_pssilu',
@@ -200,7 +203,8 @@ class Simulation:
         self.seen = []  # in all sessions
         self.compiled = set()
         monkeypatch.setattr(time, 'perf_counter', lambda: self.now)
-        monkeypatch.setattr(module, 'perf_counter', lambda: self.now)
+        for place in (module, state):
+            monkeypatch.setattr(place, 'perf_counter', lambda: self.now)
         for place in (module, step_module):
             monkeypatch.setattr(place, 'compiled', lambda net, *args: net)
         monkeypatch.setattr(module, 'read_data', lambda *args: self.after(50, read_data(*args)))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_robust.watchdog import Diverged, check_epoch, check_loss, check_weights
+from timm_robust.training.watchdog import Diverged, check_epoch, check_loss, check_weights
 
 
 def row(epoch, pgd, train=0.5, loss=1.0):

@@ -7,9 +7,9 @@ timm_robust.evaluate`.
 
 from . import models
 from .activations import ACTIVATIONS, Activation, get_activation
+from .activations.pssilu import psilu, pssilu
 from .attacks import attacked, fgsm, pgd
 from .models import replace_activations
-from .pssilu import psilu, pssilu
 from .results import RobustnessResult
 from .threat_model import ThreatModel
 

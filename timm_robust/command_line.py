@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
+import ctypes
 import difflib
 import functools
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -107,3 +110,26 @@ def whole_number(low: int, high: int = 2**63 - 1) -> Callable[[str], int]:
 
 count = whole_number(1)
 """A type of argparse: how many."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+    """Reuse freed memory instead of handing it back to the system, which clears each page that it lends again.
+
+    For programs, not for libraries: it holds for the whole process, whose memory then stays at its peak. Only glibc
+    has it; elsewhere, and with another allocator preloaded, nothing happens.
+
+    Returns:
+        Whether the allocator took it.
+    """
+    if platform.libc_ver()[0] != 'glibc':
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def say(message: str) -> None:
+    """A line on stderr, at once; a log that cannot be written, as on a full disk, ends nothing."""
+    with contextlib.suppress(OSError, ValueError):  # closed: ValueError
+        print(message, file=sys.stderr, flush=True)

@@ -23,14 +23,13 @@ import timm
 import torch
 from torch import nn
 
-from .allocator import keep_freed_memory
-from .checkpoint import load_model, trained_classes
-from .command_line import KeyValue, Parser, command, count, whole_number
+from .command_line import KeyValue, Parser, command, count, keep_freed_memory, say, whole_number
 from .data import DATASETS, SPLITS, ImageData, StreamData, is_stream, load_dataset
 from .distributed import World
-from .model_config import check_model_kwargs, input_channels
-from .results import ATTACKS, SCREENS, RobustnessResult, atomic_file, check_output, is_record, say
-from .robustness import evaluate
+from .evaluation import evaluate
+from .files import atomic_file, check_output
+from .models import check_model_kwargs, input_channels, load_model, trained_classes
+from .results import ATTACKS, SCREENS, RobustnessResult, is_record
 from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
 
 _DEFAULT_N = 1000

@@ -1,22 +1,27 @@
-"""Files of a run: written while training goes on, given further names, swept when their process was killed."""
+"""Files: written whole or not at all, exchanged in one step, locked, given further names, swept, read with bounds."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
+import hashlib
 import logging
 import os
 import re
 import shutil
 import socket
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
+
+logger = logging.getLogger('timm_robust')
 
 try:
     import fcntl
@@ -26,7 +31,6 @@ except ImportError:  # Windows
 LOCK = 'run.lock'
 _TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
-logger = logging.getLogger('timm_robust')
 
 
 class _Loader(yaml.SafeLoader):
@@ -98,61 +102,6 @@ def _check_nodes(root: yaml.Node | None) -> dict[str, int]:
         if not isinstance(node, yaml.ScalarNode):
             stack += [(part, level + 1) for part in parts]
     return lines
-
-
-class Writer:
-    """One job at a time in a thread; what goes wrong there is raised where the next job, or the end, waits for it.
-
-    `with writer:` ends when the last job has; the program itself does not exit before.
-    """
-
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(1, 'writer')
-        self.job: Future[None] | None = None
-        self.seconds = 0.0
-        """What the last job took."""
-
-    def start(self, work: Callable[[], None]) -> None:
-        """Begin a job, when the one before has ended.
-
-        Raises:
-            Exception: whatever the job before raised.
-        """
-        self.wait()
-        self.job = self.pool.submit(self._time, work)
-
-    def wait(self) -> None:
-        """Wait for the job, if there is one.
-
-        Raises:
-            Exception: whatever it raised.
-        """
-        job, self.job = self.job, None
-        if job is not None:
-            job.result()
-
-    def check(self) -> None:
-        """Raise what went wrong with a job that has ended; waits for nothing."""
-        if self.job is not None and self.job.done():
-            self.wait()
-
-    def __enter__(self) -> Writer:
-        """The writer itself."""
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Wait for the job; another exception on its way goes first."""
-        try:
-            self.wait()
-        except Exception as error:
-            if kind is None:
-                raise
-            logger.warning('%s', error)
-
-    def _time(self, work: Callable[[], None]) -> None:
-        started = time.perf_counter()
-        work()
-        self.seconds = time.perf_counter() - started
 
 
 def new_folder(path: Path) -> Path:
@@ -253,3 +202,111 @@ def _is_alive(pid: int) -> bool:
     except OSError as error:
         return isinstance(error, PermissionError)
     return True
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_output(path: str | os.PathLike[str], is_older: Callable[[Path], bool] | None = None) -> None:
+    """Refuse, before the work, a file that could not be written after it, or that would replace something else.
+
+    Args:
+        path: of the file.
+        is_older: whether the file that stands there is of this kind; an empty one may always be replaced.
+
+    Raises:
+        OSError: if the folder is missing, or the disk refuses.
+        FileExistsError: if another kind of file stands there.
+    """
+    target = Path(path)
+    if not target.parent.is_dir() or target.is_dir():
+        raise FileNotFoundError(f'cannot write {target}; type mkdir -p {target.parent}, and name a file there')
+    if is_older and target.exists() and not (target.is_file() and (not target.stat().st_size or is_older(target))):
+        raise FileExistsError(f'{target} is something else, and stays; name another file, or delete it')
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.') as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise OSError(f'cannot write {target}: {error.strerror}; name a file in a folder that can be written') from None
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a binary file beside path that takes its place when the body ends, and vanishes if it fails.
+
+    Raises:
+        FileNotFoundError: if the folder does not exist.
+        OSError: if the disk refuses (full, read-only), naming the file.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f'folder {str(target.parent)!r} does not exist; type: mkdir -p {target.parent}')
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f'.{target.name}.')
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, target)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a write that failed does not know its file
+            free = shutil.disk_usage(target.parent).free
+            raise OSError(f'cannot write {target}: {error}; {free:,} bytes are free') from error
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new folder beside path that takes its place when the body ends, and vanishes if it fails.
+
+    Where the system cannot exchange two names in one step, a kill between two renames leaves the old folder under a
+    hidden name beside it, where `recover_folder` finds it.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(target)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
+    new, old = temporary / 'new', temporary / 'old'
+    try:
+        new.mkdir()
+        yield new
+        if not target.exists():
+            new.rename(target)
+        elif not _exchange(new, target):
+            target.rename(old)
+            try:
+                new.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+    finally:
+        if target.exists() or not old.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover_folder(target: Path) -> None:
+    """Give a folder its name back that an `atomic_folder` killed between two renames took from it."""
+    for old in sorted(target.parent.glob(f'.{glob.escape(target.name)}.*/old')):
+        if not target.exists():
+            old.rename(target)
+            shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two folders change their names in one step, where the system can (Linux, on most disks)."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):  # no such function, or Windows
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .command_line import Parser, command
-from .results import atomic_file
+from .files import atomic_file
 from .threat_model import ThreatModel
 
 # column of summary.csv -> label of the panel, factor of the values

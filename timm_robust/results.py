@@ -6,27 +6,18 @@ names no path, user or host of the machine that made it.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import difflib
-import glob
 import json
 import os
-import platform
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from importlib import metadata
 from pathlib import Path
 from types import UnionType
-from typing import IO, Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
+
+from .files import atomic_file
+from .provenance import public_name
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
 SCREENS = (None, 'bf16')
@@ -230,43 +221,6 @@ class RobustnessResult:
         return '\n'.join(f'{label:<{width}}  {text}' for label, text in rows)
 
 
-_STAGED = {'model': str, 'weights': dict[str, Any], 'training': dict[str, Any], 'measurements': list[dict[str, Any]]}
-_WEIGHTS = {'sha256': str, 'size': int, 'parameters': int}
-_TRAINING = {
-    'epoch': int,
-    'weights': str,
-    'epochs': int,
-    'steps': int,
-    'seconds': float,
-    'images_per_s': float,
-    'activation': dict[str, float],
-    'origins': list[dict[str, Any]],
-    'notes': list[str],
-}
-_ORIGIN = {'hardware': str, 'versions': dict[str, str | None]}
-
-
-def read_staged(path: Path) -> dict[str, Any]:
-    """results.json of a staged model: 'model', 'weights', 'training' and 'measurements', every value of its type.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
-    record = read_object(path)
-    check_types(record, _STAGED, str(path))
-    check_types(record['weights'], _WEIGHTS, f'{path}, weights')
-    check_types(record['training'], _TRAINING, f'{path}, training')
-    for origin in record['training']['origins']:
-        check_types({'versions': {}} | origin, _ORIGIN, f'{path}, origins')
-    for item in record['measurements']:
-        check_types(item, {'key': str, 'note': str | None, 'result': dict[str, Any]}, f'{path}, measurements')
-        result = RobustnessResult.from_dict(item['result'], f'{path}, {item["key"]}')
-        if item['key'] != f'{result.attack}_{result.n}' or result.model != record['model']:
-            raise ValueError(f'{path}: {item["key"]} is of {result.attack} on {result.n} images of {result.model}')
-        item['result'] = asdict(result)
-    return record
-
-
 def read_object(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A JSON file that holds an object.
 
@@ -316,39 +270,6 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or type(value) is hint
 
 
-def public_name(spec: str) -> str:
-    """A model's name without the machine's paths: 'a/b/run/best.pth' -> 'run/best.pth'; 'hf-hub:org/repo' stays."""
-    prefix, colon, rest = spec.rpartition(':')
-    path = Path(rest)
-    parts = [part for part in path.parts if part not in (path.anchor, '.', '..', '~')]
-    if path.expanduser().parent == Path.home():
-        parts = parts[-1:]
-    return prefix + colon + '/'.join(parts[-2:])
-
-
-def check_output(path: str | os.PathLike[str], is_older: Callable[[Path], bool] | None = None) -> None:
-    """Refuse, before the work, a file that could not be written after it, or that would replace something else.
-
-    Args:
-        path: of the file.
-        is_older: whether the file that stands there is of this kind; an empty one may always be replaced.
-
-    Raises:
-        OSError: if the folder is missing, or the disk refuses.
-        FileExistsError: if another kind of file stands there.
-    """
-    target = Path(path)
-    if not target.parent.is_dir() or target.is_dir():
-        raise FileNotFoundError(f'cannot write {target}; type mkdir -p {target.parent}, and name a file there')
-    if is_older and target.exists() and not (target.is_file() and (not target.stat().st_size or is_older(target))):
-        raise FileExistsError(f'{target} is something else, and stays; name another file, or delete it')
-    try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f'.{target.name}.') as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        raise OSError(f'cannot write {target}: {error.strerror}; name a file in a folder that can be written') from None
-
-
 def is_record(path: Path) -> bool:
     """Whether a file is a record of to_json, perhaps of an older version."""
     try:
@@ -356,122 +277,3 @@ def is_record(path: Path) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and {'model', 'dataset', 'attack', 'clean_acc'} <= record.keys()
-
-
-def say(message: str) -> None:
-    """A line on stderr, at once; a log that cannot be written, as on a full disk, ends nothing."""
-    with contextlib.suppress(OSError, ValueError):  # closed: ValueError
-        print(message, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a binary file beside path that takes its place when the body ends, and vanishes if it fails.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        OSError: if the disk refuses (full, read-only), naming the file.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f'folder {str(target.parent)!r} does not exist; type: mkdir -p {target.parent}')
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f'.{target.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, target)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write that failed does not know its file
-            free = shutil.disk_usage(target.parent).free
-            raise OSError(f'cannot write {target}: {error}; {free:,} bytes are free') from error
-        raise
-
-
-@contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new folder beside path that takes its place when the body ends, and vanishes if it fails.
-
-    Where the system cannot exchange two names in one step, a kill between two renames leaves the old folder under a
-    hidden name beside it, where `recover_folder` finds it.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(target)
-    temporary = Path(tempfile.mkdtemp(prefix=f'.{target.name}.', dir=target.parent))
-    new, old = temporary / 'new', temporary / 'old'
-    try:
-        new.mkdir()
-        yield new
-        if not target.exists():
-            new.rename(target)
-        elif not _exchange(new, target):
-            target.rename(old)
-            try:
-                new.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-    finally:
-        if target.exists() or not old.exists():
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def recover_folder(target: Path) -> None:
-    """Give a folder its name back that an `atomic_folder` killed between two renames took from it."""
-    for old in sorted(target.parent.glob(f'.{glob.escape(target.name)}.*/old')):
-        if not target.exists():
-            old.rename(target)
-            shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Let two folders change their names in one step, where the system can (Linux, on most disks)."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError, TypeError):  # no such function, or Windows
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
-
-
-def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
-    """What a measurement on device runs on: 'hardware', a text, and 'versions', package -> version or None."""
-    device = torch.device(device)
-    affinity = getattr(os, 'sched_getaffinity', None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    name = torch.cuda.get_device_name(device) + ', ' if device.type == 'cuda' else f'{_cpu_name()}, '
-    versions: dict[str, str | None] = {'python': platform.python_version(), 'torch': str(torch.__version__)}
-    for package in ('timm', 'timm_robust', 'pyautoattack'):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = getattr(sys.modules.get(package), '__version__', None)  # run from a checkout
-    return {'hardware': f'{name}{cores} CPU core{"s" * (cores != 1)}', 'versions': versions}
-
-
-def git_commit(folder: str | os.PathLike[str]) -> str | None:
-    """The git commit of the code in folder, with '+dirty' if files there changed; None if git does not track it."""
-    git = ['git', '--no-optional-locks', '-C', os.fspath(folder)]
-    try:
-        tracked = subprocess.run([*git, 'ls-files'], capture_output=True, text=True, timeout=30)
-        commit = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, timeout=30)
-        status = subprocess.run([*git, 'status', '--porcelain', '.'], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode or not tracked.stdout.strip():
-        return None
-    return commit.stdout.strip() + ('+dirty' if status.stdout.strip() else '')
-
-
-def _cpu_name() -> str:
-    """The CPU's model name as Linux tells it, else its architecture."""
-    with contextlib.suppress(OSError):
-        if found := re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE):
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()

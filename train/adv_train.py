@@ -20,13 +20,14 @@ from typing import Any
 import torch
 
 import timm_robust
-from timm_robust.allocator import keep_freed_memory
-from timm_robust.command_line import command, is_input_error
+from timm_robust.command_line import command, is_input_error, keep_freed_memory
 from timm_robust.data import reader_fault
-from timm_robust.engine import Run, Stopped, build, fit
-from timm_robust.plan import plan
-from timm_robust.recipe_flags import parse_recipe
-from timm_robust.watchdog import Diverged
+from timm_robust.training.builder import build
+from timm_robust.training.flags import parse_recipe
+from timm_robust.training.loop import Stopped, fit
+from timm_robust.training.plan import plan
+from timm_robust.training.run import Run
+from timm_robust.training.watchdog import Diverged
 
 
 @command

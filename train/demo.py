@@ -20,15 +20,16 @@ from pathlib import Path
 import torch
 
 import timm_robust
-from timm_robust.checkpoint import load_model
+from timm_robust.attacks.surrogates import cross_entropy
 from timm_robust.command_line import Parser, command, count
 from timm_robust.data import ImageData, load_dataset
-from timm_robust.engine import build, fit
-from timm_robust.losses import cross_entropy
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.models.load import load_model
 from timm_robust.plots import adversarial_figure
-from timm_robust.recipe import Recipe
-from timm_robust.robustness import evaluate
 from timm_robust.threat_model import ThreatModel
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
 
 MARK = '.demo'
 ROBUST = Recipe(

@@ -29,20 +29,20 @@ import timm
 import torch
 
 import timm_robust
-from timm_robust.activations import get_activation
-from timm_robust.allocator import keep_freed_memory
-from timm_robust.checkpoint import load_model
-from timm_robust.command_line import Parser, command, count
+from timm_robust.activations.modules import get_activation
+from timm_robust.command_line import Parser, command, count, keep_freed_memory
 from timm_robust.data import SPLITS, load_dataset
-from timm_robust.engine import build, fit
-from timm_robust.files import read_yaml
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.evaluation.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+from timm_robust.files import atomic_file, read_yaml
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
 from timm_robust.plots import read_run
-from timm_robust.recipe import Recipe
-from timm_robust.results import atomic_file, environment, git_commit
-from timm_robust.robustness import evaluate
-from timm_robust.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
-from timm_robust.watchdog import Diverged
+from timm_robust.provenance import environment, git_commit
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.watchdog import Diverged
 
 _TITLES = {
     'autoattack': 'AutoAttack accuracy (%)',

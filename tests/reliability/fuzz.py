@@ -30,11 +30,13 @@ from safetensors.torch import save_file
 from timm.models import save_for_hf
 
 import timm_robust  # noqa: F401  (registers the models)
-from timm_robust.checkpoint import load_checkpoint, load_model, read_weights, save_checkpoint
 from timm_robust.data import load_dataset
-from timm_robust.recipe import Recipe
-from timm_robust.releases import read_table
+from timm_robust.models.checkpoint import load_checkpoint, read_weights
+from timm_robust.models.load import load_model
 from timm_robust.results import RobustnessResult
+from timm_robust.training.checkpoints import save_checkpoint
+from timm_robust.training.recipe import Recipe
+from timm_robust.weights.releases import read_table
 
 ALLOWED = (ValueError, FileNotFoundError, IsADirectoryError, ImportError)
 MEMORY = 6 << 30  # of address space beyond what is used at the start

@@ -27,11 +27,12 @@ from xml.etree import ElementTree
 import numpy as np
 import torch
 
-from timm_robust.autoattack import autoattack
-from timm_robust.checkpoint import load_checkpoint, load_model
 from timm_robust.data import load_dataset
+from timm_robust.evaluation.autoattack import autoattack
+from timm_robust.evaluation.search_network import search_model
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.search import search_model
 from timm_robust.threat_model import ThreatModel
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]

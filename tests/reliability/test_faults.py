@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_robust.checkpoint import load_checkpoint
-from timm_robust.engine import build, fit
-from timm_robust.recipe import Recipe
-from timm_robust.watchdog import Diverged
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit
+from timm_robust.training.recipe import Recipe
+from timm_robust.training.watchdog import Diverged
 
 ROOT = Path(__file__).parents[2]
 ARGS = [
@@ -41,7 +42,7 @@ SMALL = Recipe(
 DISK = """
 import os, shutil, subprocess, sys
 from pathlib import Path
-from timm_robust.checkpoint import load_checkpoint
+from timm_robust.models.checkpoint import load_checkpoint
 
 disk, fault, script, *args = sys.argv[1:]
 disk = Path(disk)

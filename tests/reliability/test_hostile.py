@@ -18,9 +18,10 @@ import torch
 from timm.models import save_for_hf
 
 from timm_robust import evaluate
-from timm_robust.checkpoint import load_model, save_checkpoint
 from timm_robust.data import StreamData
-from timm_robust.recipe import Recipe
+from timm_robust.models.load import load_model
+from timm_robust.training.checkpoints import save_checkpoint
+from timm_robust.training.recipe import Recipe
 
 ARCH = 'resnet18_relu'
 ROOT = Path(__file__).parents[2]

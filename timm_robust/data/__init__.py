@@ -6,7 +6,7 @@ on the seed and the step alone, so a resumed run needs no state of its data (web
 """
 
 from .extra import ExtraImages
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .memory import ImageData, TrainBatches, split_holdout
 from .mixed import MixedBatches
 from .readers import DATASETS, SPLITS, load_dataset

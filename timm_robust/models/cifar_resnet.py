@@ -12,9 +12,9 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from ..activations import ACTIVATIONS, Activation
-from ..model_config import forget_weights
-from ._shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
-from ._weights import register_aliases, tagged, with_weights
+from .config import forget_weights
+from .pretrained import register_aliases, tagged, with_weights
+from .shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
 
 __all__ = ['CifarResNet']
 

@@ -16,10 +16,10 @@ from timm.models.efficientnet import _gen_efficientnet  # the one private name: 
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..activations import ACTIVATIONS
-from ..model_config import forget_weights
-from ._shared_act import name_entrypoint, whole_features
-from ._weights import tagged, with_weights
+from .config import forget_weights
+from .pretrained import tagged, with_weights
 from .replaced import exchange
+from .shared_act import name_entrypoint, whole_features
 
 __all__: list = []
 

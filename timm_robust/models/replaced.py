@@ -14,9 +14,9 @@ from timm.models import generate_default_cfgs, load_pretrained, register_model, 
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
-from ..model_config import FEATURES, check_model_kwargs
-from ._shared_act import whole_features
-from ._weights import SOURCES
+from .config import FEATURES, check_model_kwargs
+from .pretrained import SOURCES
+from .shared_act import whole_features
 
 ARCHITECTURE, SHARED = 'act_swapped', 'shared_act'
 _KINDS: Tuple[Type[nn.Module], ...] = (

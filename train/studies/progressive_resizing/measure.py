@@ -7,11 +7,12 @@ import argparse
 import json
 from pathlib import Path
 
-from timm_robust.cards import paired_difference
-from timm_robust.checkpoint import LAST, load_checkpoint, load_model
 from timm_robust.data import load_dataset, split_holdout
-from timm_robust.recipe import Recipe
-from timm_robust.robustness import evaluate
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.models.checkpoint import LAST, load_checkpoint
+from timm_robust.models.load import load_model
+from timm_robust.release.results_page import paired_difference
+from timm_robust.training.recipe import Recipe
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('runs', nargs=2, type=Path, help='folders: without stages, with stages')

@@ -1,0 +1,27 @@
+"""Attacks by gradient, what they climb, and the frozen copies of a network that they run on faster."""
+
+from .folding import FoldedNet
+from .gradient import Attack, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
+from .packing import pack_convolutions
+from .schedule import TRAINING_ATTACKS, AttackSchedule
+from .surrogates import Model, climb_cross_entropy, cross_entropy, cross_entropy_of, kl_divergence
+
+__all__ = [
+    'TRAINING_ATTACKS',
+    'Attack',
+    'AttackSchedule',
+    'FoldedNet',
+    'Model',
+    'apgd',
+    'attacked',
+    'climb_cross_entropy',
+    'cross_entropy',
+    'cross_entropy_of',
+    'fgsm',
+    'frozen_statistics',
+    'input_gradient',
+    'kl_divergence',
+    'n_fgsm',
+    'pack_convolutions',
+    'pgd',
+]

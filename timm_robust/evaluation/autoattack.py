@@ -1,0 +1,309 @@
+"""AutoAttack (Croce & Hein 2020, https://arxiv.org/abs/2003.01690) through one door, every find checked again.
+
+The attacks are pyautoattack's, run one at a time on the images that the ones before left standing. Batches and seeds
+are those of one run of the library, so the verdicts are the same; in between, each adversarial image must fool the
+untouched model from inside the ball. Verdicts depend on seed and batch size: AutoAttack re-seeds per batch.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..attacks import attacked
+from ..distributed import World
+from ..precision import ieee_convolutions
+from ..threat_model import ThreatModel, check_images
+from .batch_store import BatchStore, Found, identity
+from .runner import VERSIONS, Fp32Logits, Report, Runner, device_of
+
+
+@dataclass(frozen=True, eq=False)
+class AutoAttackResult:
+    """What AutoAttack left standing. Tensors are on the device of the images.
+
+    Args:
+        robust: whether the image is right clean and no adversarial image passed re-checking, [N] of bool.
+        x_adv: the adversarial image where one was found, else the image itself, [N, C, H, W] of float32.
+        y_pred_adv: the model's label of x_adv, [N].
+        clean_correct: whether the model labels the clean image right, [N] of bool.
+        per_attack: attack -> share of images still robust after it, in the order they ran.
+        warnings: AutoAttack's own warnings, alike ones counted, and departures from its standard settings.
+        rejected: adversarial images that an attack claimed and re-checking did not confirm.
+        wall_time_s: duration in seconds, with that of the batches found in state_dir.
+        earlier_s: the part of it that these took when they were run; of several processes, this one's share.
+        version: 'standard' or 'apgd'.
+        searched: whether the search network was used; not if it labels an image otherwise than the model.
+    """
+
+    robust: torch.Tensor
+    x_adv: torch.Tensor
+    y_pred_adv: torch.Tensor
+    clean_correct: torch.Tensor
+    per_attack: dict[str, float]
+    warnings: list[str]
+    rejected: int
+    wall_time_s: float
+    earlier_s: float
+    version: str
+    searched: bool
+
+
+def autoattack(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    threat_model: ThreatModel,
+    *,
+    version: str = 'standard',
+    batch_size: int = 250,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: Callable[[str], object] | None = None,
+    search: nn.Module | None = None,
+    screen: nn.Module | None = None,
+    state_dir: str | Path | None = None,
+    world: World | None = None,
+) -> AutoAttackResult:
+    """Attack a model with AutoAttack and leave the model, the random numbers and the tracer as they were.
+
+    Args:
+        model: images in [0, 1] -> logits. It runs in eval mode, with frozen parameters.
+        x: images [N, C, H, W] in [0, 1].
+        y: labels [N].
+        threat_model: norm and radius; the bounds must be (0, 1).
+        version: 'standard', all four attacks, or 'apgd', the first two of them with the same settings.
+        batch_size: images a batch.
+        seed: seed of every batch of every attack.
+        device: where to attack; the model's own device if None. The images may be elsewhere.
+        progress: called with a line of text after every batch, and with the time left every 10 s.
+        search: an equal but faster network to attack, such as `search_model` makes; the verdicts are the model's: an
+            adversarial image that the model does not confirm is looked for again on the model itself.
+        screen: a coarser, faster network, such as `Bf16`. APGD-CE and APGD-T run on it first; what they find and the
+            model confirms is broken, and whatever is left goes through the whole attack as without it.
+        state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was, and
+            'standard' where 'apgd' ended. What the model does not confirm anew, and what is damaged, is attacked again.
+        world: the processes that share the batches out; each gets the whole result, the same as one process alone.
+
+    Raises:
+        ImportError: if pyautoattack is missing.
+        ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), and a state_dir of
+            another measurement.
+    """
+    started = time.perf_counter()
+    _check(x, y, threat_model, version, batch_size)
+    x = x.detach().float().contiguous()
+    y = y.detach().long().to(x.device)
+    report, store = Report(progress), None
+    world = world or World(x.device)
+    if state_dir is not None:
+        facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
+        facts |= {'eps': threat_model.eps}
+        facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
+        store = BatchStore(state_dir, facts)
+    with undisturbed(model):
+        runner = partial(
+            Runner, x=x, threat_model=threat_model, batch_size=batch_size, seed=seed, device=device, report=report
+        )
+        plain = runner(model)
+        check_images(x, y, plain.num_classes)
+        y_pred_adv = predict(plain.logits, x, batch_size)
+        searcher = plain
+        if search is not None:
+            differ = int((predict(Fp32Logits(search), x, batch_size) != y_pred_adv).sum())
+            if differ:
+                report.say(f'the faster copy labels {differ} images otherwise than the model; searching on the model')
+            else:
+                searcher = runner(search)
+        steps = [_Step(attack, attack, searcher, work) for attack, work in plain.plan(version).items()]
+        if screen is not None:
+            coarse = runner(screen)
+            first = [step for step in steps if step.attack in VERSIONS['apgd']]
+            steps = [_Step(f'screen-{step.attack}', step.attack, coarse, step.work) for step in first] + steps
+        batches = _Batches(plain, x, y, threat_model, report, store)
+        robust = clean_correct = y_pred_adv == y
+        x_adv, rejected, per_attack = x.clone(), 0, {'clean': share(robust)}
+        for place, step in enumerate(steps):
+            left = robust.nonzero()[:, 0]
+            if len(left) and threat_model.eps:  # at eps 0 the ball holds nothing but the image
+                parts = dict(enumerate(left.split(batch_size)))
+                mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
+                later = len(left) * sum(other.work for other in steps[place + 1 :]) / world.size
+                report.start(step.name, step.work * sum(len(part) for part in mine.values()), later)
+                every = world.gather({number: batches.attack(step, number, part) for number, part in mine.items()})
+                for number, found in every.items():
+                    broken = parts[number][found.broken.to(left.device)]
+                    rejected += found.rejected
+                    report.messages += found.messages
+                    robust = robust.index_fill(0, broken, False)
+                    x_adv[broken], y_pred_adv[broken] = found.x_adv.to(x.device), found.labels.to(x.device)
+            per_attack[step.name] = share(robust)
+            report.say(f'{step.name}: {per_attack[step.name]:.2%} of {len(x)} images still robust')
+        plain.checks.check_square_sr(per_attack, logger=report.logger)
+    del per_attack['clean']
+    return AutoAttackResult(
+        robust=robust,
+        x_adv=x_adv,
+        y_pred_adv=y_pred_adv,
+        clean_correct=clean_correct,
+        per_attack=per_attack,
+        warnings=report.warnings(),
+        rejected=rejected,
+        wall_time_s=time.perf_counter() - started + report.earlier_s,
+        earlier_s=report.earlier_s,
+        version=version,
+        searched=searcher is not plain,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One attack on what is left: its name in the record, the attack, where it runs, and its work on a survivor."""
+
+    name: str
+    attack: str
+    runner: Runner
+    work: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches:
+    """The images, the model that has the last word on each find, and where finds are kept."""
+
+    plain: Runner
+    x: torch.Tensor
+    y: torch.Tensor
+    threat_model: ThreatModel
+    report: Report
+    store: BatchStore | None
+
+    def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
+        """What a step finds in one batch, now or in the run before."""
+        found = self._recall(step.name, number, part) if self.store else None
+        if found is None:
+            found = self._find(step, self.x[part], self.y[part])
+            try:
+                if self.store:
+                    self.store.save(step.name, number, part, found)
+            except OSError as error:  # what was found counts all the same
+                self.report.say(f'{error}; going on without')
+        else:
+            self.report.resume(len(part) * step.work, found.seconds)
+        self.report.say(f'{step.name}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
+        return found
+
+    def _recall(self, name: str, number: int, part: torch.Tensor) -> Found | None:
+        """What the run before found in a batch, if the model confirms it anew; None where it has to be attacked."""
+        assert self.store is not None
+        try:
+            found = self.store.load(name, number, part, self.x.shape[1:])
+            if found is None:
+                return None
+            images, x, y = self.x[part], self.x[part], self.y[part]
+            images[found.broken] = found.x_adv.to(x.device)
+            clamped, labels, broken = recheck(self.plain.logits, images, x, y, self.threat_model, len(x))
+            index = found.broken.to(x.device)
+            same = torch.equal(labels[index].cpu(), found.labels) and torch.equal(clamped, images)
+            if not (same and broken[index].all()):
+                raise ValueError(
+                    f'{name}, batch {number + 1}: the model does not confirm what {self.store.folder} holds'
+                )
+        except ValueError as error:
+            self.report.say(f'{error}; attacking this batch again')
+            return None
+        return found
+
+    def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
+        """One attack on one batch; not a screen's, but others again on the model for what the model did not confirm."""
+        started = time.perf_counter()
+        messages, self.report.messages = self.report.messages, []
+        claims, claimed = step.runner.run(step.attack, x, y)
+        claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model, len(x))
+        broken &= claimed
+        again = claimed & ~broken
+        if step.name != step.attack:
+            claimed = broken
+        elif step.runner is not self.plain and again.any():
+            more, sure = self.plain.run(step.attack, x[again], y[again])
+            more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model, len(x))
+            claims[again], labels[again] = more, names
+            broken[again], claimed[again] = fell & sure, sure
+        said, self.report.messages = self.report.messages, messages
+        index, rejected = broken.nonzero()[:, 0].cpu(), int((claimed & ~broken).sum())
+        seconds = time.perf_counter() - started
+        return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said, seconds)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run the body with the model in eval mode and its parameters frozen, then put everything back, whatever happened.
+
+    Everything: the model's modes and requires_grad, the random numbers of torch, numpy and Python, and the tracer of
+    sys.settrace.
+    """
+    trace, python_state, numpy_state = sys.gettrace(), random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with attacked(model), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        sys.settrace(trace)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32."""
+    device = device_of(model, x)
+    with ieee_convolutions():
+        return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(batch_size)])
+
+
+def recheck(
+    model: nn.Module,
+    x_adv: torch.Tensor,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    threat_model: ThreatModel,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which images are broken: the label is wrong, and the image is inside the ball and the bounds (so it is no NaN).
+
+    Returns:
+        x_adv clamped to the bounds, the model's labels of it [N], and whether each image is broken [N].
+    """
+    x_adv = x_adv.clamp(*threat_model.bounds)
+    labels = predict(model, x_adv, batch_size)
+    tolerance = 1e-6 * max(1.0, threat_model.eps)  # rounding grows with the radius
+    return x_adv, labels, (labels != y) & threat_model.contains(x_adv, x, tolerance)
+
+
+def share(flags: torch.Tensor) -> float:
+    """Share of true flags, exact where a float32 mean is not."""
+    return int(flags.sum()) / len(flags)
+
+
+def _check(x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, version: str, batch_size: int) -> None:
+    """Refuse what AutoAttack cannot do."""
+    if version not in VERSIONS:
+        raise ValueError(f'version {version!r} is unknown; allowed: {", ".join(VERSIONS)}')
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    if threat_model.bounds != (0.0, 1.0):
+        raise ValueError(f'AutoAttack clips to [0, 1], got bounds {threat_model.bounds}; write bounds=(0.0, 1.0)')
+    check_images(x, y)
+    if not len(x):
+        raise ValueError('there are no images to attack')
+    if version == 'standard' and threat_model.norm == 'L2' and min(x.shape[2:]) < 5:
+        raise ValueError(f"Square L2 needs sides of at least 5 pixels, got {list(x.shape[2:])}; write version='apgd'")

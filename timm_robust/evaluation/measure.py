@@ -1,0 +1,273 @@
+"""Clean, PGD and AutoAttack accuracy of a model as one record: what `python -m timm_robust.evaluate` runs."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attacks import cross_entropy_of, pgd
+from ..data import ImageData
+from ..distributed import World
+from ..models import trained_classes
+from ..pixels import pixel_input
+from ..provenance import environment, git_commit
+from ..results import ATTACKS, SCREENS, RobustnessResult
+from ..threat_model import ThreatModel, check_step_size
+from .autoattack import autoattack, predict, recheck, share, undisturbed
+from .runner import Fp32Logits, device_of, dtype_of, upstream
+from .sanity_checks import doubts
+from .search_network import Bf16, search_model
+
+_CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
+_VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class SeededStart(ThreatModel):
+    """A threat model whose random start of an image depends on that image's key alone, not on batch or device."""
+
+    keys: tuple[str, ...] = ()
+
+    def random_start(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """A random point of the ball around each image, drawn on the CPU from the hash of its key."""
+        starts, generator = [], torch.Generator()
+        for image, key in zip(x.cpu().split(1), self.keys, strict=True):
+            digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+            starts.append(super().random_start(image, generator.manual_seed(int.from_bytes(digest, 'big'))))
+        return torch.cat(starts).to(x.device)
+
+
+def evaluate(
+    model: nn.Module,
+    data: ImageData,
+    threat_model: ThreatModel,
+    *,
+    attack: str = 'autoattack',
+    n: int | None = None,
+    pgd_steps: int = 10,
+    pgd_step_size: float | None = None,
+    pgd_restarts: int = 1,
+    batch_size: int = 250,
+    seed: int = 0,
+    progress: Progress | None = None,
+    name: str | None = None,
+    split: str = 'test',
+    img_size: int | None = None,
+    search: bool = True,
+    screen: str | None = None,
+    state_dir: str | Path | None = None,
+    checks: bool = True,
+    world: World | None = None,
+) -> tuple[RobustnessResult, dict[str, torch.Tensor]]:
+    """Measure a model, and leave it as it was. Only adversarial images that pass re-checking count.
+
+    Args:
+        model: images -> logits, as timm trains it; normalisation by its pretrained_cfg is added here.
+        data: the split to measure on.
+        threat_model: norm, radius and bounds.
+        attack: 'autoattack' (standard), 'apgd' (its first two attacks), 'pgd' or 'none'. PGD runs unless 'none'.
+        n: number of images, the first of the split; None for all.
+        pgd_steps: steps of PGD on the cross-entropy.
+        pgd_step_size: step in pixels; 2.5 eps / pgd_steps if None.
+        pgd_restarts: random starts; an image that falls to one of them is broken.
+        batch_size: images a batch. PGD's random starts do not depend on it, AutoAttack's do.
+        seed: seed of all attacks.
+        progress: called with lines of text.
+        name: the model's name in the record; by default what its pretrained_cfg says.
+        split: the name of the split in the record.
+        img_size: side that images are resized to inside the attacked function, so that eps is in the data's pixels;
+            None: what the model was trained with (load_model), else no resizing.
+        search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
+        screen: 'bf16': APGD-CE and APGD-T run in bfloat16 first, and what the model does not confirm is attacked whole.
+        state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
+        checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings.
+        world: the processes that share AutoAttack's batches out; each gets the whole result.
+
+    Returns:
+        The record; and tensors on the data's device: y, y_pred and clean_correct [n]; of the strongest attack
+        robust and y_pred_adv [n] and x_adv [n, C, H, W] in float32; and PGD's own pgd_robust [n].
+
+    Raises:
+        ValueError: for an unknown attack, an n that the data does not have, a model that does not fit the data, or
+            data with a class that the model was not trained on, where its classes have names.
+    """
+    date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
+    if attack not in ATTACKS:
+        raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
+    if screen not in SCREENS:
+        raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
+    for what, count in {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}.items():
+        if count < 1:
+            raise ValueError(f'{what} must be at least 1, got {count}')
+    check_step_size(pgd_step_size, threat_model.eps, 'pgd_step_size')
+    if img_size is not None and not 8 <= img_size <= 4096:
+        raise ValueError(f'img_size {img_size} is no size of an image; allowed: 8 to 4096')
+    if attack in _VERSIONS:
+        upstream()  # if it is missing, say so now
+    data = data if n is None else data.first(n)
+    if classes := trained_classes(model):
+        data = data.with_classes(classes)
+    x, pixels = data.pixels(), pixel_input(model, img_size)
+    facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
+    facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
+    facts['data_sha256'], facts['img_size'] = data.sha256(), img_size
+    facts |= {
+        'model': name or _name(model),
+        'norm': threat_model.norm,
+        'eps': threat_model.eps,
+        'eps_text': threat_model.eps_text,
+    }
+    with undisturbed(model):
+        logits = Fp32Logits(pixels)
+        _check_fit(logits, data)
+        tensors = _clean(logits, x, data.labels, batch_size, progress)
+        facts['clean_acc'] = share(tensors['clean_correct'])
+        if attack != 'none':
+            facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
+            facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
+            facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
+        found: list[str] = []
+        if attack != 'none' and checks:
+            few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
+            found = doubts(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
+        if attack in _VERSIONS:
+            faster = search_model(pixels, x[:16], len(x)) if search else None
+            settings: dict[str, Any] = {'search': faster, 'screen': Bf16(faster or pixels) if screen else None}
+            settings |= {'state_dir': state_dir, 'world': world}
+            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
+            facts |= {'screen': screen, 'processes': world.size if world else 1}
+        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *found]
+    if attack != 'none':
+        facts |= _distances(x, tensors, threat_model)
+    seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)
+    facts |= {'wall_time_s': seconds, 'images_per_s': len(x) / seconds, 'commit': git_commit()}
+    return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
+
+
+def _clean(
+    logits: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, progress: Progress | None
+) -> dict[str, torch.Tensor]:
+    """Labels, predictions and whether they agree, each [n]."""
+    pace = _Pace('clean', len(x), progress)
+    y_pred = torch.cat([pace(predict(logits, part, batch_size)) for part in x.split(batch_size)])
+    return {'y': y, 'y_pred': y_pred, 'clean_correct': y_pred == y}
+
+
+def _check_fit(logits: nn.Module, data: ImageData) -> None:
+    """Refuse a model that does not take these images, or that has other classes."""
+    image = data.pixels(slice(0, 1))
+    try:
+        with torch.no_grad():
+            shape = logits(image.to(device_of(logits, image))).shape
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f'the model does not take images {list(image.shape[1:])} of {data.name}: {error}') from error
+    if data.num_classes < 2:
+        raise ValueError(f'{data.name} has one class, so that no answer is wrong; measure on data of several')
+    if len(shape) != 2:
+        raise ValueError(f'the model gives {list(shape)}, not [1, classes], for one image; it is no classifier')
+    if shape[1] != data.num_classes:
+        raise ValueError(
+            f'the model has {shape[1]} outputs, {data.name} has {data.num_classes} classes; use the data it was '
+            f'trained for, or give it a new head with num_classes={data.num_classes} (--num-classes {data.num_classes})'
+        )
+
+
+def _pgd(
+    logits: nn.Module,
+    x: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    threat_model: ThreatModel,
+    facts: dict[str, Any],
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """PGD on the cross-entropy, each restart on the images still standing; adds its verdicts to tensors."""
+    robust, x_adv, y_pred_adv = tensors['clean_correct'].clone(), x.clone(), tensors['y_pred'].clone()
+    device, steps, step_size, rejected = device_of(logits, x), facts['steps'], facts['step_size'], 0
+    for restart in range(facts['restarts']):
+        left = robust.nonzero()[:, 0]
+        if not len(left):
+            break
+        pace = _Pace(f'PGD-{steps} start {restart + 1} of {facts["restarts"]}', len(left), progress)
+        for part in left.split(facts['batch_size']):
+            images, y = x[part].to(device), tensors['y'][part].to(device)
+            keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
+            start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
+            found = pgd(partial(cross_entropy_of, logits, y), images, start, steps=steps, step_size=step_size)
+            found, labels, broken = recheck(logits, found, images, y, threat_model, facts['batch_size'])
+            rejected += int(((labels != y) & ~broken).sum())
+            index = part[broken.to(x.device)]
+            robust[index], x_adv[index] = False, found[broken].to(x.device)
+            y_pred_adv[index] = labels[broken].to(x.device)
+            pace(part)
+    tensors |= {'pgd_robust': robust, 'robust': robust, 'x_adv': x_adv, 'y_pred_adv': y_pred_adv}
+    return {'pgd_acc': share(robust), 'rejected': rejected}
+
+
+def _autoattack(
+    pixels: nn.Module,
+    x: torch.Tensor,
+    tensors: dict[str, torch.Tensor],
+    threat_model: ThreatModel,
+    facts: dict[str, Any],
+    progress: Progress | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
+    attack, version = facts['attack'], _VERSIONS[facts['attack']]
+    settings |= {'batch_size': facts['batch_size'], 'seed': facts['seed'], 'progress': progress}
+    result = autoattack(pixels, x, tensors['y'], threat_model, version=version, **settings)
+    warnings = list(result.warnings)
+    if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
+        warnings.append(f'PGD broke {missed} images that {attack} left standing')
+    tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
+    record: dict[str, Any] = {'attack_version': result.version, 'per_attack': result.per_attack, 'warnings': warnings}
+    record['search'] = 'folded' if result.searched else 'model'
+    record['apgd_acc'] = result.per_attack.get('apgd-t')
+    record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
+    return record | {'rejected': facts['rejected'] + result.rejected, 'earlier_s': result.earlier_s}
+
+
+def _distances(x: torch.Tensor, tensors: dict[str, torch.Tensor], threat_model: ThreatModel) -> dict[str, float]:
+    """Mean and maximum distance of the adversarial images that count."""
+    broken = tensors['clean_correct'] & ~tensors['robust']
+    if not broken.any():
+        return {}
+    distance = threat_model.distance(tensors['x_adv'][broken], x[broken])
+    return {'mean_distance': distance.mean().item(), 'max_distance': distance.max().item()}
+
+
+def _name(model: nn.Module) -> str:
+    """The model's name in timm, 'arch.tag', or its class."""
+    config = getattr(model, 'pretrained_cfg', None) or {}
+    names = [config.get('architecture') or type(model).__name__, config.get('tag')]
+    return '.'.join(filter(None, names))
+
+
+class _Pace:
+    """Says at most once a second how many images are done, how fast, and how long the rest takes."""
+
+    def __init__(self, what: str, total: int, progress: Progress | None) -> None:
+        self.what, self.total, self.progress, self.done = what, total, progress, 0
+        self.started = time.perf_counter()
+        self.said = self.started
+
+    def __call__(self, part: torch.Tensor) -> torch.Tensor:
+        """Note that these images are done, and hand them through."""
+        self.done += len(part)
+        now = time.perf_counter()
+        if self.progress is not None and (now - self.said >= 1 or self.done == self.total):
+            self.said = now
+            rate = self.done / (now - self.started)
+            left = timedelta(seconds=round((self.total - self.done) / rate))
+            self.progress(f'{self.what}: {self.done}/{self.total} images, {rate:.3g} images/s, {left} left')
+        return part

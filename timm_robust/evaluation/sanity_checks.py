@@ -1,0 +1,139 @@
+"""Signs that a robust accuracy is not to be trusted: checks after Carlini et al. 2019 (arXiv:1902.06705).
+
+Each check runs on a few images and answers with a sentence, or nothing. They find the usual ways in which a model looks
+more robust than it is; passing them proves nothing.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attacks import cross_entropy_of, input_gradient, pgd
+from ..threat_model import ThreatModel
+from .autoattack import predict
+
+_ZERO_SHARE = 0.1
+_SLACK = 2  # images by which noise may reverse an order
+
+
+def doubts(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    threat_model: ThreatModel,
+    *,
+    surrogate: nn.Module | None = None,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> list[str]:
+    """What speaks against trusting an evaluation of this model, one sentence each; empty if nothing was found.
+
+    Args:
+        model: images in [0, 1] -> logits, in eval mode, as it is attacked.
+        x: some images [B, C, H, W], about 50.
+        y: their labels [B].
+        threat_model: of the evaluation.
+        surrogate: another model for the same task; its adversarial images should not beat the model's own.
+        seed: of the attacks' starts.
+        batch_size: images a batch.
+    """
+    found = inputs(x, threat_model) + outputs(model, x, y, batch_size)
+    right = predict(model, x, batch_size) == y
+    if not right.any():
+        return found
+    return found + gradients(model, x[right], y[right], threat_model, surrogate, seed, batch_size)
+
+
+def inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
+    """Images outside the bounds, so that eps is not in pixels."""
+    low, high = threat_model.bounds
+    if x.min() < low or x.max() > high:
+        return [f'images span {x.min():.3g} to {x.max():.3g}, outside [{low:g}, {high:g}]: eps is not in pixels']
+    return []
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 50) -> list[str]:
+    """A forward pass that is random, depends on the other images of the batch, gives probabilities, or is at chance."""
+    found: list[str] = []
+    first, second = (torch.cat([model(part) for part in x.split(batch_size)]) for _ in range(2))
+    size = first.abs().max().clamp_min(1e-12)
+    random = bool((first - second).abs().max() > 1e-4 * size)
+    if random:
+        found.append(
+            'the forward pass is random: two passes of the same images differ; its robustness takes an expectation '
+            "over them (EOT), as in pyautoattack's version 'rand'"
+        )
+    alone = torch.cat([model(image) for image in x[:4].split(1)])
+    if not random and (alone - first[:4]).abs().max() > 1e-2 * size:
+        found.append('the logits of an image depend on the others of its batch: batch norm in train mode?')
+    if first.min() >= 0 and (first.sum(1) - 1).abs().max() < 1e-3:
+        found.append('the outputs are probabilities, not logits: losses on them saturate; remove the softmax')
+    share, classes = (first.argmax(1) == y).float().mean().item(), first.shape[1]
+    if share < 1.5 / classes:
+        found.append(
+            f'clean accuracy is {share:.1%} on {len(x)} images, about chance for {classes} classes: untrained, '
+            'shuffled labels, or other mean and std than in training?'
+        )
+    return found
+
+
+def gradients(
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    threat_model: ThreatModel,
+    surrogate: nn.Module | None = None,
+    seed: int = 0,
+    batch_size: int = 50,
+) -> list[str]:
+    """Gradients that mislead: zero, or attacks that do not get stronger with steps or radius, or lose to a surrogate.
+
+    Args:
+        model: images in [0, 1] -> logits.
+        x: images that it labels right [B, C, H, W].
+        y: labels [B].
+        threat_model: of the evaluation.
+        surrogate: another model, or None.
+        seed: of the attacks' starts.
+        batch_size: images a batch.
+    """
+    found, n = [], len(x)
+    parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    zero = 0
+    for images, labels in parts:
+        grad = input_gradient(partial(cross_entropy_of, model, labels), images)
+        zero += int((grad.flatten(1) == 0).all(1).sum())
+    if zero > _ZERO_SHARE * n:
+        found.append(f'{zero} of {n} images have a gradient of exactly zero: gradients are masked')
+
+    def left(source: nn.Module, eps: float, steps: int) -> int:
+        """Images that resist PGD on the source's gradients."""
+        ball = ThreatModel(threat_model.norm, eps, threat_model.bounds)
+        generator = torch.Generator(x.device).manual_seed(seed)
+        settings: dict[str, Any] = {'steps': steps, 'step_size': 2.5 * eps / steps, 'generator': generator}
+        x_adv = torch.cat(
+            [pgd(partial(cross_entropy_of, source, labels), images, ball, **settings) for images, labels in parts]
+        )
+        return int((predict(model, x_adv, batch_size) == y).sum())
+
+    eps, (low, high) = threat_model.eps, threat_model.bounds
+    whole = (high - low) * (1.0 if threat_model.norm == 'Linf' else x[0].numel() ** 0.5)  # no bound but the pixels'
+    if not 0 < eps < whole / 2:
+        return found
+    ten = left(model, eps, 10)
+    if (forty := left(model, eps, 40)) > ten + _SLACK:
+        found.append(f'PGD-40 leaves {forty} of {n} images, PGD-10 only {ten}: more steps are not stronger')
+    if (wide := left(model, 2 * eps, 10)) > ten + _SLACK:
+        found.append(
+            f'PGD at twice the radius leaves {wide} of {n} images, at eps {ten}: a larger ball is not stronger'
+        )
+    if (free := left(model, whole, 20)) > max(0.1 * n, _SLACK):
+        found.append(f'PGD without a bound leaves {free} of {n} images: gradients are masked')
+    if surrogate is not None and (transferred := left(surrogate, eps, 10)) < ten - _SLACK:
+        found.append(f'images made for another model leave {transferred} of {n}, its own {ten}: gradients are masked')
+    return found

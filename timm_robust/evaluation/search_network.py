@@ -1,0 +1,90 @@
+"""The networks that AutoAttack searches on: an equal, faster one, and a coarser one; the model gives the verdicts."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from ..activations import Kernels, PSiLU, PSSiLU, compiled_kernels, using
+from ..attacks import FoldedNet, pack_convolutions
+from ..precision import ieee_convolutions
+from .runner import device_of, dtype_of
+
+_TOLERANCE = 1e-4  # of the logits' largest value
+_LEAST_FORWARDS = 300  # that AutoAttack takes for an image
+_WORTH_SECONDS = 15.0
+
+
+class ChannelsLast(nn.Module):
+    """A network that is called with channels-last images.
+
+    Args:
+        net: the network.
+        kernels: of `pssilu.compiled_kernels`, by which its PSSiLU runs; None for eager mode.
+    """
+
+    def __init__(self, net: nn.Module, kernels: Kernels | None = None) -> None:
+        super().__init__()
+        self.net, self.kernels = net, kernels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W]."""
+        with using(self.kernels):
+            return self.net(x.contiguous(memory_format=torch.channels_last))
+
+
+class Bf16(nn.Module):
+    """A network whose convolutions and matrix products run in bfloat16, to screen images with."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of images [B, C, H, W]."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.net(x)
+
+
+def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Module | None:
+    """An equal network for the attacks: batch norm folded into the convolutions, channels-last; None if there is none.
+
+    On a CPU the convolutions keep their weights packed (`packing`), for they are called with few images, too.
+
+    Args:
+        model: images in [0, 1] -> logits, in fp32; left as it is.
+        x: some images [B, C, H, W]; the two must agree on them.
+        images: how many are to be attacked; where that takes minutes, PSSiLU is compiled (seconds): it alone, because
+            AutoAttack's batches shrink, and its kernels are made once for all sizes.
+    """
+    if dtype_of(model) != torch.float32:
+        return None
+    x = x.to(device_of(model, x))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        folded = FoldedNet(model, x[:2])
+        pack_convolutions(folded.net)
+        with torch.no_grad(), ieee_convolutions():
+            started = time.perf_counter()
+            expected = model(x)
+            seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)
+            search = ChannelsLast(folded.net, _kernels(model, x.device) if seconds > _WORTH_SECONDS else None)
+            differ = (search(x) - expected).abs().max() > _TOLERANCE * expected.abs().max()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return None if not folded.pairs or differ else search
+
+
+def _kernels(model: nn.Module, device: torch.device) -> Kernels | None:
+    """Compiled PSSiLU for a network that has one; None without a compiler."""
+    known = device.type in ('cpu', 'cuda')
+    if not known or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
+        return None
+    try:
+        return compiled_kernels(device.type)
+    except RuntimeError:  # no compiler: eager mode does the same
+        return None

@@ -1,0 +1,202 @@
+"""One way from whatever names a model (registry, file, folder, Hub) to the model, in eval mode."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+from torch import nn
+
+from ..files import read_yaml
+from ..weights import fetch_folder
+from .checkpoint import _SUFFIXES, BEST, _weights_of, load_checkpoint, read_weights
+from .config import check_model_kwargs, find_weights, forget_weights, make_model, note_data, read_config, timm_settings
+
+HYPER_PARAMETERS = 'train_hparams.yaml'
+_HUB, _LOCAL = ('hf-hub:', 'hf_hub:'), 'local-dir:'  # as timm.create_model spells them
+
+
+def load_model(
+    spec: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    num_classes: int | None = None,
+    device: torch.device | str = 'cpu',
+    **model_kwargs: Any,
+) -> nn.Module:
+    """The model that a name or a path stands for, in eval mode.
+
+    Args:
+        spec: one of
+            a timm name: 'resnet18' (random weights), 'resnet18.a1_in1k' (pretrained), 'hf-hub:owner/name';
+            a training checkpoint, ours or of timm's train.py, with the averaged weights if it has any;
+            a .safetensors file beside its config.json;
+            a folder with a config.json ('local-dir:' may stand before it), or a training folder (its
+            model_best.pth.tar).
+            A name of the registry wins over a folder of that name; write './name' for the folder. Weights of files,
+            folders and 'hf-hub:' are read here, not by timm: no code in them runs.
+        checkpoint: file of weights for a timm name, of timm's train.py or its clean_checkpoint.py.
+        num_classes: for a new head on a timm name or a config.json; None: as many as the weights have.
+        device: where the model goes.
+        model_kwargs: further arguments of timm.create_model; pretrained=True or False overrides the tag.
+
+    Raises:
+        FileNotFoundError: if a path is missing, with what its folder holds.
+        ValueError: for an unknown name, with the nearest ones, for weights that do not fit, and for a file that names
+            other arguments than those of a model's constructor.
+    """
+    path, name = Path(spec), str(spec)
+    if num_classes is not None:
+        model_kwargs['num_classes'] = num_classes
+    if checkpoint is not None:
+        if not timm.is_model(name):
+            raise ValueError(f'a checkpoint goes with the name of its model; {_unknown(name)}')
+        model = _from_file(Path(checkpoint), model_kwargs, name)
+    elif name.startswith(_HUB):
+        model = _from_config(fetch_folder(name.partition(':')[2]), {'pretrained': True, **model_kwargs})
+    elif name.startswith(_LOCAL):
+        model = _from_config(Path(name.removeprefix(_LOCAL)), {'pretrained': True, **model_kwargs})
+    elif path.is_file() or name.endswith(_SUFFIXES):
+        model = _from_file(path, model_kwargs)
+    elif isinstance(spec, str) and timm.is_model(name):
+        model = _from_registry(name, model_kwargs)
+    elif path.is_dir() and (path / 'config.json').is_file():
+        model = _from_config(path, {'pretrained': True, **model_kwargs})
+    elif path.is_dir():
+        model = _from_file(path / BEST, model_kwargs)
+    else:
+        raise ValueError(_unknown(name))
+    return model.to(device).eval()
+
+
+def _unknown(name: str) -> str:
+    """The message for a name that is nothing."""
+    near = difflib.get_close_matches(name.partition('.')[0], timm.list_models(), 3)
+    hint = f'; near it are {", ".join(near)}' if near else ''
+    return f'{name!r} is no file, no folder and no model in the timm registry{hint}. `import timm_robust` adds ours'
+
+
+def _from_registry(name: str, model_kwargs: dict[str, Any]) -> nn.Module:
+    """A model by its timm name; a tag asks for the weights."""
+    arch, tag = timm.models.split_model_name_tag(name)
+    tags = [key.partition('.')[2] for key in timm.models.get_arch_pretrained_cfgs(arch)]
+    if tag and tag not in tags:
+        raise ValueError(f'{arch} has no weights {tag!r}; it has {", ".join(tags) or "none"}')
+    return make_model(name, model_kwargs, pretrained=bool(tag))
+
+
+def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None) -> nn.Module:
+    """A model from its checkpoint, which may say its arch, or from .safetensors beside a config.json."""
+    model_kwargs = {**model_kwargs, 'pretrained': False}
+    if path.suffix == '.safetensors' and arch is None:
+        weights = read_weights(path)
+        model = _from_config(path.parent, model_kwargs)
+    else:
+        state: dict[str, Any] = read_weights(path) if path.suffix == '.safetensors' else load_checkpoint(path)
+        weights = _weights_of(state, path)
+        name, call = (
+            arch or state.get('arch'),
+            f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint",
+        )
+        if not isinstance(name, str):
+            raise ValueError(f"{path} does not say which model it is: it has no 'arch' entry; write {call} {path}")
+        if not timm.is_model(name):
+            raise ValueError(f'{path}: {_unknown(name)}; to name its model, write {call} {path}')
+        saved = state.get('model_kwargs') or {}
+        check_model_kwargs(saved, f'model_kwargs of {path}')
+        args = state.get('args') or {}
+        saved = {**timm_settings(args, f'args of {path}'), **saved}
+        if state.get('num_classes') is not None:
+            saved['num_classes'] = state['num_classes']
+        try:
+            model = timm.create_model(name, **{**saved, **model_kwargs})
+        except (ValueError, RuntimeError, AssertionError, AttributeError, TypeError, KeyError, IndexError) as error:
+            given = model_kwargs if arch else f'the model_kwargs of {path}'
+            raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
+        if arch or args:
+            chans = {**saved, **model_kwargs}.get('in_chans', 3)
+            note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, chans)
+        _note_size(model, (state.get('recipe') or {}).get('img_size'))
+        _note_classes(model, state.get('classes'))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f'the weights in {path} do not fit the model: {" ".join(str(error).split())[:500]}') from None
+    _check_kinds(model, weights, path)
+    return model
+
+
+def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
+    """A model from the config.json that timm stages for the Hub; its weights, if wanted, through read_weights."""
+    config, weights = folder / 'config.json', {}
+    if not config.is_file():
+        raise FileNotFoundError(f'{config} is missing; it says which model the weights are for')
+    if model_kwargs.get('pretrained'):
+        file = find_weights(folder)
+        weights = read_weights(file)
+    try:
+        arch, saved = read_config(folder)
+        if weights:
+            saved['pretrained_cfg']['state_dict'] = weights
+        model = forget_weights(timm.create_model(arch, **{**saved, **model_kwargs}))
+    except (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
+        raise ValueError(f'cannot make a model from {config}: {_reason(error)}') from error  # timm does not check it
+    if weights:
+        _check_kinds(model, weights, file)
+    if (folder / HYPER_PARAMETERS).is_file():
+        _note_size(model, read_hyper_parameters(folder).get('img_size'))
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """What another library's error says, on one line."""
+    return ' '.join(f'{type(error).__name__}: {error}'.split())[:500]
+
+
+def _check_kinds(model: nn.Module, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Refuse counts where the model has weights: load_state_dict would convert them without a word."""
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(f'{path}: {name} is {weights[name].dtype}, the model has {own.dtype} there')
+
+
+def read_hyper_parameters(folder: Path) -> dict[str, Any]:
+    """The settings of a staged model's training.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / HYPER_PARAMETERS
+    settings, _ = read_yaml(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f'{path} holds no settings; stage the model again')
+    return settings
+
+
+def trained_classes(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes that a model was trained on, in the order of its outputs; None if they are not known."""
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+    return class_list(names, getattr(model, 'num_classes', None))
+
+
+def class_list(names: Any, num_classes: Any) -> tuple[str, ...] | None:
+    """Names of classes out of a file; None unless there is one text for each output."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(names) if names and len(names) == num_classes else None
+
+
+def _note_classes(model: nn.Module, names: Any) -> None:
+    """Keep the names of the classes where timm keeps them, and `trained_classes` looks for them."""
+    if class_list(names, getattr(model, 'num_classes', None)):
+        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'label_names': tuple(names)}  # type: ignore
+
+
+def _note_size(model: nn.Module, img_size: Any) -> None:
+    """Keep the size that a run resized its images to where pixel_input looks for it."""
+    if isinstance(img_size, int):
+        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'img_size': img_size}  # type: ignore

@@ -1,0 +1,88 @@
+"""Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked bytes."""
+
+from typing import Any, Callable, Dict
+
+import safetensors.torch
+from timm.models import register_model, resolve_pretrained_cfg
+from torch import nn
+
+from ..weights import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, read_release, releases_of
+from .shared_act import name_entrypoint
+
+SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
+"""Keys with which a user names weights of their own."""
+
+
+def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+    """What generate_default_cfgs takes for a network: one entry a release, the default first; or one without a tag."""
+    entries = {}
+    for release in releases_of(arch):
+        hub = f'{release.repo}@{release.commit}' if release.commit else release.repo
+        entries[release.name] = {**cfg, 'hf_hub_id': hub, 'hf_hub_filename': WEIGHTS}
+    entries = entries or {arch: cfg}
+    for name, (entry, drive_id) in EXTERNAL.items():
+        if name.partition('.')[0] == arch:
+            path, where = STAGED / name / WEIGHTS, (f'RobustBench {entry}, Google Drive {drive_id}',)
+            entries[name] = {**cfg, 'notes': where, 'file': str(path) if path.is_file() else None}
+    return entries
+
+
+def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments of build_model_with_cfg, with the released weights where those are asked for.
+
+    They are handed over as tensors, made of the bytes whose SHA-256 was checked: a file could be another one when timm
+    opens it. `model_config.forget_weights` takes them out of the model's pretrained_cfg again.
+
+    Weights of the user's own (a `pretrained_cfg` of theirs, or a file, url, hf_hub_id or state_dict in
+    `pretrained_cfg_overlay`) are left to timm.
+
+    Raises:
+        RuntimeError: if the network has no released weights, or none of that tag.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as `download.read_release`.
+    """
+    cfg, overlay = kwargs.get('pretrained_cfg'), dict(kwargs.get('pretrained_cfg_overlay') or {})
+    if not pretrained or (cfg and not isinstance(cfg, str)) or any(overlay.get(key) for key in SOURCES):
+        return kwargs
+    tag = resolve_pretrained_cfg(arch, cfg).tag
+    name = f'{arch}.{tag}'
+    if name in EXTERNAL:
+        return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(external_file(name))}}
+    if name not in RELEASES:
+        names = [release.name for release in releases_of(arch)] or sorted(RELEASES)
+        others = [other for other in EXTERNAL if other.partition('.')[0] == arch]
+        raise RuntimeError(
+            f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}'
+            + ''.join(f'; {other} can be fetched from its authors: ask for it by that name' for other in others)
+            + '. Train it with train/adv_train.py and one of train/recipes/, or pass weights of your own: '
+            'pretrained_cfg_overlay=dict(file=PATH)'
+        )
+    weights = safetensors.torch.load(read_release(RELEASES[name]))
+    return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'state_dict': weights}}
+
+
+def register_aliases(
+    entrypoints: Dict[str, Callable[..., nn.Module]], module: str
+) -> Dict[str, Callable[..., nn.Module]]:
+    """Register `<arch>_<dataset>_<norm>` for the most robust release of each network, data set and norm.
+
+    RobustBench's load_model('<arch>', dataset, threat_model) asks timm for that name.
+
+    Args:
+        entrypoints: name of a network -> its factory.
+        module: the module that they belong to.
+
+    Returns:
+        Name -> factory, for the module to keep.
+    """
+    best: Dict[str, Release] = {}
+    for arch in entrypoints:
+        for release in releases_of(arch):
+            best.setdefault(f'{arch}_{"_".join(release.tag.split("_")[-2:])}', release)
+
+    def alias(name: str, release: Release) -> Callable[..., nn.Module]:
+        def entrypoint(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+            return entrypoints[release.arch](pretrained, pretrained_cfg=pretrained_cfg or release.tag, **kwargs)
+
+        return register_model(name_entrypoint(entrypoint, name, module, f'{release.name}, as RobustBench asks for it.'))
+
+    return {name: alias(name, release) for name, release in best.items()}

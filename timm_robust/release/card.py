@@ -1,0 +1,189 @@
+"""Model cards: text made from the files of model_cards/, never edited by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from ..results import check_types, read_object
+from .papers import Paper, extra_data_of, papers_of
+from .record import (
+    _link,
+    _versions,
+    attack_title,
+    hours,
+    limits,
+    measurement_notes,
+    percent,
+    read_hyper,
+    read_results,
+    robust_acc,
+    strongest,
+    trained_on,
+)
+
+_HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
+
+
+def model_card(folder: Path) -> str:
+    """README.md of a staged model, with the metadata that the Hub reads.
+
+    Args:
+        folder: model_cards/<arch>.<tag>, with results.json and train_hparams.yaml.
+    """
+    record, hyper = read_results(folder), read_hyper(folder)
+    name, weights = record['model'], record['weights']
+    data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
+    lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
+    lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
+    lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in, logits out", '```']
+    lines += ['', _input(folder, hyper), '', '## Results', '']
+    lines += _measurements(record)
+    if (folder / 'adversarial.png').is_file():
+        lines += ['', '![adversarial examples](adversarial.png)']
+    lines += ['', '## Training', '', *_training(record, hyper)]
+    if (folder / 'training.png').is_file():
+        lines += ['', '![course of training](training.png)']
+    lines += ['', '## Limits', '', *limits(record)]
+    lines += ['', '## Papers', '', *[f'- {who}: {_link(where)}' for who, where in papers]]
+    lines += [
+        '',
+        f'`model.safetensors`: {weights["size"]:,} bytes, {weights["parameters"]:,} parameters, matrices in fp16,',
+    ]
+    lines += [f'SHA-256 `{weights["sha256"]}`. Licence: Apache-2.0.', '']
+    return '\n'.join(lines)
+
+
+def _input(folder: Path, hyper: dict[str, Any]) -> str:
+    """What images the network takes."""
+    path = folder / 'config.json'
+    config = read_object(path) if path.is_file() else {'pretrained_cfg': {}}
+    check_types(config, {'pretrained_cfg': dict[str, Any]}, str(path))
+    statistics = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std')}
+    check_types(statistics, dict.fromkeys(statistics, list[float] | None), str(path))
+    mean, std = statistics['mean'] or (0,), statistics['std'] or (1,)
+    text = 'Images are in [0, 1]. Mean and standard deviation are 0 and 1: do not normalise.'
+    if set(mean) != {0} or set(std) != {1}:
+        text = f'Images are in [0, 1], then normalised by mean {tuple(mean)} and standard deviation {tuple(std)}.'
+    return text + (f' They are resized to {hyper["img_size"]} pixels.' if hyper.get('img_size') else '')
+
+
+def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, papers: list[Paper]) -> str:
+    """The YAML at the head of the card."""
+    hub_id, pretty = _HUB_DATA.get(data_set, (data_set, data_set))
+    results = []
+    for item in record['measurements']:
+        result = item['result']
+        where = {
+            'task_type': 'image-classification',
+            'task_name': 'Image Classification',
+            'dataset_type': hub_id,
+            'dataset_name': pretty,
+            'dataset_split': result['split'],
+            'metric_type': 'accuracy',
+        }
+        args = {'n': result['n']}
+        robust = robust_acc(result)
+        shares = {'clean': result['clean_acc']} if robust is None else {attack_title(result): robust}
+        for title, share in shares.items():
+            if robust is not None:
+                args |= {'attack': result['attack'], 'norm': result['norm'], 'eps': result['eps_text']}
+            label = f'{title} accuracy, first {result["n"]} images'
+            results.append(EvalResult(**where, metric_name=label, metric_value=round(100 * share, 2), metric_args=args))
+    extra = extra_data_of(record['model'], hyper)
+    tags = ['timm', 'image-classification', 'adversarial-robustness', 'adversarial-training', 'robustbench']
+    data = ModelCardData(
+        license='apache-2.0',
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=tags + [f'arxiv:{where}' for _, where in papers if where[0].isdigit()],
+        datasets=[hub_id, *([extra.hub] if extra and extra.hub else [])],
+        metrics=['accuracy'],
+        model_name=record['model'],
+        eval_results=results or None,
+    )
+    return str(data.to_yaml()).strip()
+
+
+def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
+    """What the model is, in two sentences."""
+    best, activation = strongest(record), record['training']['activation']
+    text = f'{hyper["model"]} trained adversarially on {hyper["dataset"]} against {hyper["norm"]} {hyper["eps"]}.'
+    if activation:
+        shape = ', '.join(f'{key} {value:.4g}' for key, value in activation.items() if key != 'max_curvature')
+        text += f' One activation serves the whole network; it learned {shape}.'
+    if best is not None:
+        result = best['result']
+        text += (
+            f' {attack_title(result)} accuracy at {result["eps_text"]} {percent(robust_acc(result), result["n"])} %, '
+            f'clean {percent(result["clean_acc"], result["n"])} % (first {result["n"]} {result["split"]} images).'
+        )
+    return text
+
+
+def _measurements(record: dict[str, Any]) -> list[str]:
+    """The table of measurements, and the command that repeats each."""
+    if not record['measurements']:
+        return ['Not measured yet.']
+    lines = ['| attack | images | clean | robust | hardware, time |', '|---|---|---|---|---|']
+    for item in record['measurements']:
+        result, robust = item['result'], robust_acc(item['result'])
+        clean, share = percent(result['clean_acc'], result['n']), percent(robust, result['n'])
+        cost = f'{result["hardware"]}, {hours(result["wall_time_s"])}'
+        at = '' if robust is None else f', {result["norm"]} {result["eps_text"]}'
+        lines.append(f'| {attack_title(result)}{at} | first {result["n"]} | {clean} | {share} | {cost} |')
+    lines += [
+        '',
+        'Percent, with one standard error of n images. The verdict on every image is in `flags/`. To repeat:',
+        '',
+    ]
+    lines += ['```bash']
+    for item in record['measurements']:
+        result = item['result']
+        threat = f' --norm {result["norm"]} --eps {result["eps_text"]}' if result['attack'] != 'none' else ''
+        data = '' if result['dataset'] == 'cifar10' else f' --dataset {result["dataset"]}'
+        data += '' if result['split'] == 'test' else f' --split {result["split"]}'
+        lines.append(
+            f'python -m timm_robust.evaluate {record["model"]} --data-dir DIR{data} --attack {result["attack"]} '
+            f'-n {result["n"]}{threat} --batch-size {result["batch_size"]} --seed {result["seed"]}'
+        )
+    lines.append('```')
+    if any(item['result']['attack'] == 'apgd' for item in record['measurements']):
+        lines += [
+            '',
+            'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
+        ]
+    return lines + [f'\n{note}' for note in measurement_notes(record)]
+
+
+def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
+    """The recipe in words, what it cost, and the command."""
+    training = record['training']
+    origin = training['origins'][-1] if training['origins'] else {}
+    loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if hyper['loss'] in ('trades', 'mart') else '')
+    steps = f', {hyper["steps"]} steps' if hyper['attack'] in ('pgd', 'apgd') else ''
+    extra = extra_data_of(record['model'], hyper)
+    lines = [
+        f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
+        f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
+        *[f'- From step {each["step"]:,} on: {changes_text(each["changes"])}.' for each in training.get('changes', [])],
+        *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
+        f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
+        f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
+        f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
+        f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
+        f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '
+        'course: `summary.csv`. To train it again:',
+        '',
+        '```bash',
+        f'python train/adv_train.py -c model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
+        '```',
+    ]
+    return lines
+
+
+def changes_text(changes: dict[str, list[Any]]) -> str:
+    """The settings and images that a resumed run changed, in words."""
+    return ', '.join(f'{name} {now} instead of {was}' for name, (was, now) in changes.items())

@@ -1,0 +1,265 @@
+"""Releases in the making: a run becomes model_cards/<arch>.<tag>/, is measured as stored, and described."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from ..activations import activation_state
+from ..distributed import World
+from ..evaluation import evaluate
+from ..files import atomic_file, atomic_folder, check_output, sha256
+from ..models import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
+from ..plots import adversarial_figure, read_run, run_figure
+from ..results import read_object
+from ..threat_model import ThreatModel, parse_eps
+from ..training import Recipe
+from ..weights import STAGED, TABLE, WEIGHTS, Release, read_table, split_name, write_table
+from .card import model_card
+from .folder import ORGANISATION, _check_alike, _check_sums, files_of, verify
+from .model_files import stored, weights_content, write_files
+from .record import FLAGS, RESULTS, read_hyper, read_results, strongest
+from .results_page import results_page
+
+_PRIVATE = (
+    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
+    *(
+        'log_interval',
+        'save_interval',
+        'tensorboard',
+        'log_wandb',
+        'checkpoint_hist',
+        'initial_checkpoint',
+    ),
+)
+"""Settings that tell of the machine, not of the training."""
+_PICTURED = 6
+
+
+def stage(
+    run: str | Path, name: str, *, cards: Path = STAGED, notes: Sequence[str] = (), overwrite: bool = False
+) -> Path:
+    """Write model_cards/<name>/ from a finished run: all of it or nothing.
+
+    The weights are those of model_best.pth.tar, averaged ones if the run kept an average. Tensors of two and more
+    dimensions are stored in fp16, vectors (biases, batch norm, alpha and beta) in fp32.
+
+    Args:
+        run: the folder that training wrote.
+        name: '<arch>.<tag>'.
+        cards: the folder that gets the folder.
+        notes: what limits the weights, for the card.
+        overwrite: replace the folder, whatever its weights; its measurements are dropped.
+
+    Raises:
+        FileNotFoundError: if the run lacks a file.
+        ValueError: if the name does not fit the run, if weights overflow fp16, or if the folder exists with others.
+    """
+    run, folder = Path(run), cards / name
+    arch, tag = split_name(name)
+    state, last = load_checkpoint(run / BEST), load_checkpoint(run / LAST)
+    recipe = Recipe.from_checkpoint(state)
+    if recipe.model != arch or not tag.endswith(f'_{recipe.norm.lower()}'):
+        raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
+    changed = recipe.model_kwargs or (recipe.act and {'act': recipe.act})
+    if changed:
+        raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
+    model = load_model(run / BEST)
+    weights = stored(read_weights(run / BEST))
+    closing = state['history'][-1] if state['history'] else {}
+    best = {key: closing[key] for key in ('val_clean_acc', 'val_pgd_acc') if key in closing}
+    training: dict[str, Any] = {
+        'recipe': name,
+        'epoch': state['epoch'],
+        'weights': 'ema' if state.get('state_dict_ema') is not None else 'last step of the epoch',
+        **best,
+        'epochs': last['epoch'] + 1,
+        'steps': last['step'],
+        'images': last['history'][-1]['images'],
+        'seconds': round(last['seconds'], 1),
+        'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
+        'rollbacks': last['rollbacks'],
+        'changes': state.get('changes', []),
+        'activation': activation_state(model),
+        'origins': last['origins'],
+        'notes': list(notes),
+    }
+    origin = training['origins'][-1] if training['origins'] else {'versions': {}}
+    provenance = {
+        'trained_with': f'timm_robust {origin["versions"].get("timm_robust")}',
+        'commit': str(origin.get('commit')),
+    }
+    content = weights_content(weights, name, **provenance)
+    kept: list[dict[str, Any]] = []
+    if (folder / WEIGHTS).is_file() and not overwrite:
+        if (folder / WEIGHTS).read_bytes() == content:
+            kept = read_results(folder)['measurements']
+        else:
+            raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
+    with atomic_folder(folder) as new:
+        write_files(new, model, content, tag)
+        (new / 'LICENSE').write_text(_license())
+        (new / HYPER_PARAMETERS).write_text(_hyper_parameters(recipe))
+        shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
+        run_figure(new / 'training.png', {name: read_run(run)})
+        facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
+        facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
+        _write_json(new / RESULTS, {'model': name, 'weights': facts, 'training': training, 'measurements': kept})
+        if kept and (folder / FLAGS).is_dir():
+            shutil.copytree(folder / FLAGS, new / FLAGS)
+        if kept and (folder / 'adversarial.png').is_file():
+            shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
+    return folder
+
+
+def measure(
+    folder: Path,
+    data: Any,
+    note: str | None = None,
+    progress: Any = None,
+    device: torch.device | str = 'cpu',
+    world: World | None = None,
+    eps: float | str | None = None,
+    **settings: Any,
+) -> None:
+    """Measure staged weights exactly as stored, and keep the record and the verdict on every image.
+
+    Args:
+        folder: model_cards/<name>.
+        data: the split, as load_dataset gives it.
+        note: what the reader must know of these images.
+        progress: called with lines of text.
+        device: where the model runs.
+        world: the processes that share AutoAttack's batches out; the first keeps the record.
+        eps: radius, such as '8/255'; None: that of the measurements before, or else of training.
+        settings: of `evaluate`; the norm is that of training.
+
+    Raises:
+        ValueError: for training images, for others than those measured before, and if the weights change meanwhile.
+    """
+    before = read_results(folder)
+    verify(folder, before)
+    name, hyper = before['model'], read_hyper(folder)
+    there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
+    threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
+    threat_model.check_scale()
+    _check_alike(before, data.name, settings.get('split', 'test'), threat_model)
+    check_output(folder / RESULTS)
+    model = load_model(folder, device=device)
+    result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
+    if world is not None and world.rank:
+        return
+    if progress is not None:  # where the disk refuses, the log has it
+        progress(result.to_line())
+    record = read_results(folder)  # another measurement may have ended meanwhile
+    if record['weights'] != before['weights']:
+        raise ValueError(f'{folder} got other weights while these were measured; type the same again')
+    _check_alike(record, result.dataset, result.split, threat_model)
+    key = f'{result.attack}_{result.n}'
+    (folder / FLAGS).mkdir(exist_ok=True)
+    with atomic_file(folder / FLAGS / f'{key}.npz') as file:
+        arrays: dict[str, Any] = {item: value.cpu().numpy() for item, value in tensors.items() if value.ndim == 1}
+        np.savez_compressed(file, **arrays)
+    measurements = [item for item in record['measurements'] if item['key'] != key]
+    measurements.append({'key': key, 'note': note, 'result': asdict(result)})
+    record['measurements'] = sorted(measurements, key=lambda item: (item['result']['attack'], item['result']['n']))
+    _write_json(folder / RESULTS, record)
+    best = strongest(record)
+    if best is not None and best['key'] == key:
+        x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
+        x = data.pixels(slice(0, len(y))).cpu()
+        adversarial_figure(folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, data.classes, threat_model)
+
+
+def render(
+    cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = None, measured: str | None = None
+) -> list[Path]:
+    """Write every card, every SHA256SUMS, the table of releases and RESULTS.md from what was measured.
+
+    Nothing is written if weights or verdicts are not those of the records, of SHA256SUMS and of the table.
+
+    Args:
+        cards: the folder of staged models.
+        table: releases.json of the package; repository and commit of known releases stay as long as the weights do.
+        recipes: the folder of recipes, of which RESULTS.md lists those that have not run.
+        measured: the model that was measured just now, whose verdicts SHA256SUMS does not know yet.
+
+    Returns:
+        The folders.
+
+    Raises:
+        ValueError, FileNotFoundError: naming what differs.
+    """
+    folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
+    known = read_table(table) if table.is_file() else {}
+    releases = dict(known)  # those without a folder here stay
+    for folder in folders:
+        record = read_results(folder)
+        verify(folder, record)
+        _check_sums(folder, record, known.get(record['model']), record['model'] == measured)
+    for folder in folders:
+        record = read_results(folder)
+        name, weights, best = record['model'], record['weights'], strongest(record)
+        accuracy = best['result']['autoattack_acc'] if best else None
+        old = known.get(name)
+        kept = old if old is not None and old.sha256 == weights['sha256'] else None
+        releases[name] = Release(
+            name,
+            weights['sha256'],
+            weights['size'],
+            accuracy,
+            old.repo if old else f'{ORGANISATION}/{name}',
+            kept.commit if kept else None,
+        )
+        _add_robustness(folder, record)
+        _write(folder / 'README.md', model_card(folder))
+        files = {path: file for path, file in files_of(folder).items() if path != 'SHA256SUMS'}
+        _write(folder / 'SHA256SUMS', ''.join(f'{sha256(file)}  {path}\n' for path, file in files.items()))
+    write_table(releases, table)
+    _write(cards / 'RESULTS.md', results_page(cards, recipes))
+    return folders
+
+
+def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
+    """The robustness block of config.json: what the strongest measurement found."""
+    path = folder / 'config.json'
+    config, best = read_object(path), strongest(record)
+    keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
+    config['robustness'] = {key: best['result'][key] for key in keys} if best else None
+    _write(path, json.dumps(config, indent=2))
+
+
+def _hyper_parameters(recipe: Recipe) -> str:
+    """Every setting of the training, without those that tell of the machine."""
+    settings = {key: value for key, value in asdict(recipe).items() if key not in _PRIVATE}
+    if settings['extra_data']:
+        settings['extra_data'] = Path(settings['extra_data']).name
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def _license() -> str:
+    """The text of the package's licence."""
+    files = metadata.files('timm-robust') or []
+    for file in (STAGED.parent / 'LICENSE', *(file.locate() for file in files if file.name == 'LICENSE')):
+        if Path(str(file)).is_file():
+            return Path(str(file)).read_text()
+    raise FileNotFoundError('the LICENSE of timm-robust is missing; install the package again')
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    _write(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())

@@ -1,0 +1,15 @@
+"""The one door to RobustBench: load, benchmark, convert, compare, submit."""
+
+from .conversion import convert, fetch
+from .measure import benchmark, corruptions, load_model
+from .report import compare, submission
+
+__all__ = [
+    'benchmark',
+    'compare',
+    'convert',
+    'corruptions',
+    'fetch',
+    'load_model',
+    'submission',
+]

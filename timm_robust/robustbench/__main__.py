@@ -1,0 +1,129 @@
+"""The one door to RobustBench: load, benchmark, convert, compare, submit.
+
+    pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1
+    python -m timm_robust.robustbench benchmark NAME --data-dir DIR -n 200
+    python -m timm_robust.robustbench convert Dai2021Parameterizing FILE.pt OUT
+    python -m timm_robust.robustbench compare NAME
+
+How its package is imported beside the timm of today: robustbench_package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..command_line import Parser, command, count, keep_freed_memory, whole_number
+from ..data import load_dataset
+from ..files import read_yaml
+from ..models import load_model as load_any
+from ..pixels import pixel_input
+from ..weights import STAGED
+from .conversion import convert, fetch
+from .measure import benchmark, corruptions
+from .report import compare, submission, write_entries
+from .zoo import LINF
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; 0 if it ended well, 2 for bad input."""
+    args = _parser().parse_args(argv)
+    keep_freed_memory()
+    answer = args.run(args)
+    if answer is not None:
+        print(json.dumps(answer, indent=2))
+    return 0
+
+
+def _run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
+    path = Path(args.name)
+    model = pixel_input(load_any(path if path.exists() else args.name, device=args.device))
+    if args.threat_model == 'corruptions':
+        options = {'n': args.n or 10_000, 'batch_size': args.batch_size, 'device': args.device}
+        return corruptions(model, args.data_dir, **options)
+    data = load_dataset(args.dataset, args.data_dir, 'test')
+    options = {key: getattr(args, key) for key in ('eps', 'n', 'batch_size', 'seed', 'device')}
+    result = benchmark(model, data, norm=args.threat_model, **options)
+    return result | {'robust': result['robust'].int().tolist()}
+
+
+def _run_convert(args: argparse.Namespace) -> dict[str, Any]:
+    return {'written': str(convert(args.entry, args.source, args.target))}
+
+
+def _run_fetch(args: argparse.Namespace) -> dict[str, Any]:
+    return {'written': str(fetch(args.entry, args.target))}
+
+
+def _run_compare(args: argparse.Namespace) -> None:
+    print(compare(args.cards / args.name, args.picture))
+
+
+def _run_submission(args: argparse.Namespace) -> dict[str, Any]:
+    info, _ = read_yaml(args.paper)
+    if not isinstance(info, dict):
+        raise ValueError(f'{args.paper} holds no paper; write link, name, authors and venue, each as KEY: VALUE')
+    return {'written': str(submission(args.cards / args.name, args.target, args.data_dir, info))}
+
+
+def _run_table(args: argparse.Namespace) -> dict[str, Any]:
+    return write_entries(args.model_info, args.commit)
+
+
+def _parser() -> Parser:
+    """The commands."""
+    parser = Parser('python -m timm_robust.robustbench', description='The door to RobustBench.')
+    commands = parser.add_subparsers(dest='command', required=True)
+    one = commands.add_parser('benchmark', help="RobustBench's own benchmark() on our model and local images")
+    one.add_argument('name', help='registry name, checkpoint file or folder')
+    one.add_argument('--data-dir', required=True, help='folder that holds the data, or CIFAR-10-C/')
+    one.add_argument('--dataset', default='cifar10', choices=('cifar10', 'cifar100'))
+    one.add_argument('--threat-model', default='Linf', choices=('Linf', 'L2', 'corruptions'))
+    one.add_argument('--eps', help="radius, such as 8/255; the leaderboard's if not given")
+    one.add_argument('-n', type=count, help='number of images, the first of the test set; all if not given')
+    one.add_argument('--batch-size', type=count, default=250)
+    one.add_argument('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N')
+    one.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    one.set_defaults(run=_run_benchmark)
+    two = commands.add_parser('convert', help="RobustBench's .pt to a folder of ours, or the way back")
+    two.add_argument('entry', help=f'entry of the zoo: {", ".join(LINF)}')
+    two.add_argument('source', help='.pt file; for the way back our folder or checkpoint')
+    two.add_argument('target', help='folder to write; for the way back a .pt file')
+    two.set_defaults(run=_run_convert)
+    three = commands.add_parser('fetch', help='download an entry of the zoo and convert it')
+    three.add_argument('entry')
+    three.add_argument('target', help='folder to write')
+    three.set_defaults(run=_run_fetch)
+    four = commands.add_parser('compare', help="a staged model beside RobustBench's published entries")
+    four.add_argument('name', help='<arch>.<tag>')
+    four.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
+    four.set_defaults(run=_run_compare)
+    five = commands.add_parser('submission', help='write a folder that submits a staged model')
+    five.add_argument('name', help='<arch>.<tag>')
+    five.add_argument('target', help='folder to write')
+    five.add_argument('--data-dir', required=True, help='holds the official cifar-10-batches-py')
+    five.add_argument(
+        '--paper',
+        required=True,
+        metavar='FILE.yaml',
+        help='link, name, authors, venue, footnote, additional_data',
+    )
+    five.set_defaults(run=_run_submission)
+    six = commands.add_parser('table', help='renew the published numbers that compare uses')
+    six.add_argument('model_info', help="folder model_info of a checkout of RobustBench's repository")
+    six.add_argument('commit', help='the commit that it is of')
+    six.set_defaults(run=_run_table)
+    for one in (four, five):
+        one.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+    return parser
+
+
+if __name__ == '__main__':
+    sys.exit(main())

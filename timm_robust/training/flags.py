@@ -1,0 +1,64 @@
+"""The recipe as a command line: one flag for each setting, which wins over the file, as the file over the default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any
+
+from ..command_line import KeyValue, Parser
+from .recipe import KINDS, SETTINGS, Recipe, kinds_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add -c/--config and one flag for each setting; a flag that is not given leaves nothing in the namespace."""
+    parser.add_argument('-c', '--config', metavar='FILE.yaml', default=None, help='recipe file; flags override it')
+    groups: dict[str, Any] = {}
+    for name, field in SETTINGS.items():
+        title = field.metadata['group']
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        kinds, allowed = kinds_of(name), field.metadata['allowed']
+        default = 'none' if field.default in (None, dataclasses.MISSING) else field.default
+        options: dict[str, Any] = {'help': f'{field.metadata["help"]} (default: {default})'.replace('%', '%%')}
+        if kinds == (bool,):
+            options['action'] = argparse.BooleanOptionalAction
+        elif kinds == (dict,):
+            options |= {'nargs': '*', 'action': KeyValue, 'metavar': 'KEY=VALUE'}
+        elif kinds == (list,):
+            options |= {'nargs': '*', 'type': int, 'metavar': 'N'}
+        elif isinstance(allowed, tuple):
+            options['choices'] = allowed
+        else:
+            options |= {'type': _reader(kinds), 'metavar': {int: 'N', float: 'X'}.get(kinds[0], 'TEXT')}
+        flags = ['-b'] * (name == 'batch_size') + ['--' + name.replace('_', '-')]
+        group.add_argument(*flags, **options).default = argparse.SUPPRESS
+
+
+def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
+    """What turns the text of a flag into a value; `none` unsets a setting that may be None."""
+    kind = next(kind for kind in (str, int, float) if kind in kinds)
+
+    def read(text: str) -> Any:
+        return None if NoneType in kinds and text.lower() == 'none' else kind(text)
+
+    read.__name__ = KINDS[kind].removeprefix('a ')  # argparse: invalid whole number value: 'x'
+    return read
+
+
+def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recipe:
+    """The recipe of a command line (without the program's name): default < --config file < flags.
+
+    Raises:
+        SystemExit: for wrong flags, after a line on stderr, with status 2.
+        ValueError, OSError: as Recipe and Recipe.from_yaml.
+    """
+    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...] [--plan]; {prog} --help lists the flags'
+    about = 'Train a robust model. With --plan, measure a few steps, print time and memory of the run, and end.'
+    parser = Parser(prog, usage, about, allow_abbrev=False)
+    add_arguments(parser)
+    given = vars(parser.parse_args(list(argv)))
+    config = given.pop('config')
+    recipe = Recipe.from_yaml(config) if config else Recipe()
+    return dataclasses.replace(recipe, **given)

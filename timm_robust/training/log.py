@@ -1,0 +1,314 @@
+"""Where the numbers of a run go: summary.csv, a live progress line, TensorBoard and wandb.
+
+Accuracies are fractions in [0, 1]; the x axis of TensorBoard and wandb is the number of training images seen. What
+leaves the machine (the config) carries no secrets and no machine paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_file
+from ..provenance import public_name
+
+logger = logging.getLogger('timm_robust')
+_SECRET = re.compile(r'token|secret|passw|passphrase|pwd|credential|apikey|(^|_)(keys?|auth)(_|$)')
+
+# nothing of the command line, host, user, git remote or terminal goes to wandb
+_WANDB_SETTINGS: dict[str, Any] = {
+    'console': 'off',
+    'disable_git': True,
+    'disable_code': True,
+    'host': '',
+    'x_disable_meta': True,
+}
+
+
+class RunLog:
+    """Where a run's numbers go: summary.csv, a live progress line, TensorBoard, wandb. Quiet on ranks > 0.
+
+    Use it as a context manager, or call `close` at the end. `history` holds the rows so far, a copy of what was given.
+
+    Args:
+        folder: the run's folder; it gets summary.csv, tensorboard/ and wandb/ with wandb_id.txt.
+        config: the settings, for TensorBoard and wandb; what looks like a secret is left out.
+        total_steps: steps of the whole schedule.
+        tensorboard: write TensorBoard events.
+        wandb: log to wandb, in the project of WANDB_PROJECT or 'timm-robust'; WANDB_MODE=offline keeps it here.
+        wandb_name: name of the run there; the folder's name if not given.
+        rank: of this process; above 0 nothing is written or shown.
+        history: rows of the run that is resumed: summary.csv is whole again, TensorBoard drops what came after them,
+            and wandb goes on with the run of wandb_id.txt.
+
+    Raises:
+        ImportError: if tensorboard or wandb is missing, with what to type.
+        RuntimeError: if wandb does not start, for example for want of an API key.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        config: dict[str, Any],
+        total_steps: int,
+        tensorboard: bool = False,
+        wandb: bool = False,
+        wandb_name: str | None = None,
+        rank: int = 0,
+        history: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.folder, self.config, self.total_steps, self.rank = Path(folder), public_config(config), total_steps, rank
+        self.history = [_plain_row(row) for row in history or []]
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._stream, self._shown = sys.stderr, ''
+        self._handlers: list[logging.Handler] = []
+        if rank > 0:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.history:
+            self._write_summary()
+        if tensorboard:
+            self._tensorboard = self._open_tensorboard()
+        if wandb:
+            self._wandb = self._open_wandb(wandb_name)
+        self._handlers = [*logging.getLogger().handlers, *logger.handlers]
+        for handler in self._handlers:
+            handler.addFilter(self._wipe)
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        acc: float,
+        lr: float,
+        images_per_s: float,
+        seconds_left: float,
+        epoch: int,
+        images: int | None = None,
+        **extra: float,
+    ) -> None:
+        """Show how far the run is, and write train/* to TensorBoard and wandb; call it once every so many steps.
+
+        Args:
+            step: steps taken.
+            loss: training loss.
+            acc: training accuracy, a fraction.
+            lr: learning rate.
+            images_per_s: speed.
+            seconds_left: estimated time to the end.
+            epoch: the present epoch.
+            images: training images seen; step * batch_size of the config if not given.
+            extra: further numbers, shown last and written as train/<name>.
+        """
+        if self.rank > 0:
+            return
+        values = _plain_row({'loss': loss, 'acc': acc, 'lr': lr, 'images_per_s': images_per_s, **extra})
+        self._scalars({f'train/{key}': value for key, value in values.items()}, self._images(step, images))
+        percent = f' ({100 * step // self.total_steps} %)' if self.total_steps else ''
+        parts = [f'epoch {epoch}', f'step {step}/{self.total_steps}{percent}', *(_entry(*kv) for kv in values.items())]
+        parts.insert(4, f'{_duration(seconds_left)} left')
+        if not (self._stream.isatty() and os.environ.get('TERM') != 'dumb' and logger.isEnabledFor(logging.INFO)):
+            logger.info('%s', '  '.join(parts))
+            return
+        width = _width(self._stream)
+        text = _fit(parts, width)
+        self._show('\r' + text.ljust(min(len(self._shown), width)), text)
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """Append a row to history and to summary.csv, log it as one line, and write it to TensorBoard and wandb."""
+        row = _plain_row(row)
+        self.history.append(row)
+        if self.rank > 0:
+            return
+        self._write_summary()
+        skip = ('epoch', 'step', 'images')
+        names = {key: f'val/{key[4:]}' if key.startswith('val_') else f'epoch/{key}' for key in row if key not in skip}
+        self._scalars({name: row[key] for key, name in names.items()}, self._images(row.get('step'), row.get('images')))
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        parts = [f'epoch {row["epoch"]} done'] if 'epoch' in row else []
+        parts += [f'step {row["step"]}/{self.total_steps}'] if 'step' in row else []
+        logger.info('%s', '  '.join(parts + [_entry(key, row[key]) for key in names if row[key] is not None]))
+
+    def close(self, failed: bool = False) -> None:
+        """Leave the terminal on a fresh line and finish TensorBoard and wandb; a second call does nothing.
+
+        Args:
+            failed: mark the run as failed in wandb.
+        """
+        for handler in self._handlers:
+            handler.removeFilter(self._wipe)
+        if self._shown:
+            self._show('\n', '')
+        tensorboard, wandb = self._tensorboard, self._wandb
+        self._handlers, self._tensorboard, self._wandb = [], None, None
+        if tensorboard is not None:
+            tensorboard.close()
+        if wandb is not None:
+            wandb.finish(exit_code=int(failed))
+
+    def __enter__(self) -> RunLog:
+        """The log itself."""
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        """Close it; an exception marks the run as failed."""
+        self.close(failed=kind is not None)
+
+    def _open_tensorboard(self) -> Any:
+        """An event file of its own in tensorboard/ that hides what older ones there say of later images."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError('TensorBoard logging needs tensorboard; type: pip install tensorboard') from error
+        seen = self._images(self.history[-1].get('step'), self.history[-1].get('images')) if self.history else -1
+        writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=seen + 1)
+        writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2)}\n```', seen + 1)
+        return writer
+
+    def _open_wandb(self, name: str | None) -> Any:
+        """The run of wandb_id.txt where this one is resumed, else a new one, noted there."""
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("wandb logging needs wandb; type: pip install 'wandb>=0.19'") from error
+        file = self.folder / 'wandb_id.txt'
+        stored = file.read_text().strip() or None if self.history and file.is_file() else None
+        try:
+            run = wandb.init(
+                project=os.environ.get('WANDB_PROJECT') or 'timm-robust',
+                name=name or self.folder.resolve().name,
+                dir=str(self.folder),
+                config=self.config,
+                id=stored,
+                resume='allow' if stored else None,
+                # no command line, host, user, git remote or copy of the terminal
+                settings=wandb.Settings(
+                    console='off', disable_git=True, disable_code=True, host='', x_disable_meta=True
+                ),
+            )
+        except wandb.errors.Error as error:
+            why = str(error).rstrip('.')
+            hint = 'type: wandb login, or set WANDB_MODE=offline to log on this machine only'
+            raise OSError(f'wandb did not start: {why}; {hint}') from error
+        run.define_metric('images')
+        run.define_metric('*', step_metric='images')
+        with atomic_file(file) as out:
+            out.write(f'{run.id}\n'.encode())
+        return run
+
+    def _images(self, step: int | None, images: int | None) -> int:
+        """Images seen: as told, or from the batch size of the config; without either the step itself."""
+        return int(images if images is not None else (step or 0) * int(self.config.get('batch_size') or 1))
+
+    def _scalars(self, values: dict[str, Any], images: int) -> None:
+        """Write the numbers among the values to TensorBoard and wandb at x = images."""
+        numbers = {name: float(value) for name, value in values.items() if isinstance(value, (bool, int, float))}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, images)
+        if self._wandb is not None:
+            self._wandb.log({**numbers, 'images': images})
+
+    def _write_summary(self) -> None:
+        """summary.csv anew: never half a row; columns in the order they first came up, None as an empty cell."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.history for key in row)))
+        writer.writeheader()
+        writer.writerows(self.history)
+        with atomic_file(self.folder / 'summary.csv') as file:
+            file.write(text.getvalue().encode())
+
+    def _wipe(self, record: logging.LogRecord) -> bool:
+        """A filter of the log handlers that passes everything: the live line makes room for what is logged."""
+        if self._shown:
+            self._show('\r' + ' ' * len(self._shown) + '\r', '')
+        return True
+
+    def _show(self, output: str, shown: str) -> None:
+        """Write to the terminal, in one piece, and note what its last line now says."""
+        self._shown = shown
+        with contextlib.suppress(OSError):  # the terminal was closed; the run saves, and ends
+            self._stream.write(output)
+            self._stream.flush()
+
+
+def public_config(config: Mapping[Any, Any]) -> dict[str, Any]:
+    """The config as plain values without keys that look like secrets, at any depth: tokens, keys, passwords.
+
+    Absolute paths keep their last two components, and addresses lose their user and password.
+    """
+    words = {key: re.sub(r'(?<=[a-z0-9])(?=[A-Z])|\W', '_', str(key)).lower() for key in config}
+    return {str(key): _plain(value) for key, value in config.items() if not _SECRET.search(words[key])}
+
+
+def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with plain values."""
+    return {key: _plain(value) for key, value in row.items()}
+
+
+def _plain(value: Any) -> Any:
+    """The value as None, bool, int, float, str, or a list or dict of them; tensors of one element become numbers."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        text = re.sub(r'://[^/@\s]+@', '://', os.fspath(value) if isinstance(value, os.PathLike) else value)
+        return public_name(text) if Path(text).is_absolute() or text.startswith('~') else text
+    if isinstance(value, Mapping):
+        return public_config(value)
+    if isinstance(value, (Sequence, set, frozenset)):
+        return [_plain(item) for item in value]
+    try:
+        return value.item()
+    except (AttributeError, ValueError, RuntimeError):
+        return str(value)
+
+
+def _entry(key: str, value: Any) -> str:
+    """A number for people: 'val PGD acc 51.20 %', '312 images/s', 'time 1:02:03', 'alpha 1.02'."""
+    if not isinstance(value, (int, float)):
+        return f'{key} {value}'
+    if key == 'images_per_s':
+        return f'{value:.0f} images/s' if value >= 100 else f'{value:.3g} images/s'
+    if key == 'seconds':
+        return f'time {_duration(value)}'
+    label = key.replace('pgd', 'PGD').replace('_', ' ')
+    if key.endswith('acc') and math.isfinite(value):
+        return f'{label} {100 * value:.2f} %'
+    return f'{label} {value:.4f}' if key.endswith('loss') and abs(value) < 1e4 else f'{label} {value:.4g}'
+
+
+def _duration(seconds: float) -> str:
+    """h:mm:ss, '?' for what is no time."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return '?'
+    minutes, rest = divmod(round(seconds), 60)
+    return f'{minutes // 60}:{minutes % 60:02d}:{rest:02d}'
+
+
+def _width(stream: Any) -> int:
+    """Columns of the terminal that a line may take; the last stays free, lest the line wrap."""
+    try:
+        return (os.get_terminal_size(stream.fileno()).columns or 80) - 1
+    except (OSError, ValueError):
+        return 79
+
+
+def _fit(parts: list[str], width: int) -> str:
+    """The parts on one line; the last ones go where they do not fit."""
+    while len(parts) > 1 and len('  '.join(parts)) > width:
+        parts = parts[:-1]
+    return '  '.join(parts)[:width]

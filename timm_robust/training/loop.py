@@ -1,0 +1,344 @@
+"""The epoch loop: steps, validation, watchdog, checkpoints, log.
+
+The best checkpoint is chosen by PGD accuracy on images held out of the training set; the test set is never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from timm.utils import distribute_bn
+
+from ..activations import activation_state
+from ..files import lock_folder, new_folder, sweep_temporaries
+from ..models import LAST
+from ..precision import fastest_convolutions
+from .log import RunLog
+from .rollback import roll_back
+from .run import TICKS, Run, Sums, best_row, metric_name, take_lock, training_batch, unnamed
+from .state import save
+from .step import averaged_weights
+from .validation import reestimate_batch_norm, validate
+from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
+from .watchdog import Diverged, check_epoch, check_loss, check_weights
+
+logger = logging.getLogger('timm_robust')
+
+
+SAVE_SECONDS = 600
+"""After so long without a save there is one, whatever the intervals: a run that is killed loses no more."""
+
+STAGE_BN_BATCHES = 50
+"""Batches that re-estimate batch norm where progressive resizing goes on to another side."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it saved its state first."""
+
+
+def fit(run: Run) -> dict[str, Any]:
+    """Train to the end of the schedule; returns the run's result, the last line of the log.
+
+    Raises:
+        Stopped: after a signal, with what to type to go on.
+        Diverged: if the run went wrong more often than the recipe lets it go back.
+        FileExistsError: if a new run would mix its checkpoints with those of another.
+        BlockingIOError: if another process trains in the folder.
+    """
+    try:
+        return train(run)
+    finally:
+        if run.lock is not None:
+            run.lock.close()
+            run.lock = None
+
+
+def train(run: Run) -> dict[str, Any]:
+    """What `fit` does while it holds the folder."""
+    recipe = run.recipe
+    occupy(run)
+    if not run.world.rank:
+        sweep_temporaries(run.folder)
+    describe(run)
+    settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
+    settings |= {'tensorboard': recipe.tensorboard, 'wandb': recipe.log_wandb}
+    log = RunLog(run.folder, rank=run.world.rank, **settings)
+    with log, run.writer, fastest_convolutions(run.world.device):
+        prepare(run)
+        while (going := progress(run) < 1 or run.sums is not None) or unsettled(run):
+            try:
+                if going:
+                    finish_epoch(run, train_epoch(run, log), log)
+                else:  # the budget ended behind an epoch that was not to be validated, or not to be saved
+                    row = run.history.pop()
+                    log.history = list(run.history)
+                    finish_epoch(run, row, log)
+            except Diverged as error:
+                if not going:  # no time to do better
+                    logger.warning('%s: the best checkpoint stands', error)
+                    break
+                roll_back(run, error)
+                log.history = list(run.history)
+    run.world.wait()
+    return result(run)
+
+
+def occupy(run: Run) -> None:
+    """Make the run's folder, or enter it, and hold it; a folder that nobody named is the run's own."""
+    recipe, held = run.recipe, run.world.agree(run.lock is not None)
+    if unnamed(recipe) and not run.step and not run.world.rank:
+        run.folder = new_folder(run.folder)
+    run.folder = run.world.agree(run.folder)
+    if not held:
+        if not run.world.rank:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        run.lock = take_lock(run.folder, run.world)
+    mixed = not (run.step or recipe.resume) and any(run.folder.glob('*.pth.tar'))  # no other run can make any now
+    if run.world.agree(mixed):
+        raise FileExistsError(
+            f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
+        )
+    make_folder(run)
+
+
+def make_folder(run: Run) -> None:
+    """The run's folder, with the recipe in it."""
+    if not run.world.rank:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        replace(run.recipe, allow_changes=False).to_yaml(run.folder / 'args.yaml', full=True)
+
+
+def describe(run: Run) -> None:
+    """Say what is about to happen; an epoch is a number of images seen."""
+    recipe, per_epoch, world = run.recipe, run.batches.steps_per_epoch, run.world
+    if world.rank:
+        return
+    length = f'{recipe.budget} on the clock' if recipe.budget else f'{run.total_steps} steps'
+    data = f'{len(run.batches.data)} images'
+    if recipe.extra_data:
+        data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
+    logger.info('output in %s', run.folder)
+    logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
+    logger.info(
+        '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
+        *(length, recipe.batch_size, world.size, per_epoch * recipe.batch_size * world.size, per_epoch),
+    )
+    logger.info(
+        '%s against %s, %s attack with batch norm in %s mode, on %s',
+        *(recipe.loss, recipe.threat_model, recipe.attack, recipe.attack_bn, world.device),
+    )
+
+
+def prepare(run: Run) -> None:
+    """Compile, save what a first rollback goes back to, and tell the clock what a budget must leave time for."""
+    started = time.perf_counter()
+    timing = warm_up(run) if pays(run) else None
+    if timing is not None:
+        message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
+        logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
+    if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):
+        save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
+    if timing is not None and run.clock.budget is not None:
+        reserve(run, timing, saving_seconds(run))
+
+
+def progress(run: Run) -> float:
+    """The share of the run that is done, the same in every process."""
+    done = run.clock.progress(run.step)
+    return done if run.clock.budget is None else run.world.first(done)
+
+
+def unsettled(run: Run) -> bool:
+    """Whether the last epoch has not been saved, or not been validated though there are images for it."""
+    if len(run.history) > run.saved_rows:
+        return True
+    return run.held_out is not None and bool(run.history) and metric_name(run.recipe) not in run.history[-1]
+
+
+def save_is_due(run: Run) -> bool:
+    """Whether the last save was SAVE_SECONDS ago, the same in every process."""
+    return bool(run.world.first(float(time.perf_counter() - run.saved_at >= SAVE_SECONDS)))
+
+
+def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
+    """Steps up to the end of the epoch (a resumed run may start inside one); returns its row for summary.csv."""
+    recipe, per_epoch = run.recipe, run.batches.steps_per_epoch
+    epoch = (run.step - (run.sums is not None)) // per_epoch  # an unfinished one may have taken its last step
+    end = (epoch + 1) * per_epoch
+    if run.clock.budget is None:
+        end = min(end, run.total_steps)
+    if run.sums is None:
+        zero = torch.zeros((), device=run.world.device)
+        run.sums = Sums(run.step, zero, zero)
+    sums, first, started = run.sums, run.step, time.perf_counter()
+    while run.step < end and ((done := progress(run)) < 1 or run.step == sums.first_step):  # one step at least
+        if run.scheduler is not None:
+            run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
+        enter_stage(run, recipe.side_at(done))
+        x, y = training_batch(run, run.step)
+        run.clock.go()
+        out = run.train_step(x, y, run.step, done)
+        sums.loss, sums.correct = sums.loss + out.loss, sums.correct + out.correct
+        run.step += 1
+        if run.step % recipe.log_interval == 0 or run.step == end:
+            show(run, log, epoch_row(run, sums, first, started))
+        stop_if_asked(run, epoch)
+        run.writer.check()
+        due = recipe.save_interval is not None and run.step % recipe.save_interval == 0
+        if run.step % recipe.log_interval == 0:
+            due = save_is_due(run) or due
+        if due and run.step < end:
+            save_within(run, epoch)
+    return epoch_row(run, sums, first, started)
+
+
+def enter_stage(run: Run, side: int | None) -> None:
+    """Train on images of this side from now on; batch norm's statistics, those of another side, are estimated anew."""
+    if side == run.side:
+        return
+    first, run.side = run.side is None, side
+    logger.info('images of %d x %d pixels from step %d on', side, side, run.step)
+    if not first:
+        run.clock.stop()
+        reestimate_batch_norm(run, STAGE_BN_BATCHES)
+
+
+def save_within(run: Run, epoch: int) -> None:
+    """Write last.pth.tar inside an epoch, unless the weights went wrong.
+
+    Raises:
+        Diverged: if a weight is not finite, in any process: their statistics differ within an epoch.
+    """
+    fault: Diverged | None = None
+    run.clock.stop()
+    try:
+        check_weights(run.model)
+    except Diverged as error:
+        fault = error
+    if run.world.largest(float(fault is not None)):
+        raise fault or Diverged('weights of another process are not finite')
+    save(run, epoch, numbered=False)
+
+
+def epoch_row(run: Run, sums: Sums, first: int, started: float) -> dict[str, Any]:
+    """The present epoch's numbers so far, over all processes; this waits for the device.
+
+    Args:
+        run: the run.
+        sums: of the epoch.
+        first: the step at which this session began the epoch.
+        started: when that was.
+
+    Raises:
+        Diverged: if the loss is not finite, or jumped.
+    """
+    steps, world = max(run.step - sums.first_step, 1), run.world
+    loss, correct = world.sum(torch.stack([sums.loss.double(), sums.correct.double()])).tolist()
+    batch, seconds = run.recipe.batch_size * world.size, time.perf_counter() - started
+    check_loss(loss / steps / world.size, run.history, run.step)
+    return {
+        'epoch': (run.step - 1) // run.batches.steps_per_epoch,
+        'step': run.step,
+        'images': run.step * batch,
+        'train_loss': loss / steps / world.size,
+        'train_acc': correct / steps / batch,
+        'lr': run.train_step.optimizer.param_groups[0]['lr'],
+        'images_per_s': (run.step - first) * batch / seconds,
+        'seconds': run.clock.elapsed(),
+    }
+
+
+def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
+    """The live line."""
+    batch = run.recipe.batch_size * run.world.size
+    if run.clock.budget is not None:
+        log.total_steps = round(run.step / max(run.clock.progress(run.step), 1e-6))
+    log.step(
+        step=run.step,
+        loss=row['train_loss'],
+        acc=row['train_acc'],
+        lr=row['lr'],
+        images_per_s=row['images_per_s'],
+        seconds_left=run.clock.left(run.step, row['images_per_s'] / batch),
+        epoch=row['epoch'],
+        images=row['images'],
+    )
+
+
+def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
+    """Validate, watch, log and save; between the epochs of val_interval only what has to be."""
+    recipe, started = run.recipe, time.perf_counter()
+    run.clock.stop()
+    due = progress(run) >= 1 or (row['epoch'] + 1) % recipe.val_interval == 0
+    run.sums = None
+    if run.world.size > 1:
+        distribute_bn(run.model, run.world.size, reduce=True)
+    if run.held_out is not None and due:
+        with averaged_weights(run.model, run.ema):
+            if run.ema is not None:
+                reestimate_batch_norm(run, recipe.ema_bn_batches)
+            row.update(validate(run.attack_forward, run.held_out, recipe, run))
+    if run.side is not None:
+        row['side'] = run.side
+    row.update(activation_state(run.model))
+    check_epoch(row, run.history)
+    check_weights(run.model)
+    if not (run.world.rank or run.folder.is_dir()):  # other nodes may never have had it
+        logger.warning('%s has vanished; it is made anew', run.folder)
+        make_folder(run)
+        run.lock = lock_folder(run.folder)
+    run.history.append(row)
+    log.epoch(row)
+    metric = row.get(metric_name(recipe), -1.0)
+    last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
+    is_best = last_stage and metric > run.best
+    run.best = metric if is_best else run.best
+    if due or save_is_due(run):
+        save(run, row['epoch'], is_best=is_best)
+    if metric_name(recipe) in row or run.held_out is None:
+        seconds = run.world.largest(time.perf_counter() - started + run.writer.seconds)
+        interval = run.clock.interval
+        if row['images_per_s']:  # not where a resumed epoch had no step left to take
+            interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
+        run.clock.note_validation(seconds, interval)
+
+
+def stop_if_asked(run: Run, epoch: int) -> None:
+    """After a signal: save, and end the run.
+
+    Raises:
+        Stopped: with what to type to go on.
+        Diverged: if a weight is not finite.
+    """
+    asked = run.world.largest(float(run.stop)) if run.world.size > 1 else run.stop
+    if asked:
+        save_within(run, epoch)
+        run.writer.wait()
+        raise Stopped(
+            f'stopped by a signal at step {run.step}, and saved; go on with --resume {run.folder / "last.pth.tar"} '
+            'and the same settings'
+        )
+
+
+def result(run: Run) -> dict[str, Any]:
+    """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
+    best = best_row(run.recipe, run.history, run.best) or (run.history or [{}])[-1]
+    keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
+    line: dict[str, Any] = {
+        'model': run.recipe.model,
+        'threat_model': str(run.recipe.threat_model),
+        'output': str(run.folder),
+    }
+    line.update({key: best[key] for key in keys if key in best})
+    line.update(
+        steps=run.step,
+        images=run.step * run.recipe.batch_size * run.world.size,
+        seconds=round(run.clock.elapsed(), 1),
+        rollbacks=run.rollbacks,
+    )
+    return json.loads(json.dumps(line))

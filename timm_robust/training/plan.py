@@ -1,0 +1,77 @@
+"""What a run will take, told before it starts: time, memory, images and device-hours."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+
+from ..precision import fastest_convolutions
+from .run import Run, training_batch
+from .warmup import Timing, pays, reserve, saving_seconds, synchronise, warm_up
+
+
+def plan(run: Run, steps: int = 5) -> dict[str, Any]:
+    """Measure a few steps, and tell time, memory, images and device-hours of the whole run before it starts.
+
+    The run itself is spent: build it anew to train.
+    """
+    recipe, batch = run.recipe, run.recipe.batch_size * run.world.size
+    start_up = run.clock.elapsed()
+    with fastest_convolutions(run.world.device):
+        timing = warm_up(run)
+        if pays(run) or recipe.torchcompile:
+            start_up = run.clock.elapsed()
+        timing = Timing({share: _step_seconds(run, share, steps) for share in timing.steps}, timing.validation)
+    saving = saving_seconds(run)
+    ends = [*list(timing.steps)[1:], 1.0]  # of the part of the run that each kind of step holds for
+    step_seconds = sum((end - share) * timing.steps[share] for share, end in zip(timing.steps, ends, strict=True))
+    per_epoch = run.batches.steps_per_epoch * step_seconds
+    if run.clock.budget is not None:
+        reserve(run, timing, saving)
+        total = run.clock.budget
+        epochs = run.clock.training_seconds(start_up) / per_epoch
+    else:
+        epochs = run.total_steps / run.batches.steps_per_epoch
+        validations = max(epochs / recipe.val_interval, 1)
+        total = start_up + epochs * per_epoch + validations * (timing.validation + saving)  # no other epoch is saved
+    sides = {recipe.side_at(share): seconds for share, seconds in timing.steps.items() if recipe.stages}
+    images = round(epochs * run.batches.steps_per_epoch) * batch
+    line = {
+        'model': run.recipe.model,
+        'images_per_s': batch / step_seconds,
+        **{f'images_per_s_at_{side}': batch / seconds for side, seconds in sides.items()},
+        'step_ms': 1e3 * step_seconds,
+        'start_up_s': start_up,
+        'validation_s': timing.validation,
+        'saving_s': saving,
+        'epochs': epochs,
+        'images': images,
+        'hours': total / 3600,
+        'device_hours': total / 3600 * run.world.size,
+        'peak_memory_gib': _peak_memory(run.world.device) / 2**30,
+        'devices': run.world.size,
+    }
+    return line
+
+
+def _step_seconds(run: Run, share: float, steps: int) -> float:
+    """Mean duration of a training step at this share of the run, with the making of its batch."""
+    run.side = run.recipe.side_at(share)
+    for number in range(steps + 2):
+        if number == 2:
+            synchronise(run.world.device)
+            started = time.perf_counter()
+        x, y = training_batch(run, number)
+        run.train_step(x, y, number, share)
+    synchronise(run.world.device)
+    return (time.perf_counter() - started) / steps
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU, the process's on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,98 @@
+"""What a run does at the end of an epoch to know how good it is: clean and PGD accuracy on held-out images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.utils import distribute_bn
+
+from ..attacks import cross_entropy_of, pgd
+from ..pixels import pixel_input, resized
+from .recipe import Recipe
+from .run import Run, training_batch
+from .step import AttackForward, Forward
+
+
+def validate(attack_forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
+    """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
+
+    The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
+    The attacks begin at the same points in every epoch of a run, also after it was resumed with another seed.
+    """
+    device = next(attack_forward.model.parameters()).device
+    generator = torch.Generator(device).manual_seed(recipe.seed if run is None else run.split_seed)
+    counts = torch.zeros(3, dtype=torch.float64, device=device)
+    settings: dict[str, Any] = {
+        'steps': recipe.eval_steps,
+        'step_size': recipe.resolved_eval_step_size,
+        'generator': generator,
+    }
+    fixed = recipe.torchcompile or device.type == 'cuda'
+    side = run.side if run else None
+    with attack_forward.ready('eval') as forward:
+        for x, y in data.batches(recipe.batch_size):
+            x, n = resized(x, side), len(y)
+            if fixed:
+                x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)
+            x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
+            with torch.no_grad():
+                right = forward(x).argmax(1) == y
+                robust = right & (forward(x_adv).argmax(1) == y)
+            counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.full((), n, device=device)])
+    clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
+    return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
+
+
+def _filled(rows: torch.Tensor, size: int) -> torch.Tensor:
+    """Rows [n, ...] and zeros behind them, [size, ...]."""
+    return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+
+
+def reestimation_batches(run: Run, batches: int) -> int:
+    """How many training batches `reestimate_batch_norm` takes of those wanted: at most a quarter of an epoch."""
+    return min(batches, max(run.batches.steps_per_epoch // 4, 1))
+
+
+def reestimate_batch_norm(run: Run, batches: int) -> None:
+    """Running statistics anew: the plain mean over so many batches of what training feeds the network.
+
+    For averaged weights, whose averaged statistics belong to no weights that ever were, and for images of another side
+    than before. The adversarial images are made first, with the statistics
+    as they are.
+    """
+    model, step, recipe = run.model, run.train_step, run.recipe
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    if not norms or not batches:
+        return
+    inputs = []
+    done = run.clock.progress(run.step)
+    for number in range(reestimation_batches(run, batches)):
+        step.draw_from(run.step + number)
+        x, y = training_batch(run, run.step + number)
+        inputs.append((x, step.perturb(x, y, done), y))
+    # not run.forward: other momenta would be compiled anew, and stay a burden
+    forward = Forward(pixel_input(model, recipe.inner_size), recipe.precision, run.world.device)
+    momenta = [norm.momentum for norm in norms]
+    calls = Counter[nn.Module]()
+
+    def take_plain_mean(norm: Any, args: Any) -> None:
+        """What momentum None does, which would read each norm's counter from the device."""
+        calls[norm] += 1
+        norm.momentum = 1 / calls[norm]
+
+    hooks = [norm.register_forward_pre_hook(take_plain_mean) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+    model.train()
+    with torch.no_grad():
+        for x, x_adv, y in inputs:
+            step.loss.descend(forward, x, x_adv, y)
+    for norm, momentum, hook in zip(norms, momenta, hooks, strict=True):
+        hook.remove()
+        norm.momentum = momentum
+    if run.world.size > 1:
+        distribute_bn(model, run.world.size, reduce=True)

@@ -1,0 +1,35 @@
+"""The table of released weights, and their checked content."""
+
+from .download import bounded_waits, fetch_folder, read_release, told_stalls, without_password
+from .releases import (
+    EXTERNAL,
+    RELEASES,
+    STAGED,
+    TABLE,
+    WEIGHTS,
+    Release,
+    external_file,
+    read_table,
+    releases_of,
+    split_name,
+    write_table,
+)
+
+__all__ = [
+    'EXTERNAL',
+    'RELEASES',
+    'STAGED',
+    'TABLE',
+    'WEIGHTS',
+    'Release',
+    'bounded_waits',
+    'external_file',
+    'fetch_folder',
+    'read_release',
+    'read_table',
+    'releases_of',
+    'split_name',
+    'told_stalls',
+    'without_password',
+    'write_table',
+]
