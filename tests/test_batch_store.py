@@ -25,7 +25,7 @@ pyautoattack = pytest.importorskip('pyautoattack')
 LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
 SCRIPT = """
 import sys, torch
-from test_autoattack_state import conv_net, images
+from test_batch_store import conv_net, images
 from timm_robust.evaluation.autoattack import autoattack
 from timm_robust.threat_model import ThreatModel
 model = conv_net()
@@ -34,7 +34,7 @@ autoattack(model, x, y, ThreatModel('Linf', 0.02), batch_size=3, state_dir=sys.a
 """
 PAIR = """
 import pathlib, sys, torch
-from test_autoattack_state import conv_net, images
+from test_batch_store import conv_net, images
 from timm_robust.evaluation.autoattack import autoattack
 from timm_robust.distributed import World
 from timm_robust.threat_model import ThreatModel
