@@ -7,7 +7,7 @@ import pytest
 from timm_robust.command_line import command
 from timm_robust.threat_model import ThreatModel
 from timm_robust.training.flags import add_arguments, parse_recipe
-from timm_robust.training.recipe import Recipe
+from timm_robust.training.recipe import MACHINE, Recipe
 
 DEFAULTS = {
     'model': 'resnet18_pssilu', 'model_kwargs': {}, 'num_classes': None, 'pretrained': False,
@@ -332,6 +332,13 @@ def test_resolved_step_sizes(values, training, validation):
 def test_threat_model():
     assert Recipe().threat_model == ThreatModel('Linf', 8 / 255)
     assert str(Recipe(norm='L2', eps='128/255').threat_model) == 'L2 128/255'
+
+
+def test_what_is_published_names_no_place_of_the_machine():
+    places = {'data_dir': '/home/joe/data', 'output': '/home/joe/runs', 'extra_data': '/home/joe/edm/1m.npz'}
+    public = Recipe(**places, initial_checkpoint='/home/joe/a.pth', lr=0.3).public()
+    assert 'joe' not in str(public) and public['lr'] == 0.3 and public['extra_data'] == '1m.npz'
+    assert Recipe().public()['extra_data'] is None and not set(public) & set(MACHINE)
 
 
 def test_settings_that_are_gone_are_read_over(tmp_path):

@@ -31,18 +31,6 @@ from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, strongest
 from .results_page import results_page
 
-_PRIVATE = (
-    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
-    *(
-        'log_interval',
-        'save_interval',
-        'tensorboard',
-        'log_wandb',
-        'checkpoint_hist',
-        'initial_checkpoint',
-    ),
-)
-"""Settings that tell of the machine, not of the training."""
 _PICTURED = 6
 
 
@@ -109,7 +97,8 @@ def stage(
     with atomic_folder(folder) as new:
         write_files(new, model, content, tag)
         (new / 'LICENSE').write_text(_license())
-        (new / HYPER_PARAMETERS).write_text(_hyper_parameters(recipe))
+        settings = yaml.safe_dump(recipe.public(), sort_keys=False, allow_unicode=True)
+        (new / HYPER_PARAMETERS).write_text(settings)
         shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
         run_figure(new / 'training.png', {name: read_run(run)})
         facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
@@ -237,14 +226,6 @@ def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
     keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
     config['robustness'] = {key: best['result'][key] for key in keys} if best else None
     _write(path, json.dumps(config, indent=2))
-
-
-def _hyper_parameters(recipe: Recipe) -> str:
-    """Every setting of the training, without those that tell of the machine."""
-    settings = {key: value for key, value in asdict(recipe).items() if key not in _PRIVATE}
-    if settings['extra_data']:
-        settings['extra_data'] = Path(settings['extra_data']).name
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def _license() -> str:

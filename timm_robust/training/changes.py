@@ -9,12 +9,11 @@ from typing import Any
 
 from ..distributed import World
 from ..threat_model import parse_eps
-from .recipe import SETTINGS, Recipe
+from .recipe import MACHINE, SETTINGS, Recipe
 
 FREE = (
-    *('data_dir', 'dataset_download', 'workers', 'val_interval', 'budget', 'device', 'output', 'experiment', 'resume'),
-    *('allow_changes', 'log_interval', 'save_interval', 'on_divergence'),
-    *('tensorboard', 'log_wandb', 'checkpoint_hist'),
+    *(name for name in MACHINE if name != 'initial_checkpoint'),
+    *('val_interval', 'budget', 'on_divergence'),
     *('channels_last', 'fold_bn', 'torchcompile', 'grad_checkpointing'),  # equal up to rounding
     *('batch_size', 'val_size'),  # compared elsewhere: times the processes, and without --val-split
 )

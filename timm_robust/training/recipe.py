@@ -447,6 +447,11 @@ class Recipe:
         """The recipe of the run that wrote a checkpoint."""
         return cls(**{name: value for name, value in state['recipe'].items() if name not in RETIRED})
 
+    def public(self) -> dict[str, Any]:
+        """The settings that tell of the training, not of the machine; of the path of extra_data its last part."""
+        values = {name: getattr(self, name) for name in SETTINGS if name not in MACHINE}
+        return values | {'extra_data': self.extra_data and Path(self.extra_data).name}
+
     def to_yaml(self, path: str | Path, full: bool = False) -> None:
         """Write what differs from the defaults (full: every setting), atomically: never half a file."""
         path, default = Path(path), type(self)()
@@ -459,6 +464,11 @@ class Recipe:
             file.write(text.encode())
 
 
+MACHINE = (
+    *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
+    *('log_interval', 'save_interval', 'tensorboard', 'log_wandb', 'checkpoint_hist', 'initial_checkpoint'),
+)
+"""Settings that tell of the machine, not of the training: they are not published."""
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
 _HINTS = typing.get_type_hints(Recipe)
 
