@@ -331,7 +331,7 @@ def released(copy, monkeypatch):
     table = read_table(copy / 'releases.json')
     monkeypatch.setattr(resolver, 'read_release', partial(read_release, staged=copy / 'model_cards'))
     monkeypatch.setitem(resolver.RELEASES, NAME, table[NAME])
-    cfg = timm.models.PretrainedCfg(**resolver.tagged('resnet18_pssilu', {'url': ''})[NAME])
+    cfg = timm.models.PretrainedCfg(**resolver._tagged('resnet18_pssilu', {'url': ''})[NAME])
     cfg = dataclasses.replace(
         cfg,
         input_size=(3, 32, 32),

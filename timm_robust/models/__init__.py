@@ -1,6 +1,8 @@
-"""Model families, one file each; importing them registers their models with timm. And models by any name, loaded."""
+"""Model families, one file each, which register themselves with timm on import; and models by any name, loaded."""
 
-from . import cifar_resnet, imagenet, wide_resnet
+import importlib
+import pkgutil
+
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
 from .config import check_model_kwargs, input_channels, make_model
@@ -16,9 +18,7 @@ __all__ = [
     'SharedAct',
     'WideResNet',
     'check_model_kwargs',
-    'cifar_resnet',
     'class_list',
-    'imagenet',
     'input_channels',
     'load_checkpoint',
     'load_model',
@@ -27,5 +27,7 @@ __all__ = [
     'read_weights',
     'replace_activations',
     'trained_classes',
-    'wide_resnet',
 ]
+
+for _found in pkgutil.iter_modules(__path__):
+    importlib.import_module(f'{__name__}.{_found.name}')

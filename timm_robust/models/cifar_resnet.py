@@ -5,16 +5,16 @@ Models: `resnet18_<act>` for every activation of `timm_robust.activations`.
 """
 
 import re
+from functools import partial
 from typing import Any, Dict, List, Tuple, Type
 
 import torch
 import torch.nn as nn
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 
 from ..activations import ACTIVATIONS, Activation
-from .config import forget_weights
-from .pretrained import register_aliases, tagged, with_weights
-from .shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
+from .pretrained import Network, register_family
+from .shared_act import SharedActNet, collapse_shared_act, family_cfg, shared_act_key, whole_features
 
 __all__ = ['CifarResNet']
 
@@ -101,35 +101,25 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {own_key(key): value for key, value in collapse_shared_act(state_dict).items()}
 
 
-default_cfgs = generate_default_cfgs(
-    {name: cfg for act in ACTIVATIONS for name, cfg in tagged(f'resnet18_{act}', family_cfg((4, 4))).items()}
-)
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    model = build_model_with_cfg(
+def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
         CifarResNet,
-        variant,
+        name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': (0, 1, 2, 3, 4), 'feature_cls': 'getter'},
-        **with_weights(variant, pretrained, whole_features(kwargs)),
+        **whole_features(kwargs),
     )
-    return forget_weights(model)
 
 
-def _register(act: str) -> None:
-    name = f'resnet18_{act}'
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create(name, pretrained, **dict({'act_layer': act}, **kwargs))
-
-    doc = f'ResNet-18 for 32x32 images with one {ACTIVATIONS[act].__name__} for the whole network.'
-    globals()[name] = register_model(name_entrypoint(entrypoint, name, __name__, doc))
-
-
-for _act in ACTIVATIONS:
-    _register(_act)
-
-_NAMES = [f'resnet18_{act}' for act in ACTIVATIONS]
-globals().update(register_aliases({name: globals()[name] for name in _NAMES}, __name__))
+register_family(
+    __name__,
+    {
+        f'resnet18_{name}': Network(
+            family_cfg((4, 4)),
+            partial(_make, act_layer=name),
+            f'ResNet-18 for 32x32 images with one {act.__name__} for the whole network.',
+        )
+        for name, act in ACTIVATIONS.items()
+    },
+)

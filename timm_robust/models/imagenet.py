@@ -11,15 +11,14 @@ from typing import Any, Dict, Tuple
 import torch.nn as nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.activations import GELUTanh  # SAT's GELU is the tanh approximation
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 from timm.models.efficientnet import _gen_efficientnet  # the one private name: no public one takes the multipliers
 from timm.models.resnet import Bottleneck, ResNet
 
 from ..activations import ACTIVATIONS
-from .config import forget_weights
-from .pretrained import tagged, with_weights
+from .pretrained import Network, register_family
 from .replaced import exchange
-from .shared_act import name_entrypoint, whole_features
+from .shared_act import whole_features
 
 __all__: list = []
 
@@ -66,23 +65,11 @@ def _efficientnet_cfg(pixels: int) -> Dict[str, Any]:
     return _cfg(input_size=(3, pixels, pixels), pool_size=(side, side), **head)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: entry
-        for arch, cfg in (
-            *((name, _cfg(first_conv='conv1', classifier='fc')) for name in _RESNETS),
-            *((f'efficientnet_{size}_silu', _efficientnet_cfg(values[2])) for size, values in _EFFICIENTNETS.items()),
-        )
-        for name, entry in tagged(arch, cfg).items()
-    }
-)
-
-
 def _shared_resnet(act: str, **kwargs: Any) -> nn.Module:
     return exchange(ResNet(**kwargs), act)
 
 
-def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def _resnet(size: str, act: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """A ResNet whose learnable activation is one for the network, but SmoothReLU's, which SAT has in each place."""
     shared = bool(ACTIVATIONS[act].initial) and act != 'smoothrelu'
     model_cls = partial(_shared_resnet, act) if shared else ResNet
@@ -100,21 +87,23 @@ def _resnet(name: str, size: str, act: str, pretrained: bool, **kwargs: Any) -> 
     return build_model_with_cfg(model_cls, name, pretrained, **settings)
 
 
-def _register(name: str) -> None:
-    size, _, act = name.rpartition('_')
-
-    def resnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return forget_weights(_resnet(name, size, act, pretrained, **with_weights(name, pretrained, kwargs)))
-
-    def efficientnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        width, depth, _, dropout = _EFFICIENTNETS[size.partition('_')[2]]
-        kwargs = {'drop_rate': dropout, **with_weights(name, pretrained, kwargs)}
-        return forget_weights(_gen_efficientnet(name, width, depth, pretrained=pretrained, **kwargs))
-
-    entrypoint = efficientnet if size.startswith('efficientnet') else resnet
-    doc = f'{size} with {ACTIVATIONS[act].__name__}, as in Smooth Adversarial Training (Xie et al. 2020).'
-    globals()[name] = register_model(name_entrypoint(entrypoint, name, __name__, doc))
+def _efficientnet(size: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    width, depth, _, dropout = _EFFICIENTNETS[size]
+    return _gen_efficientnet(name, width, depth, pretrained=pretrained, **{'drop_rate': dropout, **kwargs})
 
 
-for _name in (*_RESNETS, *(f'efficientnet_{size}_silu' for size in _EFFICIENTNETS)):
-    _register(_name)
+def _networks() -> Dict[str, Network]:
+    doc = '{} with {}, as in Smooth Adversarial Training (Xie et al. 2020).'
+    found = {}
+    for name in _RESNETS:
+        size, _, act = name.rpartition('_')
+        cfg = _cfg(first_conv='conv1', classifier='fc')
+        found[name] = Network(cfg, partial(_resnet, size, act), doc.format(size, ACTIVATIONS[act].__name__))
+    for size, (_, _, pixels, _) in _EFFICIENTNETS.items():
+        name = f'efficientnet_{size}'
+        cfg = _efficientnet_cfg(pixels)
+        found[f'{name}_silu'] = Network(cfg, partial(_efficientnet, size), doc.format(name, 'SiLU'))
+    return found
+
+
+register_family(__name__, _networks())

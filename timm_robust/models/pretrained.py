@@ -1,19 +1,73 @@
-"""Released weights in timm's way: one tag each in default_cfgs, and pretrained=True, which takes the checked bytes."""
+"""Networks registered in timm's way: one tag a release in default_cfgs, and pretrained=True, with the checked bytes."""
 
-from typing import Any, Callable, Dict
+import sys
+from typing import Any, Callable, Dict, NamedTuple
 
 import safetensors.torch
-from timm.models import register_model, resolve_pretrained_cfg
+from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..weights import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, read_release, releases_of
-from .shared_act import name_entrypoint
+from .config import forget_weights
 
 SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
 """Keys with which a user names weights of their own."""
 
 
-def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
+class Network(NamedTuple):
+    """A network to register: its pretrained_cfg without weights, make(name, pretrained, **kwargs), and what it is."""
+
+    cfg: Dict[str, Any]
+    make: Callable[..., nn.Module]
+    doc: str
+
+
+def register_family(module: str, networks: Dict[str, Network]) -> None:
+    """Register networks with timm, with their releases, in the module that makes them, which gets their factories.
+
+    `<arch>_<dataset>_<norm>` stands for the most robust release of a network for that data set and norm: RobustBench's
+    load_model('<arch>', dataset, threat_model) asks timm for that name.
+
+    Args:
+        module: its `__name__`.
+        networks: name of an architecture -> the network.
+    """
+    here = vars(sys.modules[module])
+    entries = {name: cfg for arch, network in networks.items() for name, cfg in _tagged(arch, network.cfg).items()}
+    here['default_cfgs'] = generate_default_cfgs(entries)
+    for arch, network in networks.items():
+        here[arch] = register_model(_named(_factory(arch, network), arch, module, network.doc))
+    best: Dict[str, Release] = {}
+    for arch in networks:
+        for release in releases_of(arch):
+            best.setdefault(f'{arch}_{"_".join(release.tag.split("_")[-2:])}', release)
+    for name, release in best.items():
+        doc = f'{release.name}, as RobustBench asks for it.'
+        here[name] = register_model(_named(_alias(here[release.arch], release.tag), name, module, doc))
+
+
+def _factory(arch: str, network: Network) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return forget_weights(network.make(arch, pretrained, **_with_weights(arch, pretrained, kwargs)))
+
+    return create
+
+
+def _alias(factory: Callable[..., nn.Module], tag: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        return factory(pretrained, pretrained_cfg=pretrained_cfg or tag, **kwargs)
+
+    return create
+
+
+def _named(factory: Callable[..., nn.Module], name: str, module: str, doc: str) -> Callable[..., nn.Module]:
+    """Give a factory the name, module and docstring under which timm registers it."""
+    factory.__name__ = factory.__qualname__ = name
+    factory.__module__, factory.__doc__ = module, doc
+    return factory
+
+
+def _tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     """What generate_default_cfgs takes for a network: one entry a release, the default first; or one without a tag."""
     entries = {}
     for release in releases_of(arch):
@@ -27,11 +81,11 @@ def tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     return entries
 
 
-def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
+def _with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """The arguments of build_model_with_cfg, with the released weights where those are asked for.
 
     They are handed over as tensors, made of the bytes whose SHA-256 was checked: a file could be another one when timm
-    opens it. `model_config.forget_weights` takes them out of the model's pretrained_cfg again.
+    opens it. `forget_weights` takes them out of the model's pretrained_cfg again.
 
     Weights of the user's own (a `pretrained_cfg` of theirs, or a file, url, hf_hub_id or state_dict in
     `pretrained_cfg_overlay`) are left to timm.
@@ -58,31 +112,3 @@ def with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[st
         )
     weights = safetensors.torch.load(read_release(RELEASES[name]))
     return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'state_dict': weights}}
-
-
-def register_aliases(
-    entrypoints: Dict[str, Callable[..., nn.Module]], module: str
-) -> Dict[str, Callable[..., nn.Module]]:
-    """Register `<arch>_<dataset>_<norm>` for the most robust release of each network, data set and norm.
-
-    RobustBench's load_model('<arch>', dataset, threat_model) asks timm for that name.
-
-    Args:
-        entrypoints: name of a network -> its factory.
-        module: the module that they belong to.
-
-    Returns:
-        Name -> factory, for the module to keep.
-    """
-    best: Dict[str, Release] = {}
-    for arch in entrypoints:
-        for release in releases_of(arch):
-            best.setdefault(f'{arch}_{"_".join(release.tag.split("_")[-2:])}', release)
-
-    def alias(name: str, release: Release) -> Callable[..., nn.Module]:
-        def entrypoint(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-            return entrypoints[release.arch](pretrained, pretrained_cfg=pretrained_cfg or release.tag, **kwargs)
-
-        return register_model(name_entrypoint(entrypoint, name, module, f'{release.name}, as RobustBench asks for it.'))
-
-    return {name: alias(name, release) for name, release in best.items()}

@@ -298,10 +298,3 @@ def family_cfg(pool_size: Tuple[int, int], **kwargs: Any) -> Dict[str, Any]:
         'license': 'apache-2.0',
         **kwargs,
     }
-
-
-def name_entrypoint(fn: Callable[..., nn.Module], name: str, module: str, doc: str) -> Callable[..., nn.Module]:
-    """Give a factory the name, module and docstring under which timm registers it."""
-    fn.__name__ = fn.__qualname__ = name
-    fn.__module__, fn.__doc__ = module, doc
-    return fn

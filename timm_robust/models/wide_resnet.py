@@ -12,12 +12,11 @@ from typing import Any, Dict, List, Optional, Type
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg
 
 from ..activations import ACTIVATIONS, Activation
-from .config import forget_weights
-from .pretrained import register_aliases, tagged, with_weights
-from .shared_act import SharedActNet, collapse_shared_act, family_cfg, name_entrypoint, shared_act_key, whole_features
+from .pretrained import Network, register_family
+from .shared_act import SharedActNet, collapse_shared_act, family_cfg, shared_act_key, whole_features
 
 __all__ = ['WideResNet']
 
@@ -145,42 +144,26 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     return {key: value for key, value in named.items() if key is not None}
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        name: cfg
-        for size in SIZES
-        for act in ACTIVATIONS
-        for name, cfg in tagged(f'{size}_{act}', family_cfg((8, 8))).items()
-    }
-)
-
-
-def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    model = build_model_with_cfg(
+def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
         WideResNet,
-        variant,
+        name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
-        **with_weights(variant, pretrained, whole_features(kwargs)),
+        **whole_features(kwargs),
     )
-    return forget_weights(model)
 
 
-def _register(size: str, act: str) -> None:
-    name, (depth, widen_factor) = f'{size}_{act}', SIZES[size]
-
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        args = {'act_layer': act, 'depth': depth, 'widen_factor': widen_factor}
-        return _create(name, pretrained, **dict(args, **kwargs))
-
-    doc = f'WRN-{depth}-{widen_factor} for 32x32 images with one {ACTIVATIONS[act].__name__} for the whole network.'
-    globals()[name] = register_model(name_entrypoint(entrypoint, name, __name__, doc))
-
-
-for _size in SIZES:
-    for _act in ACTIVATIONS:
-        _register(_size, _act)
-
-_NAMES = [f'{size}_{act}' for size in SIZES for act in ACTIVATIONS]
-globals().update(register_aliases({name: globals()[name] for name in _NAMES}, __name__))
+register_family(
+    __name__,
+    {
+        f'{size}_{name}': Network(
+            family_cfg((8, 8)),
+            partial(_make, act_layer=name, depth=depth, widen_factor=widen_factor),
+            f'WRN-{depth}-{widen_factor} for 32x32 images with one {act.__name__} for the whole network.',
+        )
+        for size, (depth, widen_factor) in SIZES.items()
+        for name, act in ACTIVATIONS.items()
+    },
+)
