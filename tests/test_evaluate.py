@@ -167,7 +167,7 @@ def test_doubts_that_do_not_fit_into_memory_end_it_before_the_long_attack(monkey
     def no_memory(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(module, 'doubts', no_memory)
+    monkeypatch.setattr(module, 'find_problems', no_memory)
     monkeypatch.setattr(module, 'autoattack', lambda *args, **kwargs: pytest.fail('attacked before the checks'))
     with pytest.raises(torch.cuda.OutOfMemoryError):
         evaluate(linear_net(), fitted(linear_net()), LINF, attack='autoattack')

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust.evaluation.sanity_checks import doubts
+from timm_robust.evaluation.sanity_checks import find_problems
 from timm_robust.threat_model import ThreatModel
 
 EPS = ThreatModel('Linf', 0.05)
@@ -71,8 +71,8 @@ def images(model, n=40):
 def test_an_honest_model_raises_no_doubt():
     model = Net().eval()
     x, y = images(model)
-    assert doubts(model, x, y, EPS) == []
-    assert doubts(model, x, y, ThreatModel('L2', 0.5)) == []
+    assert find_problems(model, x, y, EPS) == []
+    assert find_problems(model, x, y, ThreatModel('L2', 0.5)) == []
 
 
 @pytest.mark.parametrize(
@@ -90,29 +90,29 @@ def test_an_honest_model_raises_no_doubt():
 def test_a_dishonest_one_is_caught(make, message):
     model = make().eval()
     x, y = images(model)
-    assert any(message in doubt for doubt in doubts(model, x, y, EPS)), doubts(model, x, y, EPS)
+    assert any(message in doubt for doubt in find_problems(model, x, y, EPS)), find_problems(model, x, y, EPS)
 
 
 @pytest.mark.parametrize('make', [Net, Softmax, Rounded, Shattered])
 def test_the_batch_size_bounds_every_pass_and_changes_no_doubt(make):
     model, sizes = make().eval(), []
     x, y = images(model)
-    at_once = doubts(model, x, y, EPS)
+    at_once = find_problems(model, x, y, EPS)
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    parts = doubts(model, x, y, EPS, batch_size=16)
+    parts = find_problems(model, x, y, EPS, batch_size=16)
     assert max(sizes) == 16 and [doubt.split(':')[-1] for doubt in parts] == [doubt.split(':')[-1] for doubt in at_once]
 
 
 def test_a_surrogate_that_does_better_is_told():
     masked = Rounded().eval()
     x, y = images(masked)
-    found = doubts(masked, x, y, EPS, surrogate=masked.net)
+    found = find_problems(masked, x, y, EPS, surrogate=masked.net)
     assert any('images made for another model leave' in doubt for doubt in found)
 
 
 def test_inputs_and_labels():
     model = Net().eval()
     x, y = images(model)
-    assert any('outside [0, 1]: eps is not in pixels' in doubt for doubt in doubts(model, 4 * x - 2, y, EPS))
+    assert any('outside [0, 1]: eps is not in pixels' in doubt for doubt in find_problems(model, 4 * x - 2, y, EPS))
     shuffled = (y + 1) % 10
-    assert any('about chance for 10 classes' in doubt for doubt in doubts(model, x, shuffled, EPS))
+    assert any('about chance for 10 classes' in doubt for doubt in find_problems(model, x, shuffled, EPS))

@@ -795,7 +795,7 @@ def test_a_fault_of_one_process_is_one_of_all(tmp_path):
     class Other:
         size, rank = 2, 0
 
-        def largest(self, value):
+        def max(self, value):
             return 1.0
 
     run = build(tiny(tmp_path))

@@ -41,14 +41,14 @@ class World:
         rank: its number.
         size: how many there are.
         local_rank: its number on its machine.
-        patient: a group of all processes, over the CPU, that waits for days: one may work while the others are done.
+        cpu_group: a group of all processes, over the CPU, that waits for days: one may work while the others are done.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    patient: Any = None
+    cpu_group: Any = None
 
     @classmethod
     def join(cls, device: str | None) -> World:
@@ -60,7 +60,7 @@ class World:
         _check_device(device or 'cpu')
         if dist.is_initialized():
             ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
-            return cls(torch.device(device or 'cpu'), *ranks, _patient_group())
+            return cls(torch.device(device or 'cpu'), *ranks, _cpu_group())
         tasks = os.environ.get('SLURM_NTASKS', '1')
         steps = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
         if tasks != '1' and steps == '1' and 'WORLD_SIZE' not in os.environ:  # in an allocation, without srun
@@ -70,7 +70,7 @@ class World:
                 torch.cuda.set_device(alone)
             return cls(alone)
         info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        group = _patient_group() if info['world_size'] > 1 else None
+        group = _cpu_group() if info['world_size'] > 1 else None
         ranks = info['global_rank'], info['world_size'], info['local_rank']
         return cls(torch.device(info['device']), *ranks, group)
 
@@ -81,28 +81,28 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def first(self, value: float) -> float:
+    def broadcast(self, value: float) -> float:
         """The first process's number; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(tensor, 0, group=self.patient)
+        dist.broadcast(tensor, 0, group=self.cpu_group)
         return tensor.item()
 
-    def largest(self, value: float) -> float:
+    def max(self, value: float) -> float:
         """The largest of the processes' numbers; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.patient)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.cpu_group)
         return tensor.item()
 
-    def agree(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first process's value, of any type."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, 0, group=self.patient)
+        dist.broadcast_object_list(values, 0, group=self.cpu_group)
         return values[0]
 
     @contextmanager
@@ -110,10 +110,10 @@ class World:
         """The first process of each machine does this before the others, if that is wanted."""
         wanted = wanted and self.size > 1
         if wanted and self.local_rank:
-            dist.barrier(group=self.patient)
+            dist.barrier(group=self.cpu_group)
         yield
         if wanted and not self.local_rank:
-            dist.barrier(group=self.patient)
+            dist.barrier(group=self.cpu_group)
 
     def share(self, rows: torch.Tensor) -> torch.Tensor:
         """This process's part of rows that are dealt out in turn."""
@@ -124,7 +124,7 @@ class World:
         every = [items]
         if self.size > 1:
             every = [{} for _ in range(self.size)]
-            dist.all_gather_object(every, items, group=self.patient)
+            dist.all_gather_object(every, items, group=self.cpu_group)
         return dict(sorted((entry for part in every for entry in part.items()), key=lambda entry: entry[0]))
 
     def leave(self) -> None:
@@ -138,6 +138,6 @@ class World:
             dist.barrier()
 
 
-def _patient_group() -> Any:
+def _cpu_group() -> Any:
     """All processes, over the CPU; every process must ask for it at the same point."""
     return dist.new_group(backend='gloo', timeout=timedelta(days=7))

@@ -111,7 +111,7 @@ def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
     ):
         found.append(f'{args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
     if args.attack != 'none':
-        found += threat_model.doubts()
+        found += threat_model.find_problems()
     if args.split == 'train':
         found.append('these are images of the training split; robustness is claimed on others (--split test)')
     unused = [flag for flag, value in {'--state-dir': args.state_dir, '--screen': args.screen}.items() if value]

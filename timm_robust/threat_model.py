@@ -103,7 +103,7 @@ class ThreatModel:
                 f"8-bit images write '{self.eps:g}/255'"
             )
 
-    def doubts(self) -> list[str]:
+    def find_problems(self) -> list[str]:
         """What may be meant, but rarely is; a line of text each."""
         lo, hi = self.bounds
         if self.eps < 1e-4 * (hi - lo):

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         run = build(recipe)
-        for doubt in recipe.doubts() if not run.world.rank else ():
+        for doubt in recipe.find_problems() if not run.world.rank else ():
             print(f'warning: {doubt}', file=sys.stderr)
         if planned:
             line = plan(run)

@@ -19,7 +19,7 @@ def psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def prelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """X for x > 0, alpha x otherwise; alpha is free in sign. Dai et al. 2021, arXiv:2110.05626."""
+    """x for x > 0, alpha x otherwise; alpha is free in sign. Dai et al. 2021, arXiv:2110.05626."""
     return F.prelu(x, alpha.to(x.dtype))
 
 
@@ -29,7 +29,7 @@ def pprelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def pelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """X for x > 0, alpha (exp(x) - 1) otherwise: ELU with a learnable scale. Dai et al. 2021, arXiv:2110.05626."""
+    """x for x > 0, alpha (exp(x) - 1) otherwise: ELU with a learnable scale. Dai et al. 2021, arXiv:2110.05626."""
     return (F.relu(x) + alpha.to(x.dtype) * torch.expm1(x - F.relu(x))).view_as(x)
 
 
@@ -40,7 +40,7 @@ def reblu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 
 
 def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
-    """X - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2. Xie et al. 2020, https://arxiv.org/abs/2006.14536.
+    """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2. Xie et al. 2020, https://arxiv.org/abs/2006.14536.
 
     f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 gives 0, its limit.
     """

@@ -51,7 +51,7 @@ class Activation(nn.Module):
     Args:
         inplace: taken because timm builds `act_layer(inplace=True)`; these functions never overwrite their input.
         device: where the learnable scalars live.
-        dtype: and as what.
+        dtype: of the parameters.
         **init: initial values of the learnable scalars, by name.
 
     Raises:
@@ -259,7 +259,7 @@ class SiLU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """X s(x)."""
+        """x s(x)."""
         return F.silu(x)
 
     def shape(self) -> Shape:
@@ -272,7 +272,7 @@ class GELU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """X Phi(x)."""
+        """x Phi(x)."""
         return F.gelu(x)
 
     def shape(self) -> Shape:
@@ -286,7 +286,7 @@ class ELU(Activation):
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """X for x > 0, exp(x) - 1 otherwise."""
+        """x for x > 0, exp(x) - 1 otherwise."""
         return F.elu(x)
 
     def shape(self) -> Shape:

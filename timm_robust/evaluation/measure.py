@@ -24,7 +24,7 @@ from ..results import ATTACKS, SCREENS, RobustnessResult
 from ..threat_model import ThreatModel, check_step_size
 from .autoattack import autoattack, predict, recheck, share, undisturbed
 from .runner import Fp32Logits, device_of, dtype_of, upstream
-from .sanity_checks import doubts
+from .sanity_checks import find_problems
 from .search_network import Bf16, search_model
 
 _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
@@ -139,7 +139,7 @@ def evaluate(
         found: list[str] = []
         if attack != 'none' and checks:
             few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
-            found = doubts(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
+            found = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
         if attack in _VERSIONS:
             faster = search_model(pixels, x[:16], len(x)) if search else None
             settings: dict[str, Any] = {'search': faster, 'screen': Bf16(faster or pixels) if screen else None}

@@ -20,7 +20,7 @@ _ZERO_SHARE = 0.1
 _SLACK = 2  # images by which noise may reverse an order
 
 
-def doubts(
+def find_problems(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,

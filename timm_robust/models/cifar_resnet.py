@@ -56,7 +56,7 @@ class CifarResNet(SharedActNet):
         global_pool: timm's pool type.
         drop_rate: dropout before the classifier.
         device: where parameters live.
-        dtype: and as what.
+        dtype: of the parameters.
     """
 
     def __init__(

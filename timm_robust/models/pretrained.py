@@ -33,7 +33,9 @@ def register_family(module: str, networks: Dict[str, Network]) -> None:
         networks: name of an architecture -> the network.
     """
     here = vars(sys.modules[module])
-    entries = {name: cfg for arch, network in networks.items() for name, cfg in _tagged(arch, network.cfg).items()}
+    entries: Dict[str, Any] = {
+        name: cfg for arch, network in networks.items() for name, cfg in _tagged(arch, network.cfg).items()
+    }
     here['default_cfgs'] = generate_default_cfgs(entries)
     for arch, network in networks.items():
         here[arch] = register_model(_named(_factory(arch, network), arch, module, network.doc))

@@ -57,7 +57,7 @@ class SharedActNet(nn.Module):
         block: class of the blocks: block(in_chs, out_chs, stride, act, device, dtype).
         preact: pre-activation networks keep the stem a plain convolution and end in norm and activation.
         device: where parameters live.
-        dtype: and as what.
+        dtype: of the parameters.
     """
 
     def __init__(

@@ -79,7 +79,7 @@ class WideResNet(SharedActNet):
         same_padding: pad strided convolutions at the right and the bottom only, as DeepMind's networks do (Gowal et al.
             2020, https://arxiv.org/abs/2010.03593).
         device: where parameters live.
-        dtype: and as what.
+        dtype: of the parameters.
 
     Raises:
         ValueError: for a depth that is not 6 n + 4.

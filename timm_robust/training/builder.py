@@ -51,8 +51,8 @@ def build(recipe: Recipe) -> Run:
     started = perf_counter()
     world = World.join(recipe.device)
     check_processes(world, recipe)
-    folder = Path(world.agree(str(output_folder(recipe))))
-    entered = world.agree(bool(recipe.resume) and not unnamed(recipe) and folder.is_dir())
+    folder = Path(world.broadcast_object(str(output_folder(recipe))))
+    entered = world.broadcast_object(bool(recipe.resume) and not unnamed(recipe) and folder.is_dir())
     lock = take_lock(folder, world) if entered else None
     path, state = find_checkpoint(recipe, folder, world)
     split_seed = choose_split_seed(recipe, path, state)
@@ -146,7 +146,7 @@ def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | 
         return None, None
     path: Path | None = Path(recipe.resume)
     if recipe.resume == 'auto':
-        path = world.agree(None if unnamed(recipe) else latest_checkpoint(folder))
+        path = world.broadcast_object(None if unnamed(recipe) else latest_checkpoint(folder))
     if path is None:
         logger.info('nothing to resume in %s: starting afresh', folder)
         return None, None

@@ -90,16 +90,16 @@ def train(run: Run) -> dict[str, Any]:
 
 def occupy(run: Run) -> None:
     """Make the run's folder, or enter it, and hold it; a folder that nobody named is the run's own."""
-    recipe, held = run.recipe, run.world.agree(run.lock is not None)
+    recipe, held = run.recipe, run.world.broadcast_object(run.lock is not None)
     if unnamed(recipe) and not run.step and not run.world.rank:
         run.folder = new_folder(run.folder)
-    run.folder = run.world.agree(run.folder)
+    run.folder = run.world.broadcast_object(run.folder)
     if not held:
         if not run.world.rank:
             run.folder.mkdir(parents=True, exist_ok=True)
         run.lock = take_lock(run.folder, run.world)
     mixed = not (run.step or recipe.resume) and any(run.folder.glob('*.pth.tar'))  # no other run can make any now
-    if run.world.agree(mixed):
+    if run.world.broadcast_object(mixed):
         raise FileExistsError(
             f'{run.folder} holds a run already; go on with it by --resume auto, name another --experiment, or delete it'
         )
@@ -141,7 +141,7 @@ def prepare(run: Run) -> None:
     if timing is not None:
         message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
         logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
-    if run.world.agree(run.step == 0 or not (run.folder / LAST).is_file()):
+    if run.world.broadcast_object(run.step == 0 or not (run.folder / LAST).is_file()):
         save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
     if timing is not None and run.clock.budget is not None:
         reserve(run, timing, saving_seconds(run))
@@ -150,7 +150,7 @@ def prepare(run: Run) -> None:
 def progress(run: Run) -> float:
     """The share of the run that is done, the same in every process."""
     done = run.clock.progress(run.step)
-    return done if run.clock.budget is None else run.world.first(done)
+    return done if run.clock.budget is None else run.world.broadcast(done)
 
 
 def unsettled(run: Run) -> bool:
@@ -162,7 +162,7 @@ def unsettled(run: Run) -> bool:
 
 def save_is_due(run: Run) -> bool:
     """Whether the last save was SAVE_SECONDS ago, the same in every process."""
-    return bool(run.world.first(float(time.perf_counter() - run.saved_at >= SAVE_SECONDS)))
+    return bool(run.world.broadcast(float(time.perf_counter() - run.saved_at >= SAVE_SECONDS)))
 
 
 def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
@@ -220,7 +220,7 @@ def save_within(run: Run, epoch: int) -> None:
         check_weights(run.model)
     except Diverged as error:
         fault = error
-    if run.world.largest(float(fault is not None)):
+    if run.world.max(float(fault is not None)):
         raise fault or Diverged('weights of another process are not finite')
     save(run, epoch, numbered=False)
 
@@ -301,7 +301,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     if due or save_is_due(run):
         save(run, row['epoch'], is_best=is_best)
     if metric_name(recipe) in row or run.held_out is None:
-        seconds = run.world.largest(time.perf_counter() - started + run.writer.seconds)
+        seconds = run.world.max(time.perf_counter() - started + run.writer.seconds)
         interval = run.clock.interval
         if row['images_per_s']:  # not where a resumed epoch had no step left to take
             interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
@@ -315,7 +315,7 @@ def stop_if_asked(run: Run, epoch: int) -> None:
         Stopped: with what to type to go on.
         Diverged: if a weight is not finite.
     """
-    asked = run.world.largest(float(run.stop)) if run.world.size > 1 else run.stop
+    asked = run.world.max(float(run.stop)) if run.world.size > 1 else run.stop
     if asked:
         save_within(run, epoch)
         run.writer.wait()

@@ -302,9 +302,9 @@ class Recipe:
         if self.start_noise is not None and self.start_noise > eps:
             raise ValueError(f'start_noise {self.start_noise:g} is larger than eps {self.eps}; allowed: > 0 to eps')
 
-    def doubts(self) -> list[str]:
+    def find_problems(self) -> list[str]:
         """What may be meant, but rarely is; a line of text each."""
-        found = self.threat_model.doubts()
+        found = self.threat_model.find_problems()
         if self.val_split is not None and self.val_split == self.train_split:
             found.append(
                 f'val_split {self.val_split!r} is what it trains on, so validation tells nothing of other images, and '

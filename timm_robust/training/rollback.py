@@ -28,7 +28,7 @@ def roll_back(run: Run, error: Diverged) -> None:
     run.writer.wait()
     if run.point is not None and not run.world.rank:
         leave_course(run, *run.point)  # before anything of it could be gone back to
-    path = run.world.agree(good_state(run, isinstance(error, Collapsed)))
+    path = run.world.broadcast_object(good_state(run, isinstance(error, Collapsed)))
     stop = recipe.on_divergence == 'stop' or count > MAX_ROLLBACKS or path is None
     if stop:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''

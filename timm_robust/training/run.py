@@ -121,7 +121,7 @@ def take_lock(folder: Path, world: World) -> IO[str] | None:
             lock = lock_folder(folder)
         except OSError as error:
             fault = error
-    fault = world.agree(fault)
+    fault = world.broadcast_object(fault)
     if fault is not None:
         raise fault
     return lock

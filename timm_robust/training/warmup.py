@@ -60,14 +60,14 @@ def warm_up(run: Run) -> Timing:
                 started = time.perf_counter()
                 run.train_step(resized(x, run.side), y, run.step, share)
                 synchronise(device)
-                steps[share] = run.world.largest(time.perf_counter() - started)
+                steps[share] = run.world.max(time.perf_counter() - started)
         if run.held_out is not None:
             part = run.held_out.first(min(recipe.batch_size, len(run.held_out)))
             for run.side in dict.fromkeys(recipe.side_at(share) for share in steps):
                 for _ in range(1 + twice):
                     started = time.perf_counter()
                     validate(run.attack_forward, part, recipe, run)
-                    validation = run.world.largest((time.perf_counter() - started) * len(run.held_out) / len(part))
+                    validation = run.world.max((time.perf_counter() - started) * len(run.held_out) / len(part))
             if run.ema is not None:  # at most: a step does more
                 validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
     return Timing(steps, validation)
@@ -96,7 +96,7 @@ def saving_seconds(run: Run) -> float:
         try:
             save(run, 0, is_best=True)
             run.writer.wait()
-            return run.world.largest(time.perf_counter() - started)
+            return run.world.max(time.perf_counter() - started)
         finally:
             run.folder = folder
 

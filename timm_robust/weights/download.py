@@ -71,7 +71,7 @@ def _fetch(release: Release, **options: Any) -> Path:
         cached = huggingface_hub.try_to_load_from_cache(release.repo, WEIGHTS, revision=release.commit)
         if isinstance(cached, str):
             return Path(cached)
-    _knock(where)
+    _check_reachable(where)
     try:
         with _watched(release.repo, where):
             return Path(huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, **options))
@@ -212,7 +212,7 @@ def _bytes_in(folder: Path) -> int:
     return total
 
 
-def _knock(where: str) -> None:
+def _check_reachable(where: str) -> None:
     """Find out in seconds whether the Hub answers: the client itself tries for half a minute."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
