@@ -174,7 +174,9 @@ class RobustnessResult:
         """
         if not path.is_file():
             raise FileNotFoundError(f'{path} is missing; it holds the verdicts of a measurement; measure again')
-        names = ['y', 'y_pred', 'clean_correct'] + ['robust', 'pgd_robust'] * (self.attack != 'none')
+        names = ['y', 'y_pred', 'clean_correct']
+        if self.attack != 'none':
+            names += ['robust', 'pgd_robust']
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 flags = {name: np.asarray(arrays[name]).astype(np.int64) for name in names}

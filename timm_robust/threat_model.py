@@ -175,9 +175,10 @@ class ThreatModel:
     @property
     def eps_text(self) -> str:
         """Eps as the field writes it: for Linf n/255 if that is exact, else a decimal; it is read back as this eps."""
-        texts = [f'{round(self.eps * 510) / 2:g}/255', f'{self.eps:.4g}']
-        texts = [text for text in texts[:: 1 if self.norm == 'Linf' else -1] if parse_eps(text) == self.eps]
-        return texts[0] if texts else repr(self.eps)
+        fraction, decimal = f'{round(self.eps * 510) / 2:g}/255', f'{self.eps:.4g}'
+        texts = [fraction, decimal] if self.norm == 'Linf' else [decimal, fraction]
+        exact = [text for text in texts if parse_eps(text) == self.eps]
+        return exact[0] if exact else repr(self.eps)
 
 
 def check_images(x: torch.Tensor, y: torch.Tensor | None = None, num_classes: int | None = None) -> None:

@@ -118,7 +118,8 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
 
 def _weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The weights in what was read from a file."""
-    found = [state[key] for key in ('state_dict_ema', 'state_dict')[not use_ema :] if state.get(key) is not None]
+    names = ('state_dict_ema', 'state_dict') if use_ema else ('state_dict',)
+    found = [state[name] for name in names if state.get(name) is not None]
     raw = found[0] if found else state
     if not raw or not isinstance(raw, dict) or not all(isinstance(value, torch.Tensor) for value in raw.values()):
         raise ValueError(f"{path} holds no weights: neither 'state_dict' nor tensors, but {', '.join(map(str, state))}")

@@ -50,13 +50,13 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     if recipes is not None and recipes.is_dir():
         done = {record['model'] for record in records}
         waiting = [path for path in sorted(recipes.glob('*.yaml')) if path.stem not in done]
-        lines += [
-            '',
-            '## What has not run',
-            '',
-            'Each with the command that runs it (the head of the file says on what,',
-        ] * bool(waiting)
-        lines += ['and for how long):', ''] * bool(waiting)
+        if waiting:
+            lines += ['', '## What has not run', '']
+            lines += [
+                'Each with the command that runs it (the head of the file says on what,',
+                'and for how long):',
+                '',
+            ]
         lines += [f'- `python train/adv_train.py -c train/recipes/{path.name} --data-dir DIR`' for path in waiting]
     return '\n'.join([*lines, ''])
 

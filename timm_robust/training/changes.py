@@ -56,8 +56,9 @@ def check_changes(path: Path, changes: Changes, allowed: bool) -> None:
         return
     listed = '; '.join(f'{name} {_text(was)}, now {_text(now)}' for name, (was, now) in changes.items())
     flags = ' '.join(_flag(name, was) for name, (was, _) in changes.items() if name in SETTINGS)
-    mend = [f'go on with {flags}'] * bool(flags)
-    mend += ['name the right --data-dir'] * any(name not in SETTINGS for name in changes)
+    mend = [f'go on with {flags}'] if flags else []
+    if any(name not in SETTINGS for name in changes):
+        mend.append('name the right --data-dir')
     raise ValueError(
         f'{path} was trained with {listed}: {", ".join(mend)}, begin a new run by another --experiment, or type '
         '--allow-changes to change course (checkpoint and model card will tell it)'

@@ -127,7 +127,8 @@ def later_checkpoints(folder: str | Path, step: int) -> list[Path]:
     found = []
     for path in sorted(Path(folder).glob('*.pth.tar')):
         with contextlib.suppress(Exception):  # damaged: it stays
-            found += [path] * (read_step(path) > step)
+            if read_step(path) > step:
+                found.append(path)
     return found
 
 

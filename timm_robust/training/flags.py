@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options['choices'] = allowed
         else:
             options |= {'type': _reader(kinds), 'metavar': {int: 'N', float: 'X'}.get(kinds[0], 'TEXT')}
-        flags = ['-b'] * (name == 'batch_size') + ['--' + name.replace('_', '-')]
+        flags = ['--' + name.replace('_', '-')]
+        if name == 'batch_size':
+            flags.insert(0, '-b')
         group.add_argument(*flags, **options).default = argparse.SUPPRESS
 
 

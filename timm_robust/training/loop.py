@@ -70,7 +70,10 @@ def train(run: Run) -> dict[str, Any]:
     log = RunLog(run.folder, rank=run.world.rank, **settings)
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
-        while (going := progress(run) < 1 or run.sums is not None) or unsettled(run):
+        while True:
+            going = progress(run) < 1 or run.sums is not None
+            if not going and not unsettled(run):
+                break
             try:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
