@@ -64,24 +64,7 @@ def stage(
         raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
     model = load_model(run / BEST)
     weights = stored(read_weights(run / BEST))
-    closing = state['history'][-1] if state['history'] else {}
-    best = {key: closing[key] for key in ('val_clean_acc', 'val_pgd_acc') if key in closing}
-    training: dict[str, Any] = {
-        'recipe': name,
-        'epoch': state['epoch'],
-        'weights': 'ema' if state.get('state_dict_ema') is not None else 'last step of the epoch',
-        **best,
-        'epochs': last['epoch'] + 1,
-        'steps': last['step'],
-        'images': last['history'][-1]['images'],
-        'seconds': round(last['seconds'], 1),
-        'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
-        'rollbacks': last['rollbacks'],
-        'changes': state.get('changes', []),
-        'activation': activation_state(model),
-        'origins': last['origins'],
-        'notes': list(notes),
-    }
+    training = _training_facts(name, state, last, notes) | {'activation': activation_state(model)}
     origin = training['origins'][-1] if training['origins'] else {'versions': {}}
     provenance = {
         'trained_with': f'timm_robust {origin["versions"].get("timm_robust")}',
@@ -109,6 +92,27 @@ def stage(
         if kept and (folder / 'adversarial.png').is_file():
             shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
     return folder
+
+
+def _training_facts(name: str, state: dict[str, Any], last: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:
+    """What results.json says of a training, from its best checkpoint and its last one."""
+    closing = state['history'][-1] if state['history'] else {}
+    best = {key: closing[key] for key in ('val_clean_acc', 'val_pgd_acc') if key in closing}
+    return {
+        'recipe': name,
+        'epoch': state['epoch'],
+        'weights': 'ema' if state.get('state_dict_ema') is not None else 'last step of the epoch',
+        **best,
+        'epochs': last['epoch'] + 1,
+        'steps': last['step'],
+        'images': last['history'][-1]['images'],
+        'seconds': round(last['seconds'], 1),
+        'images_per_s': round(statistics.median(row['images_per_s'] for row in last['history']), 1),
+        'rollbacks': last['rollbacks'],
+        'changes': state.get('changes', []),
+        'origins': last['origins'],
+        'notes': list(notes),
+    }
 
 
 def measure(

@@ -123,23 +123,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     run.writer.wait()
     if state is None:
         state = load_checkpoint(path)
-    for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
-        if state.get(key) != ours:
-            raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
-    if 'optimizer' not in state:
-        raise ValueError(f'{path} holds weights alone, so nothing to resume; start from it with --initial-checkpoint')
-    theirs = state['recipe']['batch_size']
-    processes = next((origin['processes'] for origin in reversed(state.get('origins', ()))), run.world.size)
-    if theirs * processes != recipe.batch_size * run.world.size:
-        raise ValueError(
-            f'{path} was trained with --batch-size {theirs} in each of {processes} processes; resume with batches of '
-            f'{theirs * processes} in all, not {recipe.batch_size} x {run.world.size}'
-        )
-    if run.clock.budget is None and state['step'] > run.total_steps:
-        raise ValueError(
-            f'{path} is at step {state["step"]}, behind the end of this schedule, step {run.total_steps}; '
-            'type more --epochs or --max-steps, or begin a new run by another --experiment'
-        )
+    check_resumable(run, path, state)
     changes = find_changes(state, recipe, run.images)
     try:
         run.model.load_state_dict(state['state_dict'])
@@ -167,14 +151,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]
     run.side = state.get('side')
-    run.sums = None
-    if state['sums'] is not None:
-        first, loss, correct = state['sums']  # over all processes, each of which adds the mean loss of its part
-        loss = loss if run.world.size == processes else loss * run.world.size / processes
-        sums = Sums(first, loss.to(run.world.device), correct.to(run.world.device))
-        run.sums = (
-            sums if run.world.rank == 0 else Sums(first, torch.zeros_like(sums.loss), torch.zeros_like(sums.correct))
-        )
+    run.sums = restore_sums(run, state)
     run.clock.restart(state['seconds'], state.get('progress'))
     change_seed(run, state['rollbacks'])
     steps = run.world.gather({run.world.rank: run.step})
@@ -183,6 +160,48 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
             f'{path} is not the same file for every process: they would go on from steps {list(steps.values())}'
         )
     logger.info('resumed %s at step %d of %d', path, run.step, run.total_steps)
+
+
+def check_resumable(run: Run, path: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model, without an optimizer, of batches of another size, or behind the end.
+
+    Raises:
+        ValueError: saying what to type.
+    """
+    recipe = run.recipe
+    for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
+        if state.get(key) != ours:
+            raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
+    if 'optimizer' not in state:
+        raise ValueError(f'{path} holds weights alone, so nothing to resume; start from it with --initial-checkpoint')
+    theirs, processes = state['recipe']['batch_size'], processes_of(run, state)
+    if theirs * processes != recipe.batch_size * run.world.size:
+        raise ValueError(
+            f'{path} was trained with --batch-size {theirs} in each of {processes} processes; resume with batches of '
+            f'{theirs * processes} in all, not {recipe.batch_size} x {run.world.size}'
+        )
+    if run.clock.budget is None and state['step'] > run.total_steps:
+        raise ValueError(
+            f'{path} is at step {state["step"]}, behind the end of this schedule, step {run.total_steps}; '
+            'type more --epochs or --max-steps, or begin a new run by another --experiment'
+        )
+
+
+def processes_of(run: Run, state: dict[str, Any]) -> int:
+    """How many processes wrote a checkpoint; older ones do not say it."""
+    return next((origin['processes'] for origin in reversed(state.get('origins', ()))), run.world.size)
+
+
+def restore_sums(run: Run, state: dict[str, Any]) -> Sums | None:
+    """What the epoch of a checkpoint had added up, over all processes, each of which adds the mean loss of its part."""
+    if state['sums'] is None:
+        return None
+    first, loss, correct = state['sums']
+    loss, correct = loss.to(run.world.device), correct.to(run.world.device)
+    if run.world.rank:
+        return Sums(first, torch.zeros_like(loss), torch.zeros_like(correct))
+    processes = processes_of(run, state)
+    return Sums(first, loss if run.world.size == processes else loss * run.world.size / processes, correct)
 
 
 def restore_optimizer(run: Run, path: Path, state: dict[str, Any], changes: Changes) -> None:
