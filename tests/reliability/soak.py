@@ -3,9 +3,9 @@
     python tests/reliability/soak.py --kills 50 --count 250 --minutes 60
 
 Killed: a small training gets SIGKILL at random moments, in saves too, and is resumed each time; its final weights must
-be those of an undisturbed run, bit for bit. An evaluation likewise: its verdicts. Faults: see test_faults.py. Fuzzed:
-see fuzz.py. Soaked: a training and, in a process beside it, AutoAttack run on, and memory, open files and the log must
-not grow.
+be those of an undisturbed run, bit for bit; so must those of one that two processes feed with JPEGs from the disk. An
+evaluation likewise: its verdicts. Faults: what the tests of PROVOKED provoke. Fuzzed: see fuzz.py. Soaked: a training
+and, in a process beside it, AutoAttack run on, and memory, open files and the log must not grow.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from PIL import Image
 
 from timm_robust.data import load_dataset
 from timm_robust.evaluation.autoattack import autoattack
@@ -37,15 +38,24 @@ from timm_robust.threat_model import ThreatModel
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 TRAINING = [
-    '--dataset', 'digits', '--model', 'resnet18_pssilu', '--model-kwargs', 'width=4', '--eps', '0.1', '--steps', '1',
-    '--eval-steps', '1', '--val-size', '30', '--hflip', '0', '--crop-padding', '1', '--batch-size', '100',
+    '--model', 'resnet18_pssilu', '--model-kwargs', 'width=4', '--eps', '0.1', '--steps', '1', '--eval-steps', '1',
     '--model-ema', '--model-ema-decay', '0.9', '--log-interval', '1', '--save-interval', '2', '--experiment', 'run',
 ]  # fmt: skip
+DIGITS = ['--dataset', 'digits', '--val-size', '30', '--batch-size', '100', '--hflip', '0', '--crop-padding', '1']
+STREAM = ['--dataset', 'folder', '--val-size', '20', '--batch-size', '20', '--img-size', '24', '--workers', '2']
+PROVOKED = [
+    HERE / 'test_faults.py',
+    HERE / 'test_hostile.py',
+    f'{HERE.parent}/test_kill.py::test_a_kill_before_any_rename_link_or_deletion_loses_nothing',
+    f'{HERE.parent}/test_kill.py::test_a_polite_signal_saves_says_how_to_go_on_and_exits',
+    f'{HERE.parent}/test_command_lines.py::test_bad_input_is_one_line_and_status_2',
+]
 
 
-def start(folder: Path, *arguments: str, **options) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, data: Sequence[str] = DIGITS, **options) -> subprocess.Popen:
     """The training script as its user starts it."""
-    command = [sys.executable, str(ROOT / 'train/adv_train.py'), *TRAINING, '--output', str(folder), *arguments]
+    script = str(ROOT / 'train/adv_train.py')
+    command = [sys.executable, script, *TRAINING, *data, '--output', str(folder), *arguments]
     return subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'}, text=True, **options)
 
 
@@ -106,22 +116,43 @@ def interrupted(
     return hits
 
 
-def killed(kills: int, seed: int) -> dict[str, dict[str, int]]:
-    """Kill a training `kills` times and an evaluation half as often; whether they end as undisturbed ones do."""
+def write_pictures(folder: Path) -> Path:
+    """A folder of 200 JPEGs of noise, 24 x 24, in five classes."""
+    rng = np.random.default_rng(0)
+    for number in range(200):
+        path = folder / f'c{number % 5}' / f'{number}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path)
+    return folder
+
+
+def killed_training(folder: Path, data: Sequence[str], kills: int, seed: int) -> tuple[dict[str, int], Path]:
+    """Kill a training so often: what of it was lost, and the folder of the undisturbed run."""
     epochs = ['--epochs', str(max(4, kills // 2)), '--resume', 'auto']
+    whole, broken = folder / 'whole', folder / 'broken'
+    begin = lambda place, **files: start(place, *epochs, data=data, **files)  # noqa: E731
+    hits = interrupted(begin, '  step ', whole, broken, kills, seed)
+    a, b = weights(whole), weights(broken)
+    same = a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+    return {'tried': hits, 'lost': 0 if same else hits}, whole / 'run'
+
+
+def killed(kills: int, seed: int) -> dict[str, dict[str, int]]:
+    """Kill two trainings `kills` times and an evaluation half as often; whether they end as undisturbed ones do."""
     with tempfile.TemporaryDirectory() as name:
-        whole, broken = Path(name) / 'whole', Path(name) / 'broken'
-        hits = interrupted(
-            lambda folder, **files: start(folder, *epochs, **files), '  step ', whole, broken, kills, seed
-        )
-        a, b = weights(whole), weights(broken)
-        same = a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+        folder = Path(name)
+        for kind in ('digits', 'stream'):
+            (folder / kind).mkdir()
+        digits, run = killed_training(folder / 'digits', DIGITS, kills, seed)
+        stream = [*STREAM, '--data-dir', str(write_pictures(folder / 'pictures'))]
+        streamed, _ = killed_training(folder / 'stream', stream, kills, seed + 1)
         states = Path(name) / 'state', Path(name) / 'broken-state'
-        stops = interrupted(partial(evaluation, run=whole / 'run'), 'PGD-10', *states, kills // 2, seed)
+        stops = interrupted(partial(evaluation, run=run), 'PGD-10', *states, kills // 2, seed)
         ours, theirs = (verdicts(state) for state in states)
         equal = ours.keys() == theirs.keys() and all((value == theirs[key]).all() for key, value in ours.items())
     return {
-        'SIGKILL of a training, then the same weights': {'tried': hits, 'lost': 0 if same else hits},
+        'SIGKILL of a training, then the same weights': digits,
+        'SIGKILL of a training from the disk, then the same weights': streamed,
         'SIGKILL of an evaluation, then the same verdicts': {'tried': stops, 'lost': 0 if equal else stops},
     }
 
@@ -140,10 +171,10 @@ def fuzzed(count: int, seed: int) -> dict[str, dict]:
 
 
 def faults() -> dict[str, dict[str, int]]:
-    """What test_faults.py finds, test by test; those that this machine cannot provoke are left out."""
+    """What the tests of PROVOKED find, test by test; those that this machine cannot provoke are left out."""
     with tempfile.TemporaryDirectory() as name:
         report = Path(name) / 'report.xml'
-        command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', str(HERE / 'test_faults.py')]
+        command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', *map(str, PROVOKED)]
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL)
         found: dict[str, dict[str, int]] = {}
         for case in ElementTree.parse(report).iter('testcase'):
