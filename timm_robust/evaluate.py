@@ -240,7 +240,7 @@ def _parser() -> Parser:
     add('--mean', type=float, nargs='+', metavar='X', help="mean of each channel, on [0, 1]; the model's if not given")
     add('--std', type=float, nargs='+', metavar='X', help="standard deviation of each; the model's if not given")
     add('--data-dir', help='folder that holds the data')
-    add('--dataset', help='cifar10 if not given; ' + ', '.join(DATASETS[1:]) + ', folder, torch/..., hfds/..., wds/...')
+    add('--dataset', help='cifar10 if not given; ' + ', '.join(DATASETS) + ', folder, torch/..., hfds/..., wds/...')
     add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
     add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
     add(

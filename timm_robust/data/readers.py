@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from .arrays import find_arrays, load_arrays
 from .memory import ImageData, number_classes, split_holdout
 
-DATASETS = ('cifar10', 'cifar100', 'torch/cifar10', 'torch/cifar100', 'parquet', 'digits', 'npz', 'npy')
 SPLITS = ('train', 'test', 'validation')
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100}
 _CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
@@ -48,57 +48,96 @@ def load_dataset(
     """
     if name not in DATASETS:
         raise ValueError(f'dataset {name!r} is unknown; allowed: {", ".join(DATASETS)}')
-    splits = SPLITS if name in ('parquet', 'npz', 'npy') else SPLITS[:2]
-    if split not in splits:
-        raise ValueError(f'split {split!r} of {name} is unknown; allowed: {", ".join(splits)}')
-    if name == 'digits':
-        return _load_digits(split)
-    fetch = ', or fetch it into that folder with --dataset-download' if 'cifar' in name else ''
-    if data_dir is None:
+    source = DATASETS[name]
+    if split not in source.splits:
+        raise ValueError(f'split {split!r} of {name} is unknown; allowed: {", ".join(source.splits)}')
+    fetch = ', or fetch it into that folder with --dataset-download' if source.fetched else ''
+    if data_dir is None and source.in_folder:
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER{fetch}')
-    return _load_folder(name, Path(data_dir), split, download, fetch)
-
-
-def _load_folder(name: str, folder: Path, split: str, download: bool, fetch: str) -> ImageData:
-    """The first layout that the folder holds: torchvision's, then parquet, or arrays; else a download, if allowed."""
-    cifar, layouts = name.removeprefix('torch/'), []
-    if name in ('npz', 'npy'):
-        if arrays := find_arrays(name, folder, split):
-            return load_arrays(arrays)
-        pair = f'{split}_image.npy and {split}_label.npy'
-        layouts.append(f'{split}.npz' if name == 'npz' else pair)
-    if cifar in _NUM_CLASSES:
-        kind = _cifar_class(cifar)
-        layouts.append(f'{kind.base_folder}/ or {kind.filename} (torchvision)')
-        if (folder / kind.base_folder).is_dir() or (folder / kind.filename).is_file():
-            return _load_torchvision(cifar, folder, split, download)
-    if name == 'parquet' or name in _NUM_CLASSES:
-        pattern = 'val*.parquet' if split == 'validation' else f'{split}*.parquet'
-        layouts.append(f'{pattern} there or in {", ".join(_PARQUET_FOLDERS[1:])} (Hugging Face)')
-        for files in (sorted((folder / sub).glob(pattern)) for sub in _PARQUET_FOLDERS):
-            if files:
-                return _load_parquet(folder.resolve().name if name == 'parquet' else name, files)
-    if download and cifar in _NUM_CLASSES:
-        return _load_torchvision(cifar, folder, split, download)
+    folder, looked_for = Path(data_dir or ''), []
+    for layout in source.layouts:
+        found = layout(name, folder, split, download)
+        if isinstance(found, ImageData):
+            return found
+        looked_for.append(found)
+    if download and source.fetched:
+        return _load_torchvision(name, folder, split, download)
     state = 'holds' if folder.is_dir() else 'does not exist, so it holds'
     raise FileNotFoundError(
-        f'folder {folder} {state} no {split} split of {name}; looked for {"; ".join(layouts)}. '
+        f'folder {folder} {state} no {split} split of {name}; looked for {"; ".join(looked_for)}. '
         f'Name the right folder with --data-dir{fetch}'
     )
 
 
+def _arrays(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
+    if arrays := find_arrays(name, folder, split):
+        return load_arrays(arrays)
+    return f'{split}.npz' if name == 'npz' else f'{split}_image.npy and {split}_label.npy'
+
+
+def _torchvision(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
+    kind = _cifar_class(name)
+    if (folder / kind.base_folder).is_dir() or (folder / kind.filename).is_file():
+        return _load_torchvision(name, folder, split, download)
+    return f'{kind.base_folder}/ or {kind.filename} (torchvision)'
+
+
+def _parquet(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
+    pattern = 'val*.parquet' if split == 'validation' else f'{split}*.parquet'
+    for files in (sorted((folder / sub).glob(pattern)) for sub in _PARQUET_FOLDERS):
+        if files:
+            return _load_parquet(folder.resolve().name if name == 'parquet' else name, files)
+    return f'{pattern} there or in {", ".join(_PARQUET_FOLDERS[1:])} (Hugging Face)'
+
+
+def _digits(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
+    """The 1,797 digits of scikit-learn, 8x8 grey of 0..16, as 32x32 RGB; 360 of them, stratified, are the test set."""
+    digits = _optional('sklearn.datasets', 'demo').load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    grey = F.interpolate(grey, size=(32, 32), mode='bilinear', align_corners=False).round_().to(torch.uint8)
+    labels = torch.from_numpy(digits.target).long()
+    data = ImageData(grey.repeat(1, 3, 1, 1), labels, tuple(str(i) for i in range(10)), 'digits')
+    return split_holdout(data, _DIGITS_TEST, seed=0)[split == 'test']
+
+
+class Source(NamedTuple):
+    """How a data set is found: ways to read it, each of which says what it looked for if in vain.
+
+    A way takes name, folder, split and whether torchvision may download what is missing.
+    """
+
+    layouts: tuple[Callable[[str, Path, str, bool], ImageData | str], ...]
+    splits: tuple[str, ...] = SPLITS[:2]
+    in_folder: bool = True
+    fetched: bool = False
+    """Whether torchvision can download it."""
+
+
+DATASETS = {
+    'cifar10': Source((_torchvision, _parquet), fetched=True),
+    'cifar100': Source((_torchvision, _parquet), fetched=True),
+    'torch/cifar10': Source((_torchvision,), fetched=True),
+    'torch/cifar100': Source((_torchvision,), fetched=True),
+    'parquet': Source((_parquet,), SPLITS),
+    'digits': Source((_digits,), in_folder=False),
+    'npz': Source((_arrays,), SPLITS),
+    'npy': Source((_arrays,), SPLITS),
+}
+"""Every data set in memory, by the name that --dataset takes."""
+
+
 def _cifar_class(name: str) -> Any:
-    """The torchvision class that reads 'cifar10' or 'cifar100'."""
+    """The torchvision class that reads 'cifar10' or 'cifar100', with 'torch/' before it or not."""
     from torchvision import datasets
 
-    return {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
+    return {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name.removeprefix('torch/')]
 
 
 def _load_torchvision(name: str, folder: Path, split: str, download: bool) -> ImageData:
     """CIFAR by torchvision, which checks every file's MD5; an intact archive is unpacked without the network."""
     from torchvision.datasets.utils import check_integrity
 
-    kind = _cifar_class(name)
+    name, kind = name.removeprefix('torch/'), _cifar_class(name)
     unpack = check_integrity(str(folder / kind.filename), kind.tgz_md5)
     try:
         data = kind(str(folder), train=split == 'train', download=download or unpack)
@@ -110,16 +149,6 @@ def _load_torchvision(name: str, folder: Path, split: str, download: bool) -> Im
         ) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return ImageData(images, torch.tensor(data.targets), tuple(data.classes), name)
-
-
-def _load_digits(split: str) -> ImageData:
-    """The 1,797 digits of scikit-learn, 8x8 grey of 0..16, as 32x32 RGB; 360 of them, stratified, are the test set."""
-    digits = _optional('sklearn.datasets', 'demo').load_digits()
-    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
-    grey = F.interpolate(grey, size=(32, 32), mode='bilinear', align_corners=False).round_().to(torch.uint8)
-    labels = torch.from_numpy(digits.target).long()
-    data = ImageData(grey.repeat(1, 3, 1, 1), labels, tuple(str(i) for i in range(10)), 'digits')
-    return split_holdout(data, _DIGITS_TEST, seed=0)[split == 'test']
 
 
 def _load_parquet(name: str, files: list[Path]) -> ImageData:
