@@ -1,6 +1,5 @@
 """The real script, as a user starts it."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_robust import train
 from timm_robust.data import load_dataset
 from timm_robust.training.builder import make_scheduler
 from timm_robust.training.recipe import Recipe
@@ -134,20 +134,17 @@ def test_the_edm_recipes_follow_the_course_of_the_authors_code(size):
 
 
 def test_every_signal_that_ends_a_program_asks_for_a_save(monkeypatch):
-    spec = importlib.util.spec_from_file_location('adv_train', ROOT / 'train/adv_train.py')
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
     before = [signal.getsignal(number) for number in numbers]
     try:
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
             run, got = SimpleNamespace(stop=False), []
-            script.listen(run, got)
+            train.listen(run, got)
             os.kill(os.getpid(), number)
             assert run.stop and got == [number] and signal.getsignal(number) is signal.SIG_DFL  # a second one ends it
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-        script.listen(run, got)
+        train.listen(run, got)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         for number, handler in zip(numbers, before, strict=True):

@@ -14,11 +14,7 @@ import torch
 from timm_robust.command_line import Parser, command, count, whole_number
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = {
-    **{name: ROOT / f'train/{name}.py' for name in ('adv_train', 'shape_study', 'demo')},
-    **{name: ROOT / f'benchmarks/{name}.py' for name in ('activation', 'attack', 'train_step', 'gpu_smoke')},
-    'hub_upload': ROOT / 'hub_upload.py',
-}
+SCRIPTS = {name: ROOT / f'benchmarks/{name}.py' for name in ('activation', 'attack', 'train_step', 'gpu_smoke')}
 
 
 def load(name):
@@ -61,7 +57,7 @@ NPZ = ['--model', 'resnet18_relu', '--model-kwargs', 'width=2', '--dataset', 'np
 MEASURE = ['resnet18_relu', '--dataset', 'digits', '-n', '2', '--quiet', '--model-kwargs']
 BAD = [
     *(
-        ('adv_train', [*DIGITS, *flags], match)
+        ('train', [*DIGITS, *flags], match)
         for flags, match in [
             (['--model-kwargs', 'widht=2'], "unexpected keyword argument 'widht'.*it takes .*width=64"),
             (['--model-kwargs', 'width=x'], 'cannot make resnet18_relu with width=x .*width=64'),
@@ -88,9 +84,9 @@ BAD = [
             (['-c', 'long.yaml'], 'more than 100,000 bytes'),
         ]
     ),
-    ('adv_train', [*NPZ, 'one', '--val-size', '0', '--batch-size', '4'], 'one class is never wrong'),
-    ('adv_train', [*NPZ, 'many'], 'label 300000000 is too large, allowed: up to 99999'),
-    ('adv_train', [*NPZ, 'huge'], f'label {2**63} is too large'),
+    ('train', [*NPZ, 'one', '--val-size', '0', '--batch-size', '4'], 'one class is never wrong'),
+    ('train', [*NPZ, 'many'], 'label 300000000 is too large, allowed: up to 99999'),
+    ('train', [*NPZ, 'huge'], f'label {2**63} is too large'),
     *(
         ('evaluate', [*MEASURE, *flags], match)
         for flags, match in [
@@ -110,8 +106,8 @@ BAD = [
     ('demo', ['-n', '0'], 'argument -n'),
     ('demo', ['--epochs', '0'], 'argument --epochs'),
     ('demo', ['-n', '361'], 'cannot take the first 361 images of digits; allowed: 1..360'),
-    ('hub_upload', ['nobody', '--dry-run'], 'nobody is not staged'),
-    ('hub_upload', ['--foo'], "unknown argument '--foo'"),
+    ('publish', ['nobody', '--dry-run'], 'nobody is not staged'),
+    ('publish', ['--foo'], "unknown argument '--foo'"),
     ('staging', ['stage', 'nowhere', 'resnet18_relu.at_cifar10_linf'], 'nowhere'),
     ('staging', ['measure', 'x', '--data-dir', 'one', '-n', '0'], 'argument -n'),
     ('robustbench', ['benchmark', 'nobody', '--data-dir', 'one'], "'nobody' is no file"),
@@ -123,8 +119,8 @@ BAD = [
     ('gpu_smoke', ['--toy', '--only', 'nothing'], 'no check has nothing in its name'),
     ('plots', [], 'required: RUN'),
     ('activation', ['--output', 'one/train.npz'], 'one/train.npz'),
-    ('hub_upload', ['--tag', 'a b', '--dry-run'], "'a b' is no name of a tag; allowed are letters"),
-    ('hub_upload', ['--table', 'nowhere.json'], 'nowhere.json'),
+    ('publish', ['--tag', 'a b', '--dry-run'], "'a b' is no name of a tag; allowed are letters"),
+    ('publish', ['--table', 'nowhere.json'], 'nowhere.json'),
     ('evaluate', ['resnet18_relu', '--device', 'meta'], "device 'meta' cannot be used here"),
 ]
 
@@ -134,7 +130,7 @@ BAD = [
 )
 def test_bad_input_is_one_line_and_status_2(entry, argv, match, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr('timm_robust.training.loop.fit', lambda *_: pytest.fail('it was accepted'))
+    monkeypatch.setattr('timm_robust.train.fit', lambda *_: pytest.fail('it was accepted'))
     try:
         status = load(entry).main(argv)
     except SystemExit as end:
@@ -183,7 +179,7 @@ STUDY = {
 def test_what_a_study_cannot_mean_is_one_line(key, value, match, tmp_path, capsys):
     lines = {**STUDY, key: value}
     (tmp_path / 'study.yaml').write_text(''.join(f'{name}: {text}\n' for name, text in lines.items()))
-    study = load('shape_study').main
+    study = load('study').main
     assert study([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and error.startswith('error: ') and not (tmp_path / 'out').exists()
@@ -250,9 +246,9 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
     def begin(run):
         raise Began
 
-    monkeypatch.setattr('timm_robust.training.loop.fit', begin)
+    monkeypatch.setattr('timm_robust.train.fit', begin)
     train, flags = (
-        load('adv_train').main,
+        load('train').main,
         [*DIGITS, '--model-kwargs', 'width=2', '--device', 'cpu', '--output', str(tmp_path)],
     )
     cases = {
@@ -277,7 +273,7 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
 
 @pytest.mark.parametrize(('fault', 'traceback'), [(KeyError('hf_canary'), True), (ValueError('no hf_canary'), False)])
 def test_a_failed_upload_is_a_row_and_a_fault_of_ours_a_traceback_too(tmp_path, monkeypatch, capsys, fault, traceback):
-    script = load('hub_upload')
+    script = load('publish')
     publish = lambda *_, **__: (_ for _ in ()).throw(fault)  # noqa: E731
     monkeypatch.setattr(script, 'publish', publish)
     monkeypatch.setattr(script, 'get_token', lambda: 'hf_canary')

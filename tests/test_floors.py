@@ -27,8 +27,13 @@ FLOORS = {
     'evaluation': 3,
     'release': 4,
     'evaluate': 4,
+    'train': 4,
+    'study': 4,
+    'demo': 4,
     'staging': 5,
+    'publish': 5,
     'robustbench': 5,
+    'cli': 6,
     '__init__': 6,
 }
 FOLDERS = sorted(room for room in FLOORS if (PACKAGE / room).is_dir())

@@ -1,5 +1,4 @@
 import csv
-import importlib.util
 import json
 import os
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from timm_robust import study as module
 from timm_robust.activations.modules import PSSiLU, get_activation
 from timm_robust.evaluation.shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
 from timm_robust.training.recipe import Recipe
@@ -21,10 +21,6 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope='module')
 def study():
-    spec = importlib.util.spec_from_file_location('shape_study', ROOT / 'train/shape_study.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['shape_study'] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
     return module
 
 

@@ -131,8 +131,8 @@ def test_the_card_is_generated_and_says_what_was_measured(staged):
     assert read_results(folder)['weights']['sha256'] in card
     assert read_results(folder)['training']['origins'][0]['hardware'] in card
     command = next(line for line in card.splitlines() if line.startswith('python train/adv_train.py'))
-    _, program, *argv = [word.replace('model_cards', str(staged / 'model_cards')) for word in command.split()]
-    again = parse_recipe(argv, program)
+    _, _, *argv = [word.replace('model_cards', str(staged / 'model_cards')) for word in command.split()]
+    again = parse_recipe(argv)
     hyper = read_hyper_parameters(folder)
     assert {key: getattr(again, key) for key in hyper} == hyper
 

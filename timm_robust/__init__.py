@@ -10,15 +10,16 @@ from .activations import ACTIVATIONS, Activation, get_activation
 from .activations.pssilu import psilu, pssilu
 from .attacks import attacked, fgsm, pgd
 from .models import replace_activations
+from .provenance import __version__
 from .results import RobustnessResult
 from .threat_model import ThreatModel
 
-__version__ = '0.1.0'
 __all__ = [
     'ACTIVATIONS',
     'Activation',
     'RobustnessResult',
     'ThreatModel',
+    '__version__',
     'attacked',
     'fgsm',
     'get_activation',

@@ -61,6 +61,13 @@ def _one_line(error: Exception) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with the nearest of its options for one that it does not know."""
 
+    called_as: str | None = None
+    """What the user typed, where it was `timm-robust`: the next parser's program."""
+
+    def __init__(self, prog: str | None = None, *args: Any, **options: Any) -> None:
+        prog, Parser.called_as = Parser.called_as or prog, None
+        super().__init__(prog, *args, **options)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """The options.
 

@@ -7,12 +7,16 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+__version__ = '0.1.0'
+PACKAGE = Path(__file__).parent
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / 'train/recipes').is_dir() else None
+"""The repository that the package is used from; None where it is installed."""
 
 
 def public_name(spec: str) -> str:
@@ -36,11 +40,11 @@ def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = getattr(sys.modules.get(package), '__version__', None)  # run from a checkout
+            versions[package] = __version__ if package == 'timm_robust' else None  # run from a checkout
     return {'hardware': f'{name}{cores} CPU core{"s" * (cores != 1)}', 'versions': versions}
 
 
-def git_commit(folder: str | os.PathLike[str] = Path(__file__).parent) -> str | None:
+def git_commit(folder: str | os.PathLike[str] = PACKAGE) -> str | None:
     """The git commit of the code in a folder (ours), with '+dirty' if files there changed; None outside git."""
     git = ['git', '--no-optional-locks', '-C', os.fspath(folder)]
     try:

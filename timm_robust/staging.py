@@ -22,7 +22,8 @@ from .distributed import World
 from .files import recover_folder
 from .release import check, measure, render, stage
 from .results import ATTACKS
-from .weights import STAGED, TABLE
+from .training import RECIPES
+from .weights import CARDS, table_of
 
 
 @command
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     keep_freed_memory()
-    table = args.table or (TABLE if args.cards == STAGED else args.cards.parent / TABLE.name)
+    table = args.table or table_of(args.cards)
     measured = args.name if args.command == 'measure' else None
     for old in args.cards.glob('.*/old'):  # of a command killed between two renames
         recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
@@ -75,9 +76,9 @@ def _parser() -> Parser:
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     commands.add_parser('render', help='write cards, check sums, the table of releases and RESULTS.md')
     for one in commands.choices.values():
-        one.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+        one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
         one.add_argument('--table', type=Path, help="table of releases; the package's, or that beside other --cards")
-        one.add_argument('--recipes', type=Path, default=STAGED.parent / 'train/recipes', help='folder of recipes')
+        one.add_argument('--recipes', type=Path, default=RECIPES, help='folder of recipes')
         one.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
 

@@ -2,8 +2,14 @@
 
 from .measure import evaluate
 from .runner import upstream
+from .shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
 
 __all__ = [
+    'curve_facts',
     'evaluate',
+    'local_lipschitz',
+    'minimal_radii',
+    'set_shape',
+    'square_success',
     'upstream',
 ]

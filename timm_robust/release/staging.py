@@ -21,10 +21,11 @@ from ..evaluation import evaluate
 from ..files import atomic_file, atomic_folder, check_output, sha256
 from ..models import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
 from ..plots import adversarial_figure, read_run, run_figure
+from ..provenance import CHECKOUT, PACKAGE
 from ..results import read_object
 from ..threat_model import ThreatModel, parse_eps
 from ..training import Recipe
-from ..weights import STAGED, TABLE, WEIGHTS, Release, read_table, split_name, write_table
+from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
 from .card import model_card
 from .folder import ORGANISATION, _check_alike, _check_sums, files_of, verify
 from .model_files import stored, weights_content, write_files
@@ -35,7 +36,7 @@ _PICTURED = 6
 
 
 def stage(
-    run: str | Path, name: str, *, cards: Path = STAGED, notes: Sequence[str] = (), overwrite: bool = False
+    run: str | Path, name: str, *, cards: Path = CARDS, notes: Sequence[str] = (), overwrite: bool = False
 ) -> Path:
     """Write model_cards/<name>/ from a finished run: all of it or nothing.
 
@@ -175,7 +176,7 @@ def measure(
 
 
 def render(
-    cards: Path = STAGED, table: Path = TABLE, recipes: Path | None = None, measured: str | None = None
+    cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None, measured: str | None = None
 ) -> list[Path]:
     """Write every card, every SHA256SUMS, the table of releases and RESULTS.md from what was measured.
 
@@ -235,7 +236,7 @@ def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
 def _license() -> str:
     """The text of the package's licence."""
     files = metadata.files('timm-robust') or []
-    for file in (STAGED.parent / 'LICENSE', *(file.locate() for file in files if file.name == 'LICENSE')):
+    for file in ((CHECKOUT or PACKAGE) / 'LICENSE', *(file.locate() for file in files if file.name == 'LICENSE')):
         if Path(str(file)).is_file():
             return Path(str(file)).read_text()
     raise FileNotFoundError('the LICENSE of timm-robust is missing; install the package again')

@@ -24,7 +24,7 @@ from ..data import load_dataset
 from ..files import read_yaml
 from ..models import load_model as load_any
 from ..pixels import pixel_input
-from ..weights import STAGED
+from ..weights import CARDS
 from .conversion import convert, fetch
 from .measure import benchmark, corruptions
 from .report import compare, submission, write_entries
@@ -121,7 +121,7 @@ def _parser() -> Parser:
     six.add_argument('commit', help='the commit that it is of')
     six.set_defaults(run=_run_table)
     for one in (four, five):
-        one.add_argument('--cards', type=Path, default=STAGED, help='folder of staged models')
+        one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
     return parser
 
 

@@ -9,12 +9,14 @@ from types import NoneType
 from typing import Any
 
 from ..command_line import KeyValue, Parser
-from .recipe import KINDS, SETTINGS, Recipe, kinds_of
+from .recipe import KINDS, SETTINGS, Recipe, find_recipe, kinds_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add -c/--config and one flag for each setting; a flag that is not given leaves nothing in the namespace."""
-    parser.add_argument('-c', '--config', metavar='FILE.yaml', default=None, help='recipe file; flags override it')
+    """Add the recipe and one flag for each setting; a flag that is not given leaves nothing in the namespace."""
+    about = 'name of a recipe that the package brings, or a file; flags override it'
+    parser.add_argument('recipe', nargs='?', metavar='RECIPE', help=about)
+    parser.add_argument('-c', '--config', metavar='RECIPE', help='the same')
     groups: dict[str, Any] = {}
     for name, field in SETTINGS.items():
         title = field.metadata['group']
@@ -49,18 +51,20 @@ def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
     return read
 
 
-def parse_recipe(argv: Sequence[str], prog: str = 'train/adv_train.py') -> Recipe:
-    """The recipe of a command line (without the program's name): default < --config file < flags.
+def parse_recipe(argv: Sequence[str]) -> Recipe:
+    """The recipe of a command line (without the program's name): default < recipe < flags.
 
     Raises:
         SystemExit: for wrong flags, after a line on stderr, with status 2.
         ValueError, OSError: as Recipe and Recipe.from_yaml.
     """
-    usage = f'{prog} [-c RECIPE.yaml] [--flag VALUE ...] [--plan]; {prog} --help lists the flags'
     about = 'Train a robust model. With --plan, measure a few steps, print time and memory of the run, and end.'
-    parser = Parser(prog, usage, about, allow_abbrev=False)
+    parser = Parser('train/adv_train.py', description=about, allow_abbrev=False)
+    parser.usage = f'{parser.prog} [RECIPE] [--flag VALUE ...] [--plan]; {parser.prog} --help lists the flags'
     add_arguments(parser)
     given = vars(parser.parse_args(list(argv)))
-    config = given.pop('config')
-    recipe = Recipe.from_yaml(config) if config else Recipe()
+    named = [name for name in (given.pop('recipe'), given.pop('config')) if name]
+    if len(named) > 1:
+        parser.error(f'two recipes, {named[0]} and {named[1]}; give one')
+    recipe = Recipe.from_yaml(find_recipe(named[0])) if named else Recipe()
     return dataclasses.replace(recipe, **given)

@@ -22,6 +22,7 @@ from ..attacks import TRAINING_ATTACKS, AttackSchedule
 from ..files import atomic_file, read_yaml
 from ..models import check_model_kwargs
 from ..precision import Precision
+from ..provenance import CHECKOUT, PACKAGE
 from ..threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps
 from .clock import parse_duration
 from .schedule import MOMENTUM_SWING
@@ -464,6 +465,8 @@ class Recipe:
             file.write(text.encode())
 
 
+RECIPES = CHECKOUT / 'train/recipes' if CHECKOUT else PACKAGE / 'recipes'
+"""The recipes that the package brings, NAME.yaml each."""
 MACHINE = (
     *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
     *('log_interval', 'save_interval', 'tensorboard', 'log_wandb', 'checkpoint_hist', 'initial_checkpoint'),
@@ -471,6 +474,22 @@ MACHINE = (
 """Settings that tell of the machine, not of the training: they are not published."""
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
 _HINTS = typing.get_type_hints(Recipe)
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe: a path, or the name of one that the package brings.
+
+    Raises:
+        FileNotFoundError: for a name that is neither, with the nearest ones.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix in ('.yaml', '.yml'):
+        return path
+    names = [file.stem for file in sorted(RECIPES.glob('*.yaml'))]
+    if name in names:
+        return RECIPES / f'{name}.yaml'
+    near = difflib.get_close_matches(name, names, n=3) or names
+    raise FileNotFoundError(f'{name!r} is no file and no recipe of the package; near it are {", ".join(near)}')
 
 
 def kinds_of(name: str) -> tuple[type, ...]:

@@ -2,6 +2,7 @@
 
 from .download import bounded_waits, fetch_folder, read_release, told_stalls, without_password
 from .releases import (
+    CARDS,
     EXTERNAL,
     RELEASES,
     STAGED,
@@ -12,10 +13,12 @@ from .releases import (
     read_table,
     releases_of,
     split_name,
+    table_of,
     write_table,
 )
 
 __all__ = [
+    'CARDS',
     'EXTERNAL',
     'RELEASES',
     'STAGED',
@@ -29,6 +32,7 @@ __all__ = [
     'read_table',
     'releases_of',
     'split_name',
+    'table_of',
     'told_stalls',
     'without_password',
     'write_table',

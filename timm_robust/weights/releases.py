@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import atomic_file
+from ..provenance import CHECKOUT, PACKAGE
 
 TABLE = Path(__file__).with_name('releases.json')
-STAGED = Path(__file__).parents[2] / 'model_cards'
-"""Where a checkout keeps the released files; absent from an installed wheel."""
+STAGED = (CHECKOUT or PACKAGE) / 'model_cards'
+"""The released files of a checkout; an installed wheel has those that are not on the Hub yet."""
+CARDS = STAGED if CHECKOUT else Path('model_cards')
+"""Where releases are made."""
 WEIGHTS = 'model.safetensors'
 _NAME = re.compile(r'(?P<arch>[a-z0-9_]+)\.(?P<tag>[a-z0-9_]+_[a-z0-9]+_(linf|l2))')
 
@@ -113,6 +116,11 @@ def read_table(path: Path = TABLE) -> dict[str, Release]:
         return {name: Release(name, **entry) for name, entry in json.loads(path.read_text(encoding='utf-8')).items()}
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not a table of releases: {error}') from None
+
+
+def table_of(cards: Path) -> Path:
+    """The table of a folder of releases: the package's for its own, else the releases.json beside the folder."""
+    return TABLE if cards == STAGED else cards.parent / TABLE.name
 
 
 def write_table(releases: dict[str, Release], path: Path = TABLE) -> None:

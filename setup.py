@@ -1,0 +1,26 @@
+"""What the wheel carries beside the code: the recipes, and the released weights that are not on the Hub yet."""
+
+import json
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RELEASES = json.loads(Path('timm_robust/weights/releases.json').read_text())
+STAGED = [name for name, release in RELEASES.items() if release.get('commit') is None]
+BROUGHT = {'timm_robust.recipes': 'train/recipes', 'timm_robust.model_cards': 'model_cards'}
+BROUGHT = {package: folder for package, folder in BROUGHT.items() if Path(folder).is_dir()}
+
+setup(
+    packages=[*find_packages(include=['timm_robust*']), *BROUGHT],
+    package_dir=BROUGHT,
+    package_data={
+        'timm_robust': ['py.typed'],
+        'timm_robust.weights': ['releases.json'],
+        'timm_robust.robustbench': ['published.json'],
+        'timm_robust.recipes': ['*.yaml'],
+        'timm_robust.model_cards': [
+            f'{name}/{file}' for name in STAGED for file in ('model.safetensors', 'config.json')
+        ],
+    },
+    include_package_data=False,
+)
