@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..results import read_object
+from ..results import ATTACKS, read_object
 from ..threat_model import LEADERBOARD_EPS
 from .record import (
     FLAGS,
@@ -21,6 +21,7 @@ from .record import (
     trained_on,
 )
 
+README_START, README_END = '<!-- weights: made by timm-robust render -->', '<!-- end of weights -->'
 PILOT = 'studies/progressive_resizing/record.json'
 _RESAMPLES = 10_000
 
@@ -79,6 +80,27 @@ def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = _RESAMPLES)
     draws = np.random.default_rng(0).multinomial(len(a), counts / len(a), size=resamples)
     low, high = np.percentile(draws @ values / len(a), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
+
+
+def weights_table(records: list[dict[str, Any]]) -> list[str]:
+    """The released models for the README: of each attack the measurement on most images, the strongest attack first."""
+    lines = ['| `timm.create_model(NAME, pretrained=True)` | clean | robust | trained in |', '|---|---|---|---|']
+    for record in records:
+        results = sorted((item['result'] for item in record['measurements']), key=lambda result: result['n'])
+        attacked = {attack_title(result): result for result in results if result['attack'] != 'none'}
+        strongest_first = sorted(attacked.values(), key=lambda result: ATTACKS.index(result['attack']))
+        robust = [f'{attack_title(one)}{_at(one)} {_share(robust_acc(one), one["n"])}' for one in strongest_first]
+        clean = _share(results[-1]['clean_acc'], results[-1]['n']) if results else ''
+        training = record['training']
+        lines.append(
+            f'| `{record["model"]}` | {clean} | {"; ".join(robust)} | {hours(training["seconds"])}, '
+            f'{trained_on(training)} |'
+        )
+    return lines
+
+
+def _share(share: float | None, n: int) -> str:
+    return f'{percent(share, n)} % (n {n})'
 
 
 def _row(record: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ from .card import model_card
 from .folder import ORGANISATION, _check_alike, _check_sums, files_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, strongest
-from .results_page import results_page
+from .results_page import README_END, README_START, results_page, weights_table
 
 _PICTURED = 6
 
@@ -221,6 +221,12 @@ def render(
         _write(folder / 'SHA256SUMS', ''.join(f'{sha256(file)}  {path}\n' for path, file in files.items()))
     write_table(releases, table)
     _write(cards / 'RESULTS.md', results_page(cards, recipes))
+    readme = cards.parent / 'README.md'
+    if readme.is_file() and README_START in (text := readme.read_text(encoding='utf-8')):
+        before, _, rest = text.partition(README_START)
+        after = rest.partition(README_END)[2]
+        table_lines = weights_table([read_results(folder) for folder in folders])
+        _write(readme, '\n'.join([before + README_START, *table_lines, README_END + after]))
     return folders
 
 

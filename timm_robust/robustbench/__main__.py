@@ -24,10 +24,11 @@ from ..data import load_dataset
 from ..files import read_yaml
 from ..models import load_model as load_any
 from ..pixels import pixel_input
+from ..release import RESULTS
 from ..weights import CARDS
 from .conversion import convert, fetch
 from .measure import benchmark, corruptions
-from .report import compare, submission, write_entries
+from .report import compare, draw, submission, write_entries
 from .zoo import LINF
 
 
@@ -63,7 +64,13 @@ def _run_fetch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_compare(args: argparse.Namespace) -> None:
-    print(compare(args.cards / args.name, args.picture))
+    folders = [args.cards / name for name in args.names]
+    folders = folders or sorted(path.parent for path in args.cards.glob(f'*/{RESULTS}'))
+    if not folders:
+        raise ValueError(f'{args.cards} holds no staged model; type: timm-robust stage RUN NAME')
+    print('\n\n'.join(compare(folder) for folder in folders))
+    if args.picture:
+        draw(folders, args.picture)
 
 
 def _run_submission(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def _parser() -> Parser:
     three.add_argument('target', help='folder to write')
     three.set_defaults(run=_run_fetch)
     four = commands.add_parser('compare', help="a staged model beside RobustBench's published entries")
-    four.add_argument('name', help='<arch>.<tag>')
+    four.add_argument('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
     four.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
     four.set_defaults(run=_run_compare)
     five = commands.add_parser('submission', help='write a folder that submits a staged model')

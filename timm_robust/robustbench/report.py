@@ -5,8 +5,10 @@ The published numbers are in robustbench.json, taken from the model_info folder 
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ _MANDATORY = (
     *('link', 'name', 'authors', 'additional_data', 'number_forward_passes', 'dataset', 'venue', 'architecture'),
     *('eps', 'clean_acc', 'reported'),
 )
+_COLORS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00')
 _COLUMNS = ('name', 'architecture', 'clean_acc', 'robust_acc', 'additional_data', 'venue')
 
 
@@ -82,17 +85,7 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     Raises:
         ValueError: if nothing was measured that the leaderboard measures.
     """
-    record = read_results(folder)
-    results = [item['result'] for item in record['measurements'] if item['result']['attack'] in ('autoattack', 'apgd')]
-    if not results:
-        raise ValueError(
-            f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
-            f'python -m timm_robust.staging measure {record["model"]} --data-dir DIR --attack apgd -n 1000'
-        )
-    results = [one for one in results if _at_leaderboard_eps(one)]
-    if not results:
-        raise ValueError(_other_eps(record))
-    ours = min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
+    record, ours = _measured(folder)
     entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
     extra = extra_data_of(record['model'], read_hyper(folder))
@@ -110,7 +103,7 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     if rank == len(entries):
         lines.append(_our_row(record, ours, rank, extra))
     if picture is not None:
-        _plot(picture, record['model'], ours, entries)
+        draw([folder], picture)
     notes = [*record['training']['notes'], *(item['note'] for item in record['measurements'] if item['note'])]
     lines += [
         '',
@@ -120,6 +113,21 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     if extra:
         lines += ['RobustBench counts generated images as no extra data and names them in a footnote.']
     return '\n'.join(lines)
+
+
+def _measured(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A staged model's record, and its measurement that the leaderboard's compares with."""
+    record = read_results(folder)
+    results = [item['result'] for item in record['measurements'] if item['result']['attack'] in ('autoattack', 'apgd')]
+    if not results:
+        raise ValueError(
+            f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
+            f'timm-robust measure {record["model"]} --data-dir DIR --attack apgd -n 1000'
+        )
+    results = [one for one in results if _at_leaderboard_eps(one)]
+    if not results:
+        raise ValueError(_other_eps(record))
+    return record, min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
 
 
 def _same_size(size: str, architecture: str) -> bool:
@@ -136,25 +144,39 @@ def _our_row(record: dict[str, Any], ours: dict[str, Any], rank: int, extra: Ext
     return f'{start} | {ours["n"]} | {more} |'
 
 
-def _plot(path: str | Path, name: str, ours: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-    """Clean against robust accuracy: the published entries in grey, ours with its standard errors."""
+def draw(folders: Sequence[Path], path: str | Path) -> None:
+    """Clean against robust accuracy: the published entries in grey, staged models with their standard errors.
+
+    Args:
+        folders: model_cards/<arch>.<tag>, measured against one threat model on one data set.
+        path: the picture; its suffix says which kind.
+
+    Raises:
+        ValueError: if they were measured against several, or one as the leaderboard measures was not.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2, 4.0), layout='constrained')
+    found = [_measured(folder) for folder in folders]
+    threats = {(ours['dataset'], ours['norm'], ours['eps_text']) for _, ours in found}
+    if len(threats) != 1:
+        raise ValueError(f'one picture shows one threat model, not {sorted(threats)}; name models that share theirs')
+    [(dataset, norm, eps)] = threats
+    figure = Figure(figsize=(6.4, 4.0), layout='constrained')
     axis = figure.subplots()
     for extra, marker in ((False, 'o'), (True, '^')):
-        part = [entry for entry in entries if bool(entry['additional_data']) == extra]
+        part = [entry for entry in entries_of(dataset, norm) if bool(entry['additional_data']) == extra]
         label = 'RobustBench, extra data' if extra else 'RobustBench'
         points = [entry['clean_acc'] for entry in part], [entry['robust_acc'] for entry in part]
-        axis.plot(*points, marker, color='0.6', markersize=4, label=label)
-    n, shares = ours['n'], (ours['clean_acc'], float(robust_acc(ours) or 0))
-    errors = [100 * (share * (1 - share) / n) ** 0.5 for share in shares]
-    label = f'{name} ({attack_title(ours)}, n {n})'
-    x, y = (100 * share for share in shares)
-    axis.errorbar([x], [y], xerr=errors[0], yerr=errors[1], fmt='*', color='#D55E00', markersize=11, label=label)
+        axis.plot(*points, marker, color='0.7', markersize=4, label=label)
+    for (record, ours), color in zip(found, itertools.cycle(_COLORS), strict=False):
+        n, shares = ours['n'], (ours['clean_acc'], float(robust_acc(ours) or 0))
+        errors = [100 * (share * (1 - share) / n) ** 0.5 for share in shares]
+        label = f'{record["model"]} ({attack_title(ours)}, n {n})'
+        x, y = (100 * share for share in shares)
+        axis.errorbar([x], [y], xerr=errors[0], yerr=errors[1], fmt='*', color=color, markersize=11, label=label)
     axis.set_xlabel('clean accuracy (%)')
     axis.set_ylabel('AutoAttack accuracy (%)')
-    axis.set_title(f'{ours["dataset"]}, {ours["norm"]} {ours["eps_text"]}', fontsize=10)
+    axis.set_title(f'{dataset}, {norm} {eps}', fontsize=10)
     axis.legend(fontsize=7)
     with atomic_file(path) as file:
         figure.savefig(file, format=Path(path).suffix.lstrip('.') or 'png', dpi=150)
