@@ -2,6 +2,13 @@
 
 Formulas follow Madry et al. 2018, https://arxiv.org/abs/1706.06083. All tensors are images in [0, 1], shaped [B, C, H,
 W]; eps and step sizes are in pixels on that scale, so the usual Linf budget is 8/255.
+
+>>> eight = ThreatModel('Linf', '8/255')
+>>> str(eight), round(eight.eps, 4)
+('Linf 8/255', 0.0314)
+>>> x = torch.full((1, 1, 2, 2), 0.99)
+>>> float(eight.project(x + 0.5, x).max())  # inside the ball, and a valid pixel
+1.0
 """
 
 from __future__ import annotations

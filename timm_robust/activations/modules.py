@@ -1,4 +1,11 @@
-"""The activations as modules: their learnable scalars, and the shape of each curve in closed form."""
+"""The activations as modules: their learnable scalars, and the shape of each curve in closed form.
+
+>>> act = get_activation('pssilu')()
+>>> {name: round(value, 3) for name, value in act.values().items()}
+{'alpha': 1.0, 'beta': 0.0}
+>>> round(act.shape().minimum, 4), round(act.max_curvature(), 4)
+(-0.2785, 0.5)
+"""
 
 from __future__ import annotations
 

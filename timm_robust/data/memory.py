@@ -2,6 +2,11 @@
 
 CIFAR-10 takes 150 MB, so it is decoded once, then cropped and flipped on the device: no worker processes, no disk
 cache, and nothing to restore on resume, because batch number `step` depends on the seed and the step alone.
+
+>>> data = ImageData(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8) % 2, ('cat', 'dog'), 'pets')
+>>> x, y = TrainBatches(data, 4, seed=0)[5]  # batch 5 of the run, whatever was asked before
+>>> x.shape, len(y)
+(torch.Size([4, 3, 32, 32]), 4)
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""One way from whatever names a model (registry, file, folder, Hub) to the model, in eval mode."""
+"""One way from whatever names a model (registry, file, folder, Hub) to the model, in eval mode.
+
+>>> model = load_model('resnet18_pssilu', width=4, num_classes=3)
+>>> model.training, model.num_classes
+(False, 3)
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
 """The recipe of a training run: every setting with its default, in timm's spelling, as YAML file.
 
 A recipe file holds only what differs from the defaults below. Precedence: default < file < command line.
+
+>>> recipe = Recipe(model='resnet18_pssilu', eps='4/255', steps=2)
+>>> str(recipe.threat_model), recipe.loss
+('Linf 4/255', 'pgd_at')
 """
 
 from __future__ import annotations
