@@ -3,6 +3,7 @@ import torch
 
 from timm_robust.precision import fastest_convolutions
 from timm_robust.training import loop as engine
+from timm_robust.training.builder import build
 from timm_robust.training.recipe import Recipe
 
 
@@ -21,7 +22,7 @@ def test_training_asks_for_it(tmp_path, monkeypatch):
     """On a stand-in of a GPU: only the name of the run's device is looked at."""
     seen = []
     monkeypatch.setattr(engine, 'fastest_convolutions', lambda device: fastest_convolutions(torch.device('cuda')))
-    run = engine.build(Recipe(
+    run = build(Recipe(
         model='resnet18_relu', model_kwargs={'width': 2}, dataset='digits', val_size=0, attack='fgsm', max_steps=1,
         batch_size=8, output=str(tmp_path), experiment='run',
     ))  # fmt: skip

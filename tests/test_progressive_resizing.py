@@ -8,7 +8,7 @@ from timm_robust.pixels import resized
 from timm_robust.training import loop as engine
 from timm_robust.training.builder import build
 from timm_robust.training.loop import Stopped, fit
-from timm_robust.training.plan import plan
+from timm_robust.training.planning import plan
 from timm_robust.training.recipe import Recipe
 
 STAGES = {8: 1, 16: 1, 32: 2}  # 3 steps an epoch

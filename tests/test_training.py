@@ -23,15 +23,16 @@ from timm_robust.evaluation.measure import evaluate
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.training import batches, rollback, validation
+from timm_robust.training import batches as batches_module
 from timm_robust.training import builder as module
 from timm_robust.training import loop as engine
+from timm_robust.training import rollback, validation
 from timm_robust.training import run as run_module
 from timm_robust.training.batches import read_data
 from timm_robust.training.builder import build, make_scheduler, set_bn_momentum
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import Stopped, epoch_row, fit, result
-from timm_robust.training.plan import plan
+from timm_robust.training.planning import plan
 from timm_robust.training.recipe import Recipe
 from timm_robust.training.run import Sums
 from timm_robust.training.state import restore, save
@@ -187,8 +188,8 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
 
 def test_other_images_under_the_same_name_are_refused(undisturbed, tmp_path, monkeypatch):
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
-    real = batches.load_dataset
-    monkeypatch.setattr(batches, 'load_dataset', lambda *args: real(*args).first(1400))
+    real = batches_module.load_dataset
+    monkeypatch.setattr(batches_module, 'load_dataset', lambda *args: real(*args).first(1400))
     with pytest.raises(
         ValueError, match=r'training data 1387 images #\w+, now 1350 images #\w+; vali.*: name the right'
     ):

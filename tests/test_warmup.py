@@ -19,7 +19,7 @@ from timm_robust.training import step as step_module
 from timm_robust.training.batches import make_batches, read_data
 from timm_robust.training.builder import build
 from timm_robust.training.loop import Stopped, fit
-from timm_robust.training.plan import plan
+from timm_robust.training.planning import plan
 from timm_robust.training.recipe import Recipe
 from timm_robust.training.state import save
 from timm_robust.training.step import StepOutput
