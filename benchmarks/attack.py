@@ -5,7 +5,7 @@
     python benchmarks/attack.py --train-steps 300 --width 16 -n 16    # trains one on scikit-learn's digits first
 
 Each side runs in a process of its own, and they take turns; reported are the median of the repeats, the smallest and
-the largest, and the images on which the two disagree. Ours is what `python -m timm_robust.evaluate` does: it searches
+the largest, and the images on which the two disagree. Ours is what `timm-robust evaluate` does: it searches
 on a folded copy of the network and confirms on the network; the variant `model` searches on the network itself. The
 peer is pyautoattack on the textbook network, the formula written out; `peer, our network` is it on ours, so that it
 profits from our PSSiLU. Only images that survive cost time: an untrained network's

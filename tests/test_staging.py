@@ -130,7 +130,7 @@ def test_the_card_is_generated_and_says_what_was_measured(staged):
     assert card.index('import timm_robust') < card.index(f"timm.create_model('{NAME}', pretrained=True)")
     assert read_results(folder)['weights']['sha256'] in card
     assert read_results(folder)['training']['origins'][0]['hardware'] in card
-    command = next(line for line in card.splitlines() if line.startswith('python train/adv_train.py'))
+    command = next(line for line in card.splitlines() if line.startswith('timm-robust train '))
     _, _, *argv = [word.replace('model_cards', str(staged / 'model_cards')) for word in command.split()]
     again = parse_recipe(argv)
     hyper = read_hyper_parameters(folder)
@@ -400,7 +400,7 @@ def test_a_users_own_weights_win(released, tmp_path):
 
 
 def test_a_network_without_weights_says_what_there_is():
-    with pytest.raises(RuntimeError, match=r'No pretrained weights exist for wrn28_10_elu; .*train/adv_train\.py'):
+    with pytest.raises(RuntimeError, match=r'No pretrained weights exist for wrn28_10_elu; .*timm-robust train'):
         timm.create_model('wrn28_10_elu', pretrained=True, device='meta')
 
 
@@ -525,4 +525,4 @@ def test_main_stages_measures_and_renders(run, tmp_path, capsys):
     assert main(['render', *where]) == 0
     assert 'APGD-CE + APGD-T' in (tmp_path / 'cards/RESULTS.md').read_text()
     assert main(['measure', 'resnet18_relu.fgsm_digits_linf', *flags, *where]) == 2
-    assert 'does not exist; type: python -m timm_robust.staging stage' in capsys.readouterr().err
+    assert 'does not exist; type: timm-robust stage' in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """Measure a model: clean, PGD and AutoAttack accuracy on the first n images of a data set, as one record.
 
-    python -m timm_robust.evaluate MODEL --data-dir DIR -n 1000 --eps 8/255 --attack autoattack
+    timm-robust evaluate MODEL --data-dir DIR -n 1000 --eps 8/255 --attack autoattack
 
 MODEL is a registry name, a checkpoint file or a folder. Progress goes to stderr; stdout gets a table and, as its last
 line, the record as JSON. eps is in pixels on the [0, 1] scale, whatever mean and std the model was trained with.

@@ -1,6 +1,6 @@
 """Pictures: the course of training runs, and adversarial examples beside their originals.
 
-python -m timm_robust.plots RUN [RUN ...] [-o plots.png] draws the summary.csv of run folders side by side.
+timm-robust plot RUN [RUN ...] [-o plots.png] draws the summary.csv of run folders side by side.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [name for name in args.names if name not in staged]
     if unknown or not staged:
         wrong = f'{", ".join(unknown)} is not staged; ' if unknown else ''
-        there = ', '.join(staged) or 'no staged model; type: python -m timm_robust.staging stage RUN NAME'
+        there = ', '.join(staged) or 'no staged model; type: timm-robust stage RUN NAME'
         raise ValueError(f'{wrong}{args.cards} holds {there}')
     keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
     options = Options(**{key: getattr(args, key) for key in keys})

@@ -1,8 +1,8 @@
 """Releases in the making: a finished run becomes model_cards/<arch>.<tag>/, is measured as stored, and described.
 
-    python -m timm_robust.staging stage RUN NAME [--note TEXT]
-    python -m timm_robust.staging measure NAME --data-dir DIR --attack autoattack -n 200 [--note TEXT]
-    python -m timm_robust.staging render
+    timm-robust stage RUN NAME [--note TEXT]
+    timm-robust measure NAME --data-dir DIR --attack autoattack -n 200 [--note TEXT]
+    timm-robust render
 
 `stage` writes weights, configuration, hyper-parameters and the course of training; `measure` adds one measurement with
 the verdict on every image; both and `render` write the card, the check sums, the table of releases and RESULTS.md.

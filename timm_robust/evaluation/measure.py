@@ -1,4 +1,4 @@
-"""Clean, PGD and AutoAttack accuracy of a model as one record: what `python -m timm_robust.evaluate` runs."""
+"""Clean, PGD and AutoAttack accuracy of a model as one record: what `timm-robust evaluate` runs."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[s
         raise RuntimeError(
             f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}'
             + ''.join(f'; {other} can be fetched from its authors: ask for it by that name' for other in others)
-            + '. Train it with train/adv_train.py and one of train/recipes/, or pass weights of your own: '
+            + '. Train it with timm-robust train and one of its recipes, or pass weights of your own: '
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
     weights = safetensors.torch.load(read_release(RELEASES[name]))

@@ -146,7 +146,7 @@ def _measurements(record: dict[str, Any]) -> list[str]:
         data = '' if result['dataset'] == 'cifar10' else f' --dataset {result["dataset"]}'
         data += '' if result['split'] == 'test' else f' --split {result["split"]}'
         lines.append(
-            f'python -m timm_robust.evaluate {record["model"]} --data-dir DIR{data} --attack {result["attack"]} '
+            f'timm-robust evaluate {record["model"]} --data-dir DIR{data} --attack {result["attack"]} '
             f'-n {result["n"]}{threat} --batch-size {result["batch_size"]} --seed {result["seed"]}'
         )
     lines.append('```')
@@ -178,7 +178,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         'course: `summary.csv`. To train it again:',
         '',
         '```bash',
-        f'python train/adv_train.py -c model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
+        f'timm-robust train model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
         '```',
     ]
     return lines

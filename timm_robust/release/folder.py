@@ -91,7 +91,7 @@ def check(folder: Path) -> None:
     there = set(files_of(folder)) - {'SHA256SUMS'}
     for name in sorted(there ^ set(listed)):
         what = 'is missing' if name in listed else 'is not listed in SHA256SUMS'
-        raise ValueError(f'{folder / name} {what}; type: python -m timm_robust.staging render')
+        raise ValueError(f'{folder / name} {what}; type: timm-robust render')
     for name, digest in listed.items():
         if sha256(folder / name) != digest:
             raise ValueError(f'{folder / name} is not the file of SHA256SUMS; fetch it again, or render')

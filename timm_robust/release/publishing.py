@@ -411,5 +411,5 @@ def find_release(folder: Path, name: str, table: Path) -> Release:
     """
     release = read_table(table).get(name)
     if release is None or release.sha256 != sha256(folder / WEIGHTS):
-        raise ValueError(f'{table} does not hold these weights of {name}; type: python -m timm_robust.staging render')
+        raise ValueError(f'{table} does not hold these weights of {name}; type: timm-robust render')
     return release

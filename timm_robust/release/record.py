@@ -62,7 +62,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     """
     path = folder / RESULTS
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist; type: python -m timm_robust.staging stage RUN {folder.name}')
+        raise FileNotFoundError(f'{path} does not exist; type: timm-robust stage RUN {folder.name}')
     record = read_staged(path)
     split_name(record['model'])
     if record['model'] != folder.resolve().name:

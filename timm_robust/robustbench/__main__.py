@@ -1,9 +1,9 @@
 """The one door to RobustBench: load, benchmark, convert, compare, submit.
 
     pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1
-    python -m timm_robust.robustbench benchmark NAME --data-dir DIR -n 200
-    python -m timm_robust.robustbench convert Dai2021Parameterizing FILE.pt OUT
-    python -m timm_robust.robustbench compare NAME
+    timm-robust robustbench benchmark NAME --data-dir DIR -n 200
+    timm-robust robustbench convert Dai2021Parameterizing FILE.pt OUT
+    timm-robust robustbench compare NAME
 
 How its package is imported beside the timm of today: robustbench_package.
 """

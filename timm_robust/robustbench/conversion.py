@@ -99,7 +99,7 @@ def fetch(name: str, target: str | Path) -> Path:
         except Exception as error:  # of requests, or gdown's own
             raise ConnectionError(
                 f'{name} (drive id {drive_id}) cannot be fetched: {type(error).__name__}; download it elsewhere and '
-                f'type: python -m timm_robust.robustbench convert {name} FILE.pt {target}'
+                f'type: timm-robust robustbench convert {name} FILE.pt {target}'
             ) from None
         if not path.is_file():
             raise ConnectionError(

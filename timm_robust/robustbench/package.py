@@ -135,7 +135,7 @@ class AutoAttack:
     ) -> torch.Tensor:
         """Adversarial images [N, C, H, W]; those that resist come back as they were."""
         if state_path is not None:
-            raise ValueError('RobustBench cannot resume; use python -m timm_robust.evaluate --state-dir')
+            raise ValueError('RobustBench cannot resume; use timm-robust evaluate --state-dir')
         x_adv, _ = self.runner.run_standard_evaluation(x, y, batch_size=bs)
         SETTINGS.x_adv.append(x_adv)
         return torch.as_tensor(x_adv)

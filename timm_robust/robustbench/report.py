@@ -214,7 +214,7 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         there = ', '.join(m['key'] for m in record['measurements']) or 'nothing'
         raise ValueError(
             f'{record["model"]} was measured on {there}; RobustBench takes AutoAttack on all 10,000 test images: '
-            f'type python -m timm_robust.staging measure {record["model"]} --data-dir DIR --attack autoattack -n 10000'
+            f'type timm-robust measure {record["model"]} --data-dir DIR --attack autoattack -n 10000'
         )
     result = item['result']
     if not _at_leaderboard_eps(result):
@@ -263,7 +263,7 @@ def _other_eps(record: dict[str, Any]) -> str:
     radii = ' and '.join(f'{norm} {eps}' for norm, eps in LEADERBOARD_EPS.items())
     return (
         f'{record["model"]} was measured at {there}, the leaderboard is for {radii}; stage its run again with '
-        '--overwrite, then type python -m timm_robust.staging measure NAME --data-dir DIR --eps RADIUS'
+        '--overwrite, then type timm-robust measure NAME --data-dir DIR --eps RADIUS'
     )
 
 

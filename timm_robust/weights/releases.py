@@ -155,6 +155,6 @@ def external_file(name: str, staged: Path = STAGED) -> Path:
         entry, drive_id = EXTERNAL[name]
         raise FileNotFoundError(
             f"{name} is RobustBench's {entry} (Google Drive {drive_id}), which its authors publish; to fetch it and "
-            f'convert it type: python -m timm_robust.robustbench fetch {entry} {path.parent}'
+            f'convert it type: timm-robust robustbench fetch {entry} {path.parent}'
         )
     return path
