@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -119,21 +118,21 @@ def clean(smoothing: float = 0.0) -> Loss:
     return Loss(lambda model, attack, x, y: x, descend)
 
 
-LOSSES = ('pgd_at', 'trades', 'mart', 'clean')
+LOSSES: dict[str, Callable[[float, float], Loss]] = {
+    'pgd_at': lambda beta, smoothing: pgd_at(smoothing),
+    'trades': trades,
+    'mart': mart,
+    'clean': lambda beta, smoothing: clean(smoothing),
+}
+"""Every loss by its name in recipes: a function of beta, which is TRADES' and MART's, and label smoothing."""
 
 
 def make_loss(name: str, beta: float = 6.0, smoothing: float = 0.0) -> Loss:
-    """The loss of a recipe; beta is TRADES' and MART's.
+    """The loss of a recipe.
 
     Raises:
         ValueError: for a name that is not there.
     """
-    losses: dict[str, Callable[..., Loss]] = {
-        'pgd_at': pgd_at,
-        'trades': partial(trades, beta=beta),
-        'mart': partial(mart, beta=beta),
-        'clean': clean,
-    }
-    if name not in losses:
-        raise ValueError(f'loss {name!r} is unknown; allowed: {", ".join(losses)}')
-    return losses[name](smoothing=smoothing)
+    if name not in LOSSES:
+        raise ValueError(f'loss {name!r} is unknown; allowed: {", ".join(LOSSES)}')
+    return LOSSES[name](beta, smoothing)

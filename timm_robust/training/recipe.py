@@ -29,6 +29,7 @@ from ..precision import Precision
 from ..provenance import CHECKOUT, PACKAGE
 from ..threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps
 from .clock import parse_duration
+from .losses import LOSSES
 from .schedule import MOMENTUM_SWING
 
 _RANGES: dict[str, Callable[[float], bool]] = {
@@ -123,7 +124,7 @@ class Recipe:
     extra_fraction: float = _field('data', 0.5, 'their share of each batch', '>= 0 and <= 1')
     workers: int = _field('data', 2, 'loader processes of streamed data', '0 to 256')
 
-    loss: str = _field('loss', 'pgd_at', 'what training descends', ('pgd_at', 'trades', 'mart', 'clean'))
+    loss: str = _field('loss', 'pgd_at', 'what training descends', tuple(LOSSES))
     beta: float = _field('loss', 6.0, 'weight of the robust term of TRADES and MART', '>= 0')
     awp_gamma: float = _field('loss', 0.0, 'size of the adversarial weight perturbation; 0: none', '>= 0')
     awp_start: float = _field('loss', 0.0, 'share of the run after which the weights are perturbed', '>= 0 and <= 1')
