@@ -338,6 +338,7 @@ def test_what_is_published_names_no_place_of_the_machine():
     places = {'data_dir': '/home/joe/data', 'output': '/home/joe/runs', 'extra_data': '/home/joe/edm/1m.npz'}
     public = Recipe(**places, initial_checkpoint='/home/joe/a.pth', lr=0.3).public()
     assert 'joe' not in str(public) and public['lr'] == 0.3 and public['extra_data'] == '1m.npz'
+    assert public['initial_checkpoint'] == 'a.pth'
     assert Recipe().public()['extra_data'] is None and not set(public) & set(MACHINE)
 
 

@@ -434,6 +434,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / 'run' / 'model_best.pth.tar').exists()
 
 
+def test_a_run_starts_from_the_weights_of_another_with_a_new_head(tmp_path, caplog):
+    robust = timm.create_model('resnet18_relu', width=2, num_classes=7)
+    state = {'arch': 'resnet18_relu', 'model_kwargs': {'width': 2}, 'num_classes': 7, 'state_dict': robust.state_dict()}
+    save_checkpoint(tmp_path / 'before/model_best.pth.tar', state)
+    settings = {'model': 'resnet18_relu', 'model_kwargs': {'width': 2}}
+    for where in (tmp_path / 'before', tmp_path / 'before/model_best.pth.tar'):
+        with caplog.at_level('INFO', 'timm_robust'):
+            run = build(tiny(tmp_path, **settings, initial_checkpoint=str(where)))
+        assert 'has another number of classes: fc.bias, fc.weight begin anew' in caplog.text
+        assert run.model.fc.weight.shape[0] == 10
+        own, theirs = run.model.state_dict(), robust.state_dict()
+        assert all(torch.equal(own[key], theirs[key]) for key in theirs if not key.startswith('fc.'))
+    with pytest.raises(ValueError, match=r'do not fit CifarResNet: .*size mismatch for conv1\.weight'):
+        build(tiny(tmp_path, model='resnet18_relu', model_kwargs={'width': 4}, initial_checkpoint=str(where)))
+    with pytest.raises(ValueError, match=r"'resnet18_relu' names a network, not its weights; add the tag"):
+        build(tiny(tmp_path, **settings, initial_checkpoint='resnet18_relu'))
+
+
 @pytest.mark.parametrize(
     ('changes', 'error', 'match'),
     [

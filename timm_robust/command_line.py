@@ -8,8 +8,11 @@ import contextlib
 import ctypes
 import difflib
 import functools
+import multiprocessing
+import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -140,3 +143,11 @@ def say(message: str) -> None:
     """A line on stderr, at once; a log that cannot be written, as on a full disk, ends nothing."""
     with contextlib.suppress(OSError, ValueError):  # closed: ValueError
         print(message, file=sys.stderr, flush=True)
+
+
+def start_worker(threads: int) -> None:
+    """A process beside a command's own: it has so many threads, and ends when the one that started it is gone."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -7,23 +7,28 @@ adversarially, attacks both with the full standard AutoAttack, prints a table, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import multiprocessing
 import shutil
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .attacks import attacked, cross_entropy, pgd
-from .command_line import Parser, command, count
+from .command_line import Parser, command, count, say, start_worker
 from .data import ImageData, load_dataset
 from .evaluation import evaluate
 from .models import load_model
 from .plots import adversarial_figure
+from .results import RobustnessResult
 from .threat_model import ThreatModel
 from .training import Recipe, build, fit
 
@@ -58,23 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('-n', type=count, default=24, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=count, help='train both models for so many epochs')
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr, force=True)
     started, output = time.perf_counter(), Path(args.output)
     claim(output)
     test = load_dataset('digits', split='test').first(args.n)
-    results, models = {}, {}
-    for name, recipe in {'standard training': CONTROL, 'robust training': ROBUST}.items():
-        logging.info('\n%s', name)
-        experiment = name.split()[0]
-        epochs = args.epochs or recipe.epochs
-        warmup = min(recipe.warmup_epochs, epochs / 4)
-        recipe = replace(recipe, output=str(output), experiment=experiment, epochs=epochs, warmup_epochs=warmup)
-        shutil.rmtree(output / experiment, ignore_errors=True)  # of the demo before
-        fit(build(recipe))
-        models[name] = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here
-        result, _ = evaluate(models[name], test, recipe.threat_model, name=name, progress=logging.info)
-        result.to_json(output / f'{experiment}.json')
-        results[name] = result
+    results = train_and_attack(output, args.n, args.epochs)
+    torch.set_num_threads(1)  # threads that wait for each other on six small images take minutes on a busy machine
+    models = {name: load_model(output / name.split()[0]) for name in results}
     picture = output / 'demo.png'
     draw(picture, models, test, ROBUST.threat_model)
     print(f'\nresnet18_pssilu (width 16 of 64), {len(test)} held-out digits, {ROBUST.threat_model}, full AutoAttack:\n')
@@ -84,6 +78,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f'\npicture: {picture}   records: {output}/*.json   {time.perf_counter() - started:.0f} s')
     print(json.dumps({name: r.autoattack_acc for name, r in results.items()}))
     return 0
+
+
+def train_and_attack(output: Path, n: int, epochs: int | None) -> dict[str, RobustnessResult]:
+    """Both networks at once, a process with one thread each, which write logs; the last lines go to stderr."""
+    recipes = {'standard training': CONTROL, 'robust training': ROBUST}
+    logs = {name: output / f'{name.split()[0]}.log' for name in recipes}
+    say(f'one process each, one core: {" and ".join(map(str, logs.values()))}')
+    spawn = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(2, mp_context=spawn, initializer=start_worker, initargs=(1,)) as pool:
+        jobs = {name: pool.submit(one, name, recipe, output, n, epochs) for name, recipe in recipes.items()}
+        try:
+            while wait(jobs.values(), timeout=10).not_done:
+                for name, log in logs.items():
+                    lines = log.read_text().splitlines() if log.is_file() else []
+                    say(f'{name}: {lines[-1] if lines else "starts"}')
+                if any(job.done() and job.exception() for job in jobs.values()):
+                    break
+            return {name: job.result() for name, job in jobs.items()}
+        except BrokenProcessPool as error:
+            raise ChildProcessError('a process was killed, perhaps for memory; type the same again') from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def one(name: str, recipe: Recipe, output: Path, n: int, epochs: int | None) -> RobustnessResult:
+    """Train a network and attack it; what is said goes to its log."""
+    experiment, epochs = name.split()[0], epochs or recipe.epochs
+    warmup = min(recipe.warmup_epochs, epochs / 4)
+    recipe = replace(recipe, output=str(output), experiment=experiment, epochs=epochs, warmup_epochs=warmup)
+    shutil.rmtree(output / experiment, ignore_errors=True)  # of the demo before
+    with open(output / f'{experiment}.log', 'w', buffering=1) as log, contextlib.redirect_stderr(log):
+        logging.basicConfig(level=logging.INFO, format='%(message)s', stream=log, force=True)
+        fit(build(recipe))
+        model = load_model(output / experiment).to(memory_format=torch.channels_last)  # a third faster here
+        test = load_dataset('digits', split='test').first(n)
+        result, _ = evaluate(model, test, recipe.threat_model, name=name, progress=logging.info)
+    result.to_json(output / f'{experiment}.json')
+    return result
 
 
 def claim(output: Path) -> None:

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import statistics
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -28,7 +27,7 @@ import timm
 import torch
 
 from .activations import get_activation
-from .command_line import Parser, command, count, keep_freed_memory
+from .command_line import Parser, command, count, keep_freed_memory, start_worker
 from .data import SPLITS, load_dataset
 from .evaluation import curve_facts, evaluate, local_lipschitz, minimal_radii, set_shape, square_success
 from .files import atomic_file, read_yaml
@@ -271,14 +270,6 @@ def run_points(
             raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def start_worker(threads: int) -> None:
-    """A process for points: it has so many threads, and ends when the one that started it is gone, killed or not."""
-    keep_freed_memory()
-    torch.set_num_threads(threads)
-    parent: Any = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run_point(point: Point, settings: dict[str, Any], options: dict[str, Any], output: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attacks import FoldedNet
 from ..data import StreamData, fingerprint
 from ..distributed import World
-from ..models import class_list, load_checkpoint, make_model, read_weights
+from ..models import class_list, load_checkpoint, load_model, make_model, read_weights
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
@@ -190,18 +190,42 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     arch, kwargs = architecture(recipe)
     model = make_model(arch, kwargs, pretrained=recipe.pretrained, num_classes=classes)
     if recipe.initial_checkpoint:
-        try:
-            model.load_state_dict(read_weights(recipe.initial_checkpoint))
-        except RuntimeError as error:
-            reason = ' '.join(str(error).split())[:300]
-            raise ValueError(
-                f'the weights in {recipe.initial_checkpoint} do not fit {recipe.model}: {reason}'
-            ) from None
+        load_initial(model, recipe.initial_checkpoint)
     if recipe.bn_momentum is not None:
         set_bn_momentum(model, recipe.bn_momentum)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     return model
+
+
+def load_initial(model: nn.Module, where: str) -> None:
+    """Load the weights that a run starts from; a classifier of another number of classes stays new.
+
+    Args:
+        model: gets the weights.
+        where: a file of weights, a folder (of a run, or staged), or a name of timm's registry with its tag, such as
+            'resnet18_pssilu.fgsm_cifar10_linf'.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for weights that do not fit, and for a name without weights.
+    """
+    path = Path(where)
+    named = not path.exists() and timm.is_model(where)
+    if named and '.' not in where:
+        raise ValueError(f'initial_checkpoint {where!r} names a network, not its weights; add the tag, or name a file')
+    weights = dict(load_model(where).state_dict() if named or path.is_dir() else read_weights(where))
+    heads = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
+    heads = tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
+    own = model.state_dict()
+    new = [key for key in weights.keys() & own.keys() if key.startswith(heads) and weights[key].shape != own[key].shape]
+    if new:
+        logger.info('%s has another number of classes: %s begin anew', where, ', '.join(sorted(new)))
+    try:
+        model.load_state_dict(weights | {key: own[key] for key in new})
+    except RuntimeError as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from None
 
 
 def set_bn_momentum(model: nn.Module, momentum: float) -> None:

@@ -12,7 +12,7 @@ from ..threat_model import parse_eps
 from .recipe import MACHINE, SETTINGS, Recipe
 
 FREE = (
-    *(name for name in MACHINE if name != 'initial_checkpoint'),
+    *MACHINE,
     *('val_interval', 'budget', 'on_divergence'),
     *('channels_last', 'fold_bn', 'torchcompile', 'grad_checkpointing'),  # equal up to rounding
     *('batch_size', 'val_size'),  # compared elsewhere: times the processes, and without --val-split

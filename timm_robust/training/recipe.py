@@ -93,7 +93,9 @@ class Recipe:
     act_shared: bool = _field('model', True, 'one such activation for the whole network, not one a place')
     num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '2 to 100000')
     pretrained: bool = _field('model', False, 'start from the pretrained weights of the model name')
-    initial_checkpoint: str | None = _field('model', None, 'start from the weights in this file')
+    initial_checkpoint: str | None = _field(
+        'model', None, 'start from these weights: a file, a folder, or a name with its tag'
+    )
     img_size: int | None = _field(
         'model', None, 'pixels a side that images are resized to; none: as they are', '8 to 4096'
     )
@@ -454,9 +456,11 @@ class Recipe:
         return cls(**{name: value for name, value in state['recipe'].items() if name not in RETIRED})
 
     def public(self) -> dict[str, Any]:
-        """The settings that tell of the training, not of the machine; of the path of extra_data its last part."""
+        """The settings that tell of the training, not of the machine; of paths the last part."""
         values = {name: getattr(self, name) for name in SETTINGS if name not in MACHINE}
-        return values | {'extra_data': self.extra_data and Path(self.extra_data).name}
+        return values | {
+            name: values[name] and Path(values[name]).name for name in ('extra_data', 'initial_checkpoint')
+        }
 
     def to_yaml(self, path: str | Path, full: bool = False) -> None:
         """Write what differs from the defaults (full: every setting), atomically: never half a file."""
@@ -474,7 +478,7 @@ RECIPES = CHECKOUT / 'train/recipes' if CHECKOUT else PACKAGE / 'recipes'
 """The recipes that the package brings, NAME.yaml each."""
 MACHINE = (
     *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
-    *('log_interval', 'save_interval', 'tensorboard', 'log_wandb', 'checkpoint_hist', 'initial_checkpoint'),
+    *('log_interval', 'save_interval', 'tensorboard', 'log_wandb', 'checkpoint_hist'),
 )
 """Settings that tell of the machine, not of the training: they are not published."""
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
