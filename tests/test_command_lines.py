@@ -277,7 +277,7 @@ def test_a_failed_upload_is_a_row_and_a_fault_of_ours_a_traceback_too(tmp_path, 
     publish = lambda *_, **__: (_ for _ in ()).throw(fault)  # noqa: E731
     monkeypatch.setattr(script, 'publish', publish)
     monkeypatch.setattr(script, 'get_token', lambda: 'hf_canary')
-    outcome = script.attempt(tmp_path / 'some.model', script.Options(), script.TABLE)
+    outcome = script.attempt(tmp_path / 'some.model', script.Options(), tmp_path / 'releases.json')
     said = capsys.readouterr().err
     assert outcome.status == 'failed' and type(fault).__name__ in outcome.message
     assert ('Traceback' in said) == traceback and 'canary' not in said + outcome.message

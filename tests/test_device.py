@@ -176,7 +176,7 @@ def test_a_training_step_waits_for_nothing(run, waits):
 def test_an_epoch_waits_for_its_log_alone(quick, waits, tmp_path):
     with FakeTensorMode(), waits, RunLog(tmp_path, config={}, total_steps=2) as log:
         train_epoch(to_device(quick), log)
-    assert {place.partition(':')[0] for place in waits.places} == {'engine.py, epoch_row'}
+    assert {place.partition(':')[0] for place in waits.places} == {'loop.py, epoch_row'}
 
 
 def test_validation_waits_for_its_result_alone(run, waits):

@@ -325,7 +325,7 @@ RACE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from timm_robust.release import publish as hub
+from timm_robust.release import publishing as hub
 hub.check = lambda folder: None  # eight folders of the same weights: loaded once is enough
 def one(root):
     try:

@@ -165,7 +165,7 @@ def test_help_names_every_flag_and_default():
         assert f'--{name.replace("_", "-")}' in text
     assert 'images a training step (default: 128)' in text and '--amp, --no-amp automatic' in text
     assert text.count('(default: ') == len(DEFAULTS) and 'SUPPRESS' not in text and 'MISSING' not in text
-    assert vars(parser.parse_args([])) == {'config': None}
+    assert vars(parser.parse_args([])) == {'recipe': None, 'config': None}
 
 
 def test_precedence_is_default_then_file_then_flag(tmp_path):
@@ -300,7 +300,8 @@ def test_construction_refuses_what_cannot_be_meant(values, error):
     [
         (['--batchsize', '3'], "unknown argument '--batchsize'; did you mean '--batch-size'?"),
         (['--epoch', '3'], "unknown argument '--epoch'; did you mean '--epochs'?"),  # no abbreviations
-        (['stray'], "unknown argument 'stray'"),
+        (['stray'], "'stray' is no file and no recipe of the package; near it are "),
+        (['a.yaml', 'stray'], "unknown argument 'stray'"),
         (['--loss', 'madry'], "argument --loss: invalid choice: 'madry' (choose from"),
         (['--epochs', '1.5'], "argument --epochs: invalid whole number value: '1.5'"),
         (['--lr', 'none'], "argument --lr: invalid number value: 'none'"),

@@ -495,7 +495,7 @@ def test_recipes_without_weights_are_listed(staged, tmp_path):
     (tmp_path / 'resnet18_relu.fgsm_digits_linf.yaml').write_text('')
     page = results_page(staged / 'model_cards', tmp_path)
     waiting = page.partition('## What has not run')[2]
-    assert '-c train/recipes/resnet18_relu.fgsm_digits_linf.yaml' in waiting and NAME not in waiting
+    assert 'timm-robust train resnet18_relu.fgsm_digits_linf ' in waiting and NAME not in waiting
     assert f'[{NAME}]({NAME})' in page and '| none yet |' in page  # no pair to compare
 
 

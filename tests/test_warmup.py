@@ -211,7 +211,8 @@ class Simulation:
         for place in (engine, warmup):
             monkeypatch.setattr(place, 'save', self.save)
             monkeypatch.setattr(place, 'validate', self.validate)
-        monkeypatch.setattr(module, 'make_batches', lambda *args: Batches(make_batches(*args), self))
+        for place in (module, state):
+            monkeypatch.setattr(place, 'make_batches', lambda *args: Batches(make_batches(*args), self))
 
     def after(self, seconds, result=None):
         self.now += seconds

@@ -19,6 +19,8 @@ from .command_line import Parser, command, is_input_error, say
 from .release import RESULTS, Options, Outcome, publish, repo_of
 from .weights import CARDS, read_table, table_of, without_password
 
+_CLIENTS = ('huggingface_hub', 'httpx', 'httpx2', 'httpcore', 'requests', 'urllib3')
+
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +51,8 @@ def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
     except KeyboardInterrupt:
         raise
     except Exception as error:  # the edge: errors of this package and of three client libraries end here
-        client = type(error).__module__.partition('.')[0] in ('huggingface_hub', 'httpx', 'httpx2', 'requests')
+        *_, (raised, _) = traceback.walk_tb(error.__traceback__)
+        client = raised.f_globals['__name__'].partition('.')[0] in _CLIENTS
         if not (client or is_input_error(error)):  # a fault of ours
             say(masked(traceback.format_exc()))
         message = masked(' '.join(f'{type(error).__name__}: {error}'.split()))

@@ -81,7 +81,7 @@ def test_the_payload_works(tmp_path):
 
 def test_the_oldest_timm_is_the_one_that_is_tested():
     [oldest] = re.findall(r'"timm>=([\d.]+)"', (ROOT / 'pyproject.toml').read_text())
-    assert f'timm=={oldest}' in __doc__ and f'Needs timm {oldest} or newer' in (ROOT / 'README.md').read_text()
+    assert f'timm=={oldest}' in __doc__ and f'timm must be {oldest} or newer' in (ROOT / 'README.md').read_text()
     assert tuple(map(int, timm.__version__.split('.')[:3])) >= tuple(map(int, oldest.split('.')))
 
 

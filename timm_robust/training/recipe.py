@@ -492,12 +492,12 @@ def find_recipe(name: str) -> Path:
         FileNotFoundError: for a name that is neither, with the nearest ones.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in ('.yaml', '.yml'):
+    if path.exists() or path.suffix in ('.yaml', '.yml'):
         return path
     names = [file.stem for file in sorted(RECIPES.glob('*.yaml'))]
     if name in names:
         return RECIPES / f'{name}.yaml'
-    near = difflib.get_close_matches(name, names, n=3) or names
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.0)
     raise FileNotFoundError(f'{name!r} is no file and no recipe of the package; near it are {", ".join(near)}')
 
 
