@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_default_flags_run(folder):
     """Every default as it stands, the full ResNet-18 and PGD-10 included; only the length of the run is cut."""
     run = adv_train('--max-steps', 1, '--val-size', 20, '--experiment', 'default', cwd=folder)
@@ -155,6 +156,7 @@ def test_there_are_recipes():
     assert {'resnet18_pssilu.fgsm_cifar10_linf', 'resnet18_relu.fgsm_cifar10_linf'} <= {p.stem for p in RECIPES}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10.is_dir(), reason='the offline copy of CIFAR-10 is not beside the checkout')
 def test_a_recipe_trains_on_real_cifar10(tmp_path):
     recipe = ROOT / 'train/recipes/resnet18_pssilu.fgsm_cifar10_linf.yaml'
@@ -165,6 +167,7 @@ def test_a_recipe_trains_on_real_cifar10(tmp_path):
     assert '49950 images' in run.stderr
 
 
+@pytest.mark.slow
 def test_the_demo_runs_end_to_end(tmp_path):
     args = ['--output', str(tmp_path), '-n', '2', '--epochs', '1']
     run = subprocess.run([sys.executable, str(ROOT / 'train/demo.py'), *args], capture_output=True, text=True)

@@ -17,6 +17,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
 def test_memory_is_not_handed_back():
     faults = [int(subprocess.check_output([sys.executable, '-c', FAULTS, how])) for how in ('give', 'keep')]

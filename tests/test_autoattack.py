@@ -41,6 +41,7 @@ def upstream(model, x, y, threat_model, batch_size, seed, attacks=None):
     return labels == y, x_adv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_standard_is_the_library_bit_for_bit(threat_model):
     model = conv_net()
@@ -72,6 +73,7 @@ def test_square_draws_the_same_positions_and_keeps_them_on_the_cpu():
     assert [square.random_int(1, high) for high in range(2, 40)] == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_apgd_is_the_first_half_of_standard(threat_model):
     model = conv_net()
@@ -188,6 +190,7 @@ def test_a_compiled_model_is_not_called_dynamic():
     assert set(funcs.values()) == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_layouts_and_precisions(threat_model):
     x, y = images(conv_net())

@@ -68,6 +68,7 @@ def same(a, b) -> bool:
     return tensors and (a.per_attack, a.warnings, a.rejected) == (b.per_attack, b.warnings, b.rejected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_the_folded_search_gives_the_librarys_verdicts(threat_model):
     model = conv_net()
@@ -110,6 +111,7 @@ def test_finds_that_the_model_does_not_confirm_are_looked_for_on_the_model():
     assert (misled.robust <= plain.robust).all() and misled.rejected == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('version', ['standard', 'apgd'])
 def test_a_screened_run_is_never_kinder(version):
     model = conv_net()
@@ -134,6 +136,7 @@ def test_what_only_the_screen_believes_counts_for_nothing():
     assert same(dataclasses.replace(misled, per_attack=plain.per_attack), plain)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
     model = conv_net()
     x, y = images(model)
@@ -152,6 +155,7 @@ def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
     assert same(again, expected)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
     model = conv_net()
     x, y = images(model)
@@ -174,6 +178,7 @@ def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
     assert files == {file: file.stat().st_mtime_ns for file in state.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_whole_attack_goes_on_where_its_first_half_ended_and_counts_its_time(tmp_path):
     model = conv_net()
     x, y = images(model)
@@ -301,6 +306,7 @@ def test_a_state_that_cannot_be_kept_ends_no_measurement(tmp_path, monkeypatch):
     assert 'cannot write: no space left; going on without' in lines
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
 def test_a_long_search_runs_on_compiled_kernels_to_the_same_verdicts(monkeypatch):
     monkeypatch.setattr(search, '_WORTH_SECONDS', 0.0)

@@ -45,6 +45,7 @@ def test_a_missing_peer_is_said(monkeypatch):
         pgd_at_step(torch.nn.Linear(1, 1), None, torch.zeros(1), torch.zeros(1), 1)
 
 
+@pytest.mark.slow
 def test_cases_take_turns_in_processes_of_their_own(tmp_path):
     from turns import spread, take_turns
 
@@ -209,6 +210,7 @@ def rows_of(text):
 KINDS = ('kernels: ', 'step: ', 'resume: ', 'validate: ', 'autoattack: ', 'compile: ')
 
 
+@pytest.mark.slow
 def test_the_smoke_test_passes_here(smoke, capsys):
     name = 'resnet18_pssilu.fast_cifar10_linf'
     assert smoke('kernels', name) == 0

@@ -57,6 +57,7 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
     assert find_recipe(name) == Path(name)
 
 
+@pytest.mark.slow
 def test_a_plan_and_a_training_by_the_command(tmp_path):
     flags = ['--dataset', 'digits', '--model', 'resnet18_relu', '--model-kwargs', 'width=2', '--val-size', '20']
     flags += [

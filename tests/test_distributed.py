@@ -43,6 +43,7 @@ def adv_train(processes, *args):
 
 
 # not TRADES: without a random start its surrogate begins where its gradient is rounding noise
+@pytest.mark.slow
 @pytest.mark.parametrize('settings', [['--awp-gamma', '0.01'], ['--loss', 'mart']], ids=['awp', 'mart'])
 def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settings):
     lines = []
@@ -61,6 +62,7 @@ def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settin
     assert lines[0]['images'] == lines[1]['images'] == 300
 
 
+@pytest.mark.slow
 def test_a_stopped_pair_saves_and_resumes(tmp_path):
     settings = ['--batch-size', 50, '--epochs', 400, '--output', tmp_path, '--log-interval', 1, '--max-steps', 2000]
     process = subprocess.Popen(command(2, *settings), stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
@@ -79,6 +81,7 @@ def test_a_stopped_pair_saves_and_resumes(tmp_path):
     assert f'at step {state["step"]} of' in run.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_settings_are_refused(tmp_path):
     code = 'import os, sys; sys.argv += ["--eps", "0." + os.environ["RANK"] + "1"]; from runpy import run_path; '
     script = command(2, '--output', tmp_path, '--max-steps', 1, '--batch-size', 50)

@@ -336,6 +336,7 @@ def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
     assert 'not repeated: pgd_acc is' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_two_processes_print_one_record_with_the_verdicts_of_one(checkpoint, tmp_path, capsys):
     where = [
         str(checkpoint),

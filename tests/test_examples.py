@@ -59,6 +59,7 @@ def test_timms_mean_and_std_are_applied_inside():
     assert torch.allclose(seen[0], (x - mean) / std)
 
 
+@pytest.mark.slow
 def test_autoattack_of_a_batch(classifier):
     pytest.importorskip('pyautoattack')
     model, x, y = classifier

@@ -72,6 +72,7 @@ def test_sigkill_at_any_step(tmp_path, undisturbed, steps):
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_signal_saves_says_how_to_go_on_and_exits(tmp_path, undisturbed, number):
     process = start(tmp_path)
@@ -88,6 +89,7 @@ def test_a_polite_signal_saves_says_how_to_go_on_and_exits(tmp_path, undisturbed
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, undisturbed):
     process = start(tmp_path)
     for line in process.stderr:

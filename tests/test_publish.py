@@ -139,6 +139,7 @@ def test_publish_load_by_name_and_publish_again(hub_server, staged, tmp_path, cl
         assert len(repo.commits) == commits and (staged / 'releases.json').read_bytes() == table
 
 
+@pytest.mark.slow
 def test_a_file_of_73_mb_arrives_bit_for_bit(hub_server, tmp_path):
     name, code = (
         'wrn28_10_relu.fgsm_digits_linf',
@@ -165,6 +166,7 @@ def hub(hub_server):
         yield server
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing(hub, hub_server, staged):
     before = (staged / 'releases.json').read_bytes()
     for token in (hub_server.WRITE, None):
@@ -174,6 +176,7 @@ def test_a_dry_run_writes_nothing(hub, hub_server, staged):
     assert not hub.writes() and (staged / 'releases.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_tokens_that_may_not_write_are_refused_before_anything_is_sent(hub, hub_server, staged):
     for token, message in (
         (None, 'no token; type hf auth login, or set HF_TOKEN'),
@@ -186,6 +189,7 @@ def test_tokens_that_may_not_write_are_refused_before_anything_is_sent(hub, hub_
     assert not hub.writes()
 
 
+@pytest.mark.slow
 def test_released_weights_change_only_when_asked(hub, hub_server, staged, tmp_path):
     upload(hub, staged, '--tag', 'v1', token=hub_server.WRITE)
     other, repo = make_staged_in(tmp_path / 'other'), hub.repo(REPO)
@@ -204,6 +208,7 @@ def make_staged_in(root):
     return make_staged(root, seed=1)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_no_longer_staged_goes(hub, hub_server, staged):
     upload(hub, staged, token=hub_server.WRITE)
     (staged / 'cards' / NAME / 'training.png').unlink()
@@ -213,6 +218,7 @@ def test_a_file_that_is_no_longer_staged_goes(hub, hub_server, staged):
     assert 'model.safetensors' not in outcome['changes']
 
 
+@pytest.mark.slow
 def test_branches_and_pull_requests_leave_the_table_alone(hub, hub_server, staged):
     upload(hub, staged, token=hub_server.WRITE)
     table, head = (staged / 'releases.json').read_bytes(), hub.repo(REPO).head
@@ -225,6 +231,7 @@ def test_branches_and_pull_requests_leave_the_table_alone(hub, hub_server, stage
     assert (staged / 'releases.json').read_bytes() == table
 
 
+@pytest.mark.slow
 def test_a_branch_is_made_also_where_it_equals_main(hub, hub_server, staged):
     upload(hub, staged, token=hub_server.WRITE)
     _, [outcome] = upload(hub, staged, '--revision', 'next', token=hub_server.WRITE)
@@ -233,6 +240,7 @@ def test_a_branch_is_made_also_where_it_equals_main(hub, hub_server, staged):
     assert outcome['status'] == 'unchanged'
 
 
+@pytest.mark.slow
 def test_private_repositories(hub, hub_server, staged):
     _, [outcome] = upload(hub, staged, '--private', '--org', 'ann', token=hub_server.WRITE)
     assert outcome['status'] == 'published' and hub.repo(f'ann/{NAME}').private
@@ -244,6 +252,7 @@ def test_private_repositories(hub, hub_server, staged):
     assert 'exists and is public; --private does not change that' in outcome['message']
 
 
+@pytest.mark.slow
 def test_a_changed_folder_is_not_published(hub, hub_server, staged):
     (staged / 'cards' / NAME / 'README.md').open('a').write('edited by hand\n')
     run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
@@ -253,6 +262,7 @@ def test_a_changed_folder_is_not_published(hub, hub_server, staged):
     assert run.returncode == 2 and f'is not staged; {staged / "cards"} holds {NAME}' in run.stderr
 
 
+@pytest.mark.slow
 def test_names_that_git_or_the_hub_refuses_are_found_before_anything_is_sent(hub, hub_server, staged):
     for wrong in (['--tag', 'a b'], ['--tag', 'v1..2'], ['--revision', 'x.lock'], ['--tag', ''], ['--org', 'a b']):
         run, outcomes = upload(hub, staged, *wrong, token=hub_server.WRITE)
@@ -260,6 +270,7 @@ def test_names_that_git_or_the_hub_refuses_are_found_before_anything_is_sent(hub
     assert not hub.requests
 
 
+@pytest.mark.slow
 def test_a_table_of_other_weights_and_what_is_no_part_of_a_release_keep_it_back(hub, hub_server, staged):
     (staged / 'cards' / NAME / 'id_rsa').write_text('secret')
     _, [outcome] = upload(hub, staged, token=hub_server.WRITE)
@@ -279,6 +290,7 @@ def test_what_fails_in_passing_after_the_commit_is_tried_again(hub, hub_server, 
     assert 'again in 1 s' in run.stderr
 
 
+@pytest.mark.slow
 def test_a_long_wait_is_refused_with_the_time_to_come_back(hub, hub_server, staged):
     hub.fault(f'POST /api/models/{REPO}/commit/main', 429, seconds=3600)
     started = time.monotonic()
@@ -292,6 +304,7 @@ def test_a_long_wait_is_refused_with_the_time_to_come_back(hub, hub_server, stag
     assert outcome['status'] == 'unchanged' and hub.repo(REPO).tags == {'v1': hub.repo(REPO).head}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('action', ['drop', 'drop_after', 503])
 def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, hub_server, staged, action):
     hub.fault(f'POST /api/models/{REPO}/commit/main', action, times=10 if action == 503 else 1)
@@ -306,6 +319,7 @@ def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, hub_server, 
     assert len(hub.repo(REPO).commits) == 2  # the initial one and ours
 
 
+@pytest.mark.slow
 def test_an_upload_corrupted_on_the_way_is_refused(hub, hub_server, staged):
     hub.fault('PUT /upload/', 'corrupt_body', times=20)
     run, [outcome] = upload(hub, staged, token=hub_server.WRITE)
@@ -339,6 +353,7 @@ with ThreadPoolExecutor(8) as pool:
 """
 
 
+@pytest.mark.slow
 def test_of_eight_racing_publishers_one_wins(hub, hub_server, staged, tmp_path):
     upload(hub, staged, token=hub_server.WRITE)
     for number in range(8):
@@ -356,6 +371,7 @@ def test_of_eight_racing_publishers_one_wins(hub, hub_server, staged, tmp_path):
     assert len(hub.repo(REPO).commits) == 3
 
 
+@pytest.mark.slow
 def test_killed_half_way_nothing_shows_and_a_rerun_completes(hub, hub_server, staged):
     hub.fault('PUT /upload/', 'stall', times=9, seconds=30)
     where = ['--cards', str(staged / 'cards'), '--table', str(staged / 'releases.json')]
@@ -380,6 +396,7 @@ def published(hub, hub_server, staged):
     return staged
 
 
+@pytest.mark.slow
 def test_a_tampered_download_is_refused(hub, published, tmp_path):
     hub.fault('GET /cdn/', 'corrupt', times=50)
     kind, message, _ = stranger(hub, published, tmp_path).split('|')
@@ -391,6 +408,7 @@ def test_a_tampered_download_is_refused(hub, published, tmp_path):
     assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_fetched_again(hub, published, tmp_path):
     assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
     [blob] = [
@@ -406,6 +424,7 @@ def test_a_damaged_cache_is_fetched_again(hub, published, tmp_path):
     assert json.loads(stranger(hub, published, tmp_path)) == logits(published)
 
 
+@pytest.mark.slow
 def test_loaded_once_it_loads_without_a_network(hub, published, tmp_path):
     expected = logits(published)
     assert json.loads(stranger(hub, published, tmp_path)) == expected
@@ -414,6 +433,7 @@ def test_loaded_once_it_loads_without_a_network(hub, published, tmp_path):
     assert json.loads(stranger('http://127.0.0.1:9', published, tmp_path)) == expected
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_said_in_one_line_with_the_remedy(hub, hub_server, published, tmp_path):
     repo = hub.repo(REPO)
 

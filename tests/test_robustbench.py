@@ -229,6 +229,7 @@ def test_a_radius_on_the_scale_of_8_bit_pixels_is_refused():
         door.benchmark(None, None, norm='L2', eps=128)
 
 
+@pytest.mark.slow
 @NEEDS
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.004), ('L2', 0.12)])
 def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps):

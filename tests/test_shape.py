@@ -99,6 +99,7 @@ sweeps:
 """
 
 
+@pytest.mark.slow
 def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(study, tmp_path, capsys):
     (tmp_path / 'study.yaml').write_text(STUDY)
     arguments = [str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out'), '--publish', str(tmp_path / 'published')]
@@ -138,6 +139,7 @@ def test_lines_and_kinks_have_places_of_their_own(study, tmp_path, monkeypatch):
     assert places['psilu'] < 0.5 and places['pssilu'] == pytest.approx(1.0) and places['relu'] > 2.0
 
 
+@pytest.mark.slow
 def test_two_points_at_a_time_give_the_same_table(study, tmp_path):
     (tmp_path / 'study.yaml').write_text(STUDY)
     tables = []
@@ -152,6 +154,7 @@ def test_two_points_at_a_time_give_the_same_table(study, tmp_path):
     assert tables[0] == tables[1] and len(tables[0]) == 5
 
 
+@pytest.mark.slow
 def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(study, tmp_path, capsys, monkeypatch):
     train = study.train
 
@@ -191,6 +194,7 @@ def test_what_a_study_cannot_mean_is_refused(study, tmp_path, capsys, change, me
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path(f'/proc/self/task/{os.getpid()}/children').is_file(), reason='needs /proc/PID/task/PID/children'
 )

@@ -435,6 +435,7 @@ def test_a_release_keeps_to_one_split_of_one_data_set(copy):
     assert (folder / 'results.json').read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_release_may_be_measured_at_another_radius_than_that_of_training(copy, run):
     cards = copy / 'model_cards'
     stage(run, NAME, cards=cards, overwrite=True)  # drops what was measured
@@ -499,6 +500,7 @@ def test_recipes_without_weights_are_listed(staged, tmp_path):
     assert f'[{NAME}]({NAME})' in page and '| none yet |' in page  # no pair to compare
 
 
+@pytest.mark.slow
 def test_two_processes_measure_a_release_and_one_keeps_the_record(copy):
     folder, flags = copy / 'model_cards' / NAME, 'flags/apgd_6.npz'
     where = ['--cards', str(folder.parent), '--table', str(copy / 'releases.json'), '--recipes', str(copy)]

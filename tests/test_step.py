@@ -92,6 +92,7 @@ def test_the_attacks_gradient_is_that_of_the_plain_network(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-5 * expected.abs().max().item(), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_bf16_trains_as_well_as_fp32(tmp_path):
     found = {}
     for amp in (False, True):

@@ -151,6 +151,7 @@ def test_resume_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path, resum
     assert len(again.history) == 3
 
 
+@pytest.mark.slow
 def test_resume_with_a_cosine_cycle_and_gaussian_starts(tmp_path):
     settings = {'sched': 'onecycle_cosine', 'bn_momentum': 0.01, 'start_noise': 0.001, 'attack_bn': 'train'}
     fit(build(tiny(tmp_path / 'a', **settings)))
@@ -198,6 +199,7 @@ def test_other_images_under_the_same_name_are_refused(undisturbed, tmp_path, mon
     assert again.step == 7 and again.changes[0]['changes']['training data'][1].startswith('1350 images')
 
 
+@pytest.mark.slow
 def test_a_course_is_changed_on_purpose_and_noted(undisturbed, tmp_path):
     with pytest.raises(Killed):
         fit(killed_at(5, build(tiny(tmp_path))))
@@ -225,6 +227,7 @@ def test_a_checkpoint_that_does_not_tell_its_images_resumes(undisturbed, tmp_pat
     assert 'last.pth.tar does not tell its images: they are taken for these' in caplog.text
 
 
+@pytest.mark.slow
 def test_what_a_run_goes_back_from_is_never_taken_up_again(tmp_path, monkeypatch, caplog):
     found = {3: 0.3, 6: 0.5, 7: 0.6}
     validation = lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found[args[3].step]}  # noqa: E731
@@ -409,6 +412,7 @@ def test_batch_norm_takes_the_momentum_of_the_recipe(tmp_path):
         set_bn_momentum(torch.nn.Linear(2, 2), 0.01)
 
 
+@pytest.mark.slow
 def test_training_teaches(tmp_path):
     """A dozen epochs on digits: far from chance, clean and under attack."""
     recipe = tiny(
@@ -604,6 +608,7 @@ def end_behind_epoch(run, last, monkeypatch):
     monkeypatch.setattr(engine, 'finish_epoch', finish_slowly)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seconds', [600, 0], ids=['not saved', 'saved'])
 def test_a_budget_that_ends_behind_an_epoch_still_validates_the_last_weights(tmp_path, monkeypatch, seconds):
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
@@ -654,6 +659,7 @@ def test_what_is_saved_are_the_weights_of_that_moment(tmp_path, monkeypatch):
     assert state['history'] == [{'epoch': 0, 'train_loss': 1.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('val_size', 'seconds', 'expected'), [(50, 600, [2, 4]), (0, 600, [2, 4]), (50, 0, [3, 4])])
 def test_epochs_between_validations_are_not_saved_unless_long_ago(tmp_path, monkeypatch, val_size, seconds, expected):
     monkeypatch.setattr(engine, 'SAVE_SECONDS', seconds)
@@ -727,6 +733,7 @@ def test_synchronised_batch_norms_keep_the_activations_inside_them():
         assert torch.equal(module.convert_sync_batchnorm(model).eval()(x), expected) and expected.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_path):
     settings = {'max_steps': None, 'epochs': 80, 'budget': '1h', 'val_interval': 2}
     run = build(tiny(tmp_path, **settings))
@@ -751,6 +758,7 @@ def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_pa
     assert rows == [(0, 3, False), (1, 6, True), (2, 9, False), (3, 11, True)]
 
 
+@pytest.mark.slow
 def test_a_collapse_found_when_there_is_no_time_left_ends_the_run(tmp_path, monkeypatch, caplog):
     run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
     found = [0.8, 0.01]
@@ -777,6 +785,7 @@ def test_what_diverged_is_not_gone_back_to(tmp_path, monkeypatch):
     assert line['epoch'] == 0 and line['steps'] == 3 and line['rollbacks'] <= 2
 
 
+@pytest.mark.slow
 def test_a_collapse_goes_back_behind_the_epoch_that_it_was_seen_in(tmp_path, monkeypatch):
     """Though there is a state inside that epoch: it may have collapsed already."""
     begun, found = [], iter([0.8, 0.8, 0.01, 0.8, 0.8])
@@ -837,6 +846,7 @@ def test_too_many_rollbacks_stop_the_run(tmp_path, monkeypatch):
         fit(run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('seconds', [12, 25])
 def test_a_budget_ends_on_time_at_the_end_rate(tmp_path, seconds):
     """The schedule follows the clock. Loose bounds: what is tested is the logic, on a machine that others use too."""

@@ -67,6 +67,7 @@ print(timm.create_model('resnet18_pssilu', pretrained=True).pretrained_cfg['tag'
     assert python('-c', code).split() == ['fgsm_cifar10_linf']
 
 
+@pytest.mark.slow
 def test_a_recipe_by_its_name_is_trained_measured_and_staged(python, tmp_path):
     run = python('-m', 'timm_robust.cli', 'train', NAME, *TINY, '--output', 'runs', '--experiment', 'run')
     assert json.loads(run.splitlines()[-1])['steps'] == 1
@@ -79,6 +80,7 @@ def test_a_recipe_by_its_name_is_trained_measured_and_staged(python, tmp_path):
     assert list(json.loads((tmp_path / 'releases.json').read_text())) == ['resnet18_pssilu.fgsm_digits_linf']
 
 
+@pytest.mark.slow
 def test_the_demo_runs(python, tmp_path):
     python('-m', 'timm_robust.cli', 'demo', '-n', '1', '--epochs', '1')
     assert (tmp_path / 'output/demo/demo.png').is_file()

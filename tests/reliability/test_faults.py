@@ -75,6 +75,7 @@ print('survived')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fault', ['full', 'read-only'])
 def test_a_disk_that_refuses_costs_nothing_that_was_saved(tmp_path, fault):
     mount = f'mount -t tmpfs -o size=16m tmpfs {tmp_path}'
@@ -107,6 +108,7 @@ def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):
     assert len((tmp_path / 'run/summary.csv').read_text().splitlines()) == 4  # the first epoch's row too
 
 
+@pytest.mark.slow
 def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_written(tmp_path):
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command += [str(ROOT / 'train/adv_train.py'), *ARGS, '--output', str(tmp_path), '--epochs', '500']
@@ -130,6 +132,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_writt
     assert again.returncode == 0 and f'at step {state["step"]} of' in again.stderr, again.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('act', 'name', 'value'),
     [
@@ -168,6 +171,7 @@ def test_an_activation_that_blows_up_is_never_saved(tmp_path, act, name, value, 
             assert tensor.isfinite().all(), (path, key)
 
 
+@pytest.mark.slow
 def test_catastrophic_overfitting_is_caught(tmp_path):
     """Accuracy on the training attack rises while PGD accuracy falls: the attack comes to give the labels away here."""
     settings = {'output': str(tmp_path), 'on_divergence': 'stop', 'epochs': 9, 'batch_size': 64, 'lr': 0.1}
@@ -187,6 +191,7 @@ def test_catastrophic_overfitting_is_caught(tmp_path):
     assert best['best'] == max(row['val_pgd_acc'] for row in best['history']) > 0.2 and best['epoch'] <= 5
 
 
+@pytest.mark.slow
 def test_a_token_appears_nowhere(tmp_path):
     token = 'hf_' + 'canary' * 6
     environment = {**ENVIRONMENT, 'HF_TOKEN': token, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path / 'home')}
