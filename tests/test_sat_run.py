@@ -37,7 +37,8 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('name', ['resnet50_silu', pytest.param('efficientnet_b0_silu', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['resnet50_silu', 'efficientnet_b0_silu'])
 def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp_path):
     settings = ['-c', RECIPE, '--model', name, '--data-dir', folder, '--img-size', 64, '--batch-size', 4]
     settings += ['--val-size', 10, '--workers', 1, '--no-torchcompile', '--device', 'cpu']

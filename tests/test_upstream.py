@@ -27,7 +27,6 @@ SELECTIONS = {
     'efficientnet': 'efficientnet_b0_silu or efficientnet_b1_silu or efficientnet_b2_silu',
     'large': 'test_model_default_cfgs and (resnet152_silu or resnext152_32x8d_silu or efficientnet_b7_silu)',
 }
-QUICK = ('resnet18', 'wrn28_10', 'wrn34_10', 'wrn70_16')
 
 
 @pytest.fixture(scope='module')
@@ -66,9 +65,8 @@ def upstream(tmp_path_factory):
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize(
-    'name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SELECTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', SELECTIONS)
 def test_upstream_model_tests_pass(name, upstream):
     selection = SELECTIONS[name]
     command = [

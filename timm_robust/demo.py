@@ -35,7 +35,7 @@ from .training import Recipe, build, fit
 MARK = '.demo'
 ROBUST = Recipe(
     model='resnet18_pssilu',
-    model_kwargs={'width': 16},  # of 64: full AutoAttack on the full width is too slow for a demo on two cores
+    model_kwargs={'width': 8},  # of 64: full AutoAttack on the full width is too slow for a demo on two cores
     dataset='digits',
     val_size=100,
     val_interval=3,
@@ -43,9 +43,9 @@ ROBUST = Recipe(
     hflip=0.0,
     eps=0.1,
     steps=2,
-    epochs=15,
+    epochs=12,
     batch_size=64,
-    warmup_epochs=4.0,
+    warmup_epochs=3.0,
     amp=True,
     log_interval=21,
     checkpoint_hist=1,
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
     )
-    parser.add_argument('-n', type=count, default=24, help='held-out images to attack (default: %(default)s)')
+    parser.add_argument('-n', type=count, default=12, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=count, help='train both models for so many epochs')
     args = parser.parse_args(argv)
     started, output = time.perf_counter(), Path(args.output)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = {name: load_model(output / name.split()[0]) for name in results}
     picture = output / 'demo.png'
     draw(picture, models, test, ROBUST.threat_model)
-    print(f'\nresnet18_pssilu (width 16 of 64), {len(test)} held-out digits, {ROBUST.threat_model}, full AutoAttack:\n')
+    print(f'\nresnet18_pssilu (width 8 of 64), {len(test)} held-out digits, {ROBUST.threat_model}, full AutoAttack:\n')
     print(f'{"":22s}{"clean":>8s}{"PGD-10":>8s}{"AutoAttack":>12s}')
     for name, r in results.items():
         print(f'{name:22s}{r.clean_acc:8.1%}{r.pgd_acc:8.1%}{r.autoattack_acc:12.1%}')
