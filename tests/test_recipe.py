@@ -203,9 +203,9 @@ def test_yaml_values(tmp_path, text, values):
     [
         (
             'lr: 0.1\nbatchsize: 64\n',
-            r":2: unknown key 'batchsize'; did you mean 'batch_size'\?.*timm_robust\.recipe\.Recipe",
+            r":2: unknown key 'batchsize'; did you mean 'batch_size'\?.*timm_robust\.training\.Recipe",
         ),
-        ('zzz: 1\n', r":1: unknown key 'zzz'; timm_robust\.recipe\.Recipe lists"),
+        ('zzz: 1\n', r":1: unknown key 'zzz'; timm_robust\.training\.Recipe lists"),
         ('1: 2\n', ':1: unknown key 1;'),
         ('lr: 0.1\nepochs: 2\nlr: 0.2\n', ":3: not valid YAML: key 'lr' is given twice"),
         ('batch_size: 1\nbatch-size: 2\n', ":2: key 'batch-size' is given twice"),

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
-_SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
+SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
 _WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _COUNTERS = (torch.int64, torch.int32, torch.bool)
 _SAFE: Any = getattr(torch.serialization, 'safe_globals', lambda _: contextlib.nullcontext())  # torch 2.5
@@ -73,7 +73,7 @@ def _check_file(path: Path) -> None:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """The files of a folder that are named as checkpoints."""
-    return sorted(file for file in folder.glob('[!.]*') if file.name.endswith(_SUFFIXES) and file.is_file())
+    return sorted(file for file in folder.glob('[!.]*') if file.name.endswith(SUFFIXES) and file.is_file())
 
 
 def _refusal(path: Path, what: str) -> str:
@@ -105,7 +105,7 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
     """
     path = Path(path)
     if path.suffix != '.safetensors':
-        return _weights_of(load_checkpoint(path), path, use_ema)
+        return weights_of(load_checkpoint(path), path, use_ema)
     _check_file(path)
     try:
         weights = safetensors.torch.load_file(path)
@@ -113,10 +113,10 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
         raise
     except Exception as error:
         raise ValueError(_damage(path, str(error))) from error
-    return _weights_of(weights, path, use_ema)
+    return weights_of(weights, path, use_ema)
 
 
-def _weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
+def weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
     """The weights in what was read from a file."""
     names = ('state_dict_ema', 'state_dict') if use_ema else ('state_dict',)
     found = [state[name] for name in names if state.get(name) is not None]

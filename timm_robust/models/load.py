@@ -18,7 +18,7 @@ from torch import nn
 
 from ..files import read_yaml
 from ..weights import fetch_folder
-from .checkpoint import _SUFFIXES, BEST, _weights_of, load_checkpoint, read_weights
+from .checkpoint import BEST, SUFFIXES, load_checkpoint, read_weights, weights_of
 from .config import check_model_kwargs, find_weights, forget_weights, make_model, note_data, read_config, timm_settings
 
 HYPER_PARAMETERS = 'train_hparams.yaml'
@@ -65,7 +65,7 @@ def load_model(
         model = _from_config(fetch_folder(name.partition(':')[2]), {'pretrained': True, **model_kwargs})
     elif name.startswith(_LOCAL):
         model = _from_config(Path(name.removeprefix(_LOCAL)), {'pretrained': True, **model_kwargs})
-    elif path.is_file() or name.endswith(_SUFFIXES):
+    elif path.is_file() or name.endswith(SUFFIXES):
         model = _from_file(path, model_kwargs)
     elif isinstance(spec, str) and timm.is_model(name):
         model = _from_registry(name, model_kwargs)
@@ -102,7 +102,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
         model = _from_config(path.parent, model_kwargs)
     else:
         state: dict[str, Any] = read_weights(path) if path.suffix == '.safetensors' else load_checkpoint(path)
-        weights = _weights_of(state, path)
+        weights = weights_of(state, path)
         name, call = (
             arch or state.get('arch'),
             f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint",

@@ -10,18 +10,18 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..results import check_types, read_object
 from .papers import Paper, extra_data_of, papers_of
 from .record import (
-    _link,
-    _versions,
     attack_title,
     hours,
     limits,
     measurement_notes,
+    paper_link,
     percent,
     read_hyper,
     read_results,
     robust_acc,
     strongest,
     trained_on,
+    versions_of,
 )
 
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
@@ -47,7 +47,7 @@ def model_card(folder: Path) -> str:
     if (folder / 'training.png').is_file():
         lines += ['', '![course of training](training.png)']
     lines += ['', '## Limits', '', *limits(record)]
-    lines += ['', '## Papers', '', *[f'- {who}: {_link(where)}' for who, where in papers]]
+    lines += ['', '## Papers', '', *[f'- {who}: {paper_link(where)}' for who, where in papers]]
     lines += [
         '',
         f'`model.safetensors`: {weights["size"]:,} bytes, {weights["parameters"]:,} parameters, matrices in fp16,',
@@ -171,7 +171,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         *[f'- From step {each["step"]:,} on: {changes_text(each["changes"])}.' for each in training.get('changes', [])],
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
-        f'versions: {_versions(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
+        f'versions: {versions_of(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
         f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '

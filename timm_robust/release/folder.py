@@ -55,7 +55,7 @@ def verify(folder: Path, record: dict[str, Any]) -> None:
         RobustnessResult(**item['result']).check_verdicts(folder / FLAGS / f'{item["key"]}.npz')
 
 
-def _check_sums(folder: Path, record: dict[str, Any], known: Release | None, measured: bool) -> None:
+def check_sums(folder: Path, record: dict[str, Any], known: Release | None, measured: bool) -> None:
     """Refuse weights and verdicts that changed since SHA256SUMS was written; staging takes it away."""
     if not (folder / 'SHA256SUMS').is_file():
         return
@@ -105,7 +105,7 @@ def _text_of(card: str) -> str:
     return card.split('\n---\n', 1)[-1]
 
 
-def _check_alike(record: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel) -> None:
+def check_alike(record: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel) -> None:
     """Refuse training images, and another data set, split or radius than those of the measurements before."""
     if split == 'train':
         raise ValueError(f'{record["model"]} was trained on such images; a release is measured with --split test')

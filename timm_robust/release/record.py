@@ -155,9 +155,11 @@ def hours(seconds: float) -> str:
     return f'{seconds:.0f} seconds'
 
 
-def _versions(origin: dict[str, Any]) -> str:
+def versions_of(origin: dict[str, Any]) -> str:
+    """The packages of a start of a training, with their versions."""
     return ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
 
 
-def _link(where: str) -> str:
+def paper_link(where: str) -> str:
+    """The address of a paper: its number on arXiv, or the address itself."""
     return f'https://arxiv.org/abs/{where}' if where[0].isdigit() else where

@@ -27,7 +27,7 @@ from ..threat_model import ThreatModel, parse_eps
 from ..training import Recipe
 from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
 from .card import model_card
-from .folder import ORGANISATION, _check_alike, _check_sums, files_of, verify
+from .folder import ORGANISATION, check_alike, check_sums, files_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, strongest
 from .results_page import README_END, README_START, results_page, weights_table
@@ -147,7 +147,7 @@ def measure(
     there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
     threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
     threat_model.check_scale()
-    _check_alike(before, data.name, settings.get('split', 'test'), threat_model)
+    check_alike(before, data.name, settings.get('split', 'test'), threat_model)
     check_output(folder / RESULTS)
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
@@ -158,7 +158,7 @@ def measure(
     record = read_results(folder)  # another measurement may have ended meanwhile
     if record['weights'] != before['weights']:
         raise ValueError(f'{folder} got other weights while these were measured; type the same again')
-    _check_alike(record, result.dataset, result.split, threat_model)
+    check_alike(record, result.dataset, result.split, threat_model)
     key = f'{result.attack}_{result.n}'
     (folder / FLAGS).mkdir(exist_ok=True)
     with atomic_file(folder / FLAGS / f'{key}.npz') as file:
@@ -200,7 +200,7 @@ def render(
     for folder in folders:
         record = read_results(folder)
         verify(folder, record)
-        _check_sums(folder, record, known.get(record['model']), record['model'] == measured)
+        check_sums(folder, record, known.get(record['model']), record['model'] == measured)
     for folder in folders:
         record = read_results(folder)
         name, weights, best = record['model'], record['weights'], strongest(record)

@@ -5,7 +5,7 @@
     timm-robust robustbench convert Dai2021Parameterizing FILE.pt OUT
     timm-robust robustbench compare NAME
 
-How its package is imported beside the timm of today: robustbench_package.
+How its package is imported beside the timm of today: package.py.
 """
 
 from __future__ import annotations

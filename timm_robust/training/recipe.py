@@ -438,7 +438,7 @@ class Recipe:
             if name not in SETTINGS:
                 near = difflib.get_close_matches(name, SETTINGS, 1)
                 hint = f'did you mean {near[0]!r}? ' if near else ''
-                raise ValueError(f'{place}: unknown key {key!r}; {hint}timm_robust.recipe.Recipe lists the keys')
+                raise ValueError(f'{place}: unknown key {key!r}; {hint}timm_robust.training.Recipe lists the keys')
             if name in read:
                 raise ValueError(f'{place}: key {key!r} is given twice')
             try:
