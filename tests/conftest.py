@@ -27,3 +27,10 @@ def logs_go_where_they_went():
         if handler not in before and type(handler) is logging.StreamHandler:
             root.removeHandler(handler)
     root.setLevel(level)
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_stay_in_their_test():
+    """A training compiles PSSiLU for the whole process, and its networks keep more for backward from then on."""
+    with importlib.import_module('timm_robust.activations.pssilu').using(None):
+        yield

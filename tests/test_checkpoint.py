@@ -182,6 +182,19 @@ def test_code_is_refused_and_does_not_run(tmp_path, write):
     assert not (tmp_path / 'ran').exists()
 
 
+def test_safetensors_whose_first_byte_is_that_of_a_pickle_are_read(tmp_path):
+    path, firsts = tmp_path / 'a.safetensors', set()
+    for length in range(300, 600):
+        safetensors.torch.save_file({'w': torch.ones(2)}, path, {'note': 'x' * length})
+        firsts.add(path.read_bytes()[0])
+        assert read_weights(path)['w'].tolist() == [1, 1]
+    assert 0x80 in firsts  # the header's length, of which every 32nd ends so
+    write_pickle(path, {'state_dict': Code(tmp_path / 'ran')})
+    with pytest.raises(ValueError, match='could run code'):
+        read_weights(path)
+    assert not (tmp_path / 'ran').exists()
+
+
 @pytest.mark.parametrize(
     ('content', 'text'),
     [

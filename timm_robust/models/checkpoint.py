@@ -67,7 +67,8 @@ def _check_file(path: Path) -> None:
         raise ValueError(f'{path} is a web page, not a checkpoint; use the link that downloads the file itself')
     if head.startswith(b'version https://git-lfs'):
         raise ValueError(f'{path} is a Git LFS pointer, not the checkpoint; type: git lfs pull')
-    if head[:1] == b'\x80' and head[1:2] >= b'\x03':  # torch.save writes protocol 2
+    safetensors_header = head[8:9] == b'{'  # after eight bytes of length, which may begin as a pickle does
+    if head[:1] == b'\x80' and head[1:2] >= b'\x03' and not safetensors_header:  # torch.save writes protocol 2
         raise ValueError(_refusal(path, 'a bare pickle'))
 
 
