@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -137,51 +137,48 @@ def killed_training(folder: Path, data: Sequence[str], kills: int, seed: int) ->
     return {'tried': hits, 'lost': 0 if same else hits}, whole / 'run'
 
 
-def killed(kills: int, seed: int) -> dict[str, dict[str, int]]:
+def killed(kills: int, seed: int) -> Iterator[tuple[str, dict[str, int]]]:
     """Kill two trainings `kills` times and an evaluation half as often; whether they end as undisturbed ones do."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for kind in ('digits', 'stream'):
             (folder / kind).mkdir()
         digits, run = killed_training(folder / 'digits', DIGITS, kills, seed)
+        yield 'SIGKILL of a training, then the same weights', digits
         stream = [*STREAM, '--data-dir', str(write_pictures(folder / 'pictures'))]
         streamed, _ = killed_training(folder / 'stream', stream, kills, seed + 1)
+        yield 'SIGKILL of a training from the disk, then the same weights', streamed
         states = Path(name) / 'state', Path(name) / 'broken-state'
         stops = interrupted(partial(evaluation, run=run), 'PGD-10', *states, kills // 2, seed)
         ours, theirs = (verdicts(state) for state in states)
         equal = ours.keys() == theirs.keys() and all((value == theirs[key]).all() for key, value in ours.items())
-    return {
-        'SIGKILL of a training, then the same weights': digits,
-        'SIGKILL of a training from the disk, then the same weights': streamed,
-        'SIGKILL of an evaluation, then the same verdicts': {'tried': stops, 'lost': 0 if equal else stops},
-    }
+        yield 'SIGKILL of an evaluation, then the same verdicts', {'tried': stops, 'lost': 0 if equal else stops}
 
 
-def fuzzed(count: int, seed: int) -> dict[str, dict]:
+def fuzzed(count: int, seed: int) -> Iterator[tuple[str, dict]]:
     """What fuzz.py finds, kind by kind, each in a process of its own."""
-    found = {}
     for kind in ('checkpoint', 'safetensors', 'config', 'recipe', 'npz', 'parquet', 'result', 'releases'):
         command = [sys.executable, str(HERE / 'fuzz.py'), '--kind', kind, '--count', str(count), '--seed', str(seed)]
         run = subprocess.run(command, capture_output=True, text=True)
         lines = run.stdout.splitlines()
-        found |= (
-            json.loads(lines[-1]) if run.returncode == 0 else {kind: {'read': 0, 'refused': 0, 'crashed': [run.stderr]}}
-        )
-    return found
+        found = json.loads(lines[-1]) if run.returncode == 0 else {}
+        yield from found.items() or [(kind, {'read': 0, 'refused': 0, 'crashed': [run.stderr]})]
 
 
-def faults() -> dict[str, dict[str, int]]:
+def faults() -> Iterator[tuple[str, dict[str, int]]]:
     """What the tests of PROVOKED find, test by test; those that this machine cannot provoke are left out."""
-    with tempfile.TemporaryDirectory() as name:
-        report = Path(name) / 'report.xml'
-        command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', *map(str, PROVOKED)]
-        subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL)
-        found: dict[str, dict[str, int]] = {}
-        for case in ElementTree.parse(report).iter('testcase'):
-            row = found.setdefault(case.get('name').partition('[')[0][5:].replace('_', ' '), {'tried': 0, 'lost': 0})
-            row['tried'] += case.find('skipped') is None
-            row['lost'] += case.find('failure') is not None or case.find('error') is not None
-    return {name: row for name, row in found.items() if row['tried']}
+    for tests in PROVOKED:
+        with tempfile.TemporaryDirectory() as name:
+            report = Path(name) / 'report.xml'
+            command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', f'--junitxml={report}', str(tests)]
+            subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL)
+            found: dict[str, dict[str, int]] = {}
+            for case in ElementTree.parse(report).iter('testcase'):
+                test = case.get('name').partition('[')[0].removeprefix('test_').replace('_', ' ')
+                row = found.setdefault(test, {'tried': 0, 'lost': 0})
+                row['tried'] += case.find('skipped') is None
+                row['lost'] += case.find('failure') is not None or case.find('error') is not None
+        yield from ((test, row) for test, row in found.items() if row['tried'])
 
 
 def attack_on(folder: Path, minutes: float) -> None:
@@ -248,17 +245,20 @@ def main() -> int:
     if args.attack:
         attack_on(args.attack, args.minutes)
         return 0
-    provoked = {**(killed(args.kills, args.seed) if args.kills else {}), **faults()}
-    fuzz = fuzzed(args.count, args.seed) if args.count else {}
-    soak = soaked(args.minutes) if args.minutes else {}
-    print('| fault | tried | survived | lost |\n|---|---|---|---|')
-    for name, row in provoked.items():
-        print(f'| {name} | {row["tried"]} | {row["tried"] - row["lost"]} | {row["lost"]} |')
-    print('\n| damaged and hostile files | tried | read | refused | crashed |\n|---|---|---|---|---|')
-    for kind, found in fuzz.items():
+    print('| fault | tried | survived | lost |\n|---|---|---|---|', flush=True)
+    provoked: dict[str, dict[str, int]] = {}
+    for part in (killed(args.kills, args.seed) if args.kills else [], faults()):
+        for name, row in part:
+            provoked[name] = row
+            print(f'| {name} | {row["tried"]} | {row["tried"] - row["lost"]} | {row["lost"]} |', flush=True)
+    print('\n| damaged and hostile files | tried | read | refused | crashed |\n|---|---|---|---|---|', flush=True)
+    fuzz = {}
+    for kind, found in fuzzed(args.count, args.seed) if args.count else []:
+        fuzz[kind] = found
         tried = found['read'] + found['refused'] + len(found['crashed'])
-        print(f'| {kind} | {tried} | {found["read"]} | {found["refused"]} | {len(found["crashed"])} |')
-    print('\n| soak | minutes | done | memory grew by | open files grew by |\n|---|---|---|---|---|')
+        print(f'| {kind} | {tried} | {found["read"]} | {found["refused"]} | {len(found["crashed"])} |', flush=True)
+    print('\n| soak | minutes | done | memory grew by | open files grew by |\n|---|---|---|---|---|', flush=True)
+    soak = soaked(args.minutes) if args.minutes else {}
     for name, row in soak.items():
         print(f'| {name} | {args.minutes:g} | {row["done"]} | {row["memory"]:+.2%} | {row["files"]} |')
     print('\n' + json.dumps({'faults': provoked, 'files': fuzz, 'soak': soak}))
