@@ -21,7 +21,6 @@ from timm_robust.data import (
     split_holdout,
 )
 from timm_robust.data.memory import new_labels
-from timm_robust.distributed import World
 from timm_robust.training.batches import read_data
 from timm_robust.training.recipe import Recipe
 
@@ -210,10 +209,10 @@ def test_validation_and_a_resumed_run_keep_the_classes_of_training(tmp_path):
     shutil.copytree(tmp_path / 'train', tmp_path / 'val')
     shutil.rmtree(tmp_path / 'val/ant')
     recipe = Recipe(model='test_resnet', dataset='folder', data_dir=str(tmp_path), val_split='val', workers=0)
-    train, held = read_data(recipe, World(torch.device('cpu')), 0)
+    train, held = read_data(recipe, 0)
     assert train.classes == held.classes == CLASSES and set(held.labels.tolist()) == {1, 2}
     shutil.rmtree(tmp_path / 'train/bee')
-    train, held = read_data(recipe, World(torch.device('cpu')), 0, CLASSES)
+    train, held = read_data(recipe, 0, CLASSES)
     assert set(train.labels.tolist()) == {0, 2} and set(held.labels.tolist()) == {1, 2}
 
 

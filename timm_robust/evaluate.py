@@ -24,15 +24,17 @@ import torch
 from torch import nn
 
 from .command_line import KeyValue, Parser, command, count, keep_freed_memory, say, whole_number
-from .data import DATASETS, SPLITS, ImageData, StreamData, is_stream, load_dataset
+from .data import DATASETS, SPLITS, ImageData, is_stream
 from .distributed import World
-from .evaluation import evaluate
+from .evaluation import DEFAULT_N, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
-from .models import check_model_kwargs, input_channels, load_model, trained_classes
+from .models import BEST, check_model_kwargs, load_model
 from .results import ATTACKS, SCREENS, RobustnessResult, is_record
 from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
+from .training import held_out_images
 
-_DEFAULT_N = 1000
+HELD_OUT = 'held_out'
+"""The split that training has held out of its images."""
 _SETTINGS = (
     *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
     *('search', 'screen', 'state_dir', 'checks'),
@@ -49,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = RobustnessResult.from_json(args.repeat) if args.repeat else None
     if record is not None:
         _take_settings(args, record)
-    args.dataset = args.dataset or 'cifar10'
     _check_files(args)
     threat_model = ThreatModel(args.norm, args.eps)
     threat_model.check_scale()
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in _notes(args, threat_model) if not world.rank else ():
         say(f'note: {note}')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
-    settings['n'] = min(_DEFAULT_N, len(data)) if args.n is None else args.n
-    if is_stream(args.dataset):  # without those that could not be read
+    settings['n'] = min(DEFAULT_N, len(data)) if args.n is None else args.n
+    if is_stream(args.dataset or 'cifar10'):  # without those that could not be read
         settings['n'] = len(data)
     progress = None if args.quiet or world.rank else say
     try:
@@ -121,27 +122,25 @@ def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
 
 
 def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> ImageData:
-    """The images to measure on; of a streamed data set n at the model's size, evenly from first to last."""
-    channels = input_channels(model)
-    if not is_stream(args.dataset):
-        data = load_dataset(args.dataset, args.data_dir, args.split, args.dataset_download)
-        return data.with_channels(channels) if channels else data
-    config = dict(getattr(model, 'pretrained_cfg', None) or {})
-    size = args.img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
-    options: dict[str, Any] = {'download': args.dataset_download, 'classes': trained_classes(model)}
-    if args.dataset.partition('/')[0] in ('wds', 'hfids', 'tfds'):  # folders know their classes, and may lack some
-        options['num_classes'] = getattr(model, 'num_classes', None)
-    stream = StreamData(args.dataset, args.data_dir, args.split, size, **options)
-    if stream.iterable and world.size > 1:
-        raise ValueError(
-            f'{args.dataset} has an order, not numbers, so it is measured in one process, without torchrun'
+    """The images to measure on."""
+    if args.split != HELD_OUT:
+        return read_split(
+            model,
+            args.dataset or 'cifar10',
+            args.data_dir,
+            args.split,
+            n=args.n,
+            img_size=args.img_size,
+            download=args.dataset_download,
+            processes=world.size,
         )
-    n = min(_DEFAULT_N, len(stream)) if args.n is None else args.n
-    first = stream.first(n)
-    if not stream.iterable:  # folders come class by class: the first images would all be of one
-        first = stream.subset(torch.arange(n) * len(stream) // n)
-    data = first.in_memory()
-    return data.with_channels(channels) if channels else data
+    path = Path(args.model)
+    if not path.exists():
+        raise ValueError(f'--split {HELD_OUT} goes with the folder or the checkpoint of a run, not with {args.model!r}')
+    if args.dataset is not None:
+        raise ValueError(f'--split {HELD_OUT} is of the data of the run; leave --dataset {args.dataset} out')
+    data = held_out_images(path / BEST if path.is_dir() else path, args.data_dir)
+    return evenly(fit_channels(model, data), args.n)
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -241,12 +240,16 @@ def _parser() -> Parser:
     add('--std', type=float, nargs='+', metavar='X', help="standard deviation of each; the model's if not given")
     add('--data-dir', help='folder that holds the data')
     add('--dataset', help='cifar10 if not given; ' + ', '.join(DATASETS) + ', folder, torch/..., hfds/..., wds/...')
-    add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
+    add(
+        '--split',
+        default='test',
+        help=', '.join(SPLITS) + f'; of a folder its sub-folder; {HELD_OUT}: of MODEL, a run, what it validated on',
+    )
     add('--dataset-download', action='store_true', help='let torchvision fetch the data into the folder')
     add(
         '-n',
         type=count,
-        help=f'images: the first of the split, of a folder evenly spread; {_DEFAULT_N} or all if not given',
+        help=f'images: the first of the split, of a folder evenly spread; {DEFAULT_N} or all if not given',
     )
     add('--norm', default='Linf', help=', '.join(NORMS))
     add('--eps', default='8/255', help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5")

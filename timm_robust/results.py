@@ -65,6 +65,7 @@ class RobustnessResult:
         rejected: adversarial images that failed re-checking, and so did not count.
         mean_distance: mean distance of the adversarial images that count; None if there is none.
         max_distance: the largest of these distances.
+        classes: their names, in the order of the outputs; None where they have none but numbers, or are over 100.
     """
 
     model: str
@@ -102,6 +103,7 @@ class RobustnessResult:
     rejected: int = 0
     mean_distance: float | None = None
     max_distance: float | None = None
+    classes: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Keep machine paths out, and refuse values that cannot be."""

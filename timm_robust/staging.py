@@ -1,7 +1,7 @@
 """Releases in the making: a finished run becomes model_cards/<arch>.<tag>/, is measured as stored, and described.
 
     timm-robust stage RUN NAME [--note TEXT]
-    timm-robust measure NAME --data-dir DIR --attack autoattack -n 200 [--note TEXT]
+    timm-robust measure NAME --data-dir DIR --attack autoattack -n 200 [--run RUN] [--note TEXT]
     timm-robust render
 
 `stage` writes weights, configuration, hyper-parameters and the course of training; `measure` adds one measurement with
@@ -10,6 +10,7 @@ the verdict on every image; both and `render` write the card, the check sums, th
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from pathlib import Path
 import torch
 
 from .command_line import Parser, command, count, keep_freed_memory, say, whole_number
-from .data import DATASETS, SPLITS, load_dataset
+from .data import DATASETS, SPLITS, ImageData
 from .distributed import World
+from .evaluation import evenly, fit_channels, read_split
 from .files import recover_folder
-from .release import check, measure, render, stage
+from .models import BEST, load_model, read_weights
+from .release import check, measure, read_hyper, render, stage, stored_weights
 from .results import ATTACKS
-from .training import RECIPES
-from .weights import CARDS, table_of
+from .training import RECIPES, held_out_images
+from .weights import CARDS, WEIGHTS, table_of
 
 
 @command
@@ -40,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
     elif args.command == 'measure':
         world = World.join(args.device)
-        data = load_dataset(args.dataset, args.data_dir, args.split).to(world.device)
+        data = _read_data(args, world).to(world.device)
         settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
+        settings['n'] = None if args.n is None else min(args.n, len(data))  # some may not have been readable
         settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
         measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
         world.leave()
@@ -50,6 +54,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     for folder in render(args.cards, table, args.recipes, measured):
         check(folder)
     return 0
+
+
+def _read_data(args: argparse.Namespace, world: World) -> ImageData:
+    """The images that staged weights are measured on.
+
+    Raises:
+        ValueError: for images held out by a run that trained other weights.
+    """
+    folder = args.cards / args.name
+    dataset = args.dataset or read_hyper(folder)['dataset']
+    model = load_model(folder)
+    if args.run is None:
+        return read_split(model, dataset, args.data_dir, args.split, n=args.n, processes=world.size)
+    ours, theirs = read_weights(folder / WEIGHTS), stored_weights(args.run)
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        raise ValueError(f'{args.run} trained other weights than those of {folder}; name the run that was staged')
+    args.split = 'held_out'
+    return evenly(fit_channels(model, held_out_images(args.run / BEST, args.data_dir)), args.n)
 
 
 def _parser() -> Parser:
@@ -64,9 +86,10 @@ def _parser() -> Parser:
     )
     add = commands.add_parser('measure', help='measure staged weights and keep the verdict on every image').add_argument
     add('name', metavar='NAME', help='<arch>.<tag>')
-    add('--data-dir', required=True, help='folder that holds the data')
-    add('--dataset', default='cifar10', help=', '.join(DATASETS))
-    add('--split', default='test', help=', '.join(SPLITS))
+    add('--data-dir', help='folder that holds the data')
+    add('--dataset', help="the training's if not given; " + ', '.join(DATASETS) + ', folder, ...')
+    add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
+    add('--run', type=Path, help='measure on what this run, that of the weights, had held out; for data without a test')
     add('-n', type=count, help='number of images, the first of the split; all if not given')
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
     add('--batch-size', type=count, default=250, help="images a batch; AutoAttack's random numbers depend on it")

@@ -21,7 +21,7 @@ import torch
 from .command_line import command, is_input_error, keep_freed_memory
 from .data import reader_fault
 from .provenance import __version__
-from .training import Diverged, Run, Stopped, build, fit, parse_recipe, plan
+from .training import Diverged, Run, Stopped, build, few_images, fit, parse_recipe, plan
 
 
 @command
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         run = build(recipe)
-        for doubt in recipe.find_problems() if not run.world.rank else ():
+        for doubt in [*recipe.find_problems(), *few_images(run)] if not run.world.rank else ():
             print(f'warning: {doubt}', file=sys.stderr)
         if planned:
             line = plan(run)

@@ -10,7 +10,7 @@ from .fingerprints import fingerprint
 from .memory import ImageData, TrainBatches, split_holdout
 from .mixed import MixedBatches
 from .readers import DATASETS, SPLITS, load_dataset
-from .sources import is_stream
+from .sources import has_split, is_stream
 from .stream_batches import StreamBatches
 from .stream_data import StreamData, reader_fault
 
@@ -24,6 +24,7 @@ __all__ = [
     'StreamData',
     'TrainBatches',
     'fingerprint',
+    'has_split',
     'is_stream',
     'load_dataset',
     'reader_fault',

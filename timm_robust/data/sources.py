@@ -73,6 +73,16 @@ def _locate(root: Path, split: str) -> Path:
     return root
 
 
+def has_split(name: str, root: str | None, split: str) -> bool:
+    """Whether a folder of pictures holds a folder or `.tar` for this split, rather than the classes themselves."""
+    if name not in STREAMS[:2] or root is None or not Path(root).is_dir():
+        return False
+    try:
+        return _locate(Path(root), split) != Path(root)
+    except FileNotFoundError:
+        return False
+
+
 def source_name(name: str, root: str | None) -> str:
     """The data set as model tags spell it: the last part of its name, or the name of its folder."""
     if name not in STREAMS[:2]:

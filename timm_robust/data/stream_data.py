@@ -120,6 +120,10 @@ class StreamData:
         """The number of each image in the data set as timm reads it, [N]."""
         return torch.arange(len(self)) if self._rows is None else self._rows
 
+    def names(self) -> list[str]:
+        """The file of each image, relative to the folder, or its number where the reader has no names."""
+        return [self._file_name(row) for row in self.rows.tolist()]
+
     def to(self, device: torch.device | str) -> StreamData:
         """The same data, handed out on a device."""
         return self._with(device=torch.device(device))
@@ -230,16 +234,19 @@ class StreamData:
         for row in bad[bad >= 0].tolist():
             if row in self.unreadable:
                 continue
-            try:
-                self.unreadable[row] = str(self.dataset.filename(row))
-            except Exception:  # torchvision's and some of timm's readers have no names
-                self.unreadable[row] = f'number {row}'
+            self.unreadable[row] = self._file_name(row)
             try:
                 read_sample(self.dataset, row)
                 reason = 'not at first'
             except Exception as error:
                 reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
             _logger.warning('%s: %s cannot be read (%s)', self.name, self.unreadable[row], reason)
+
+    def _file_name(self, row: int) -> str:
+        try:
+            return str(self.dataset.filename(row))
+        except Exception:  # torchvision's and some of timm's readers have no names
+            return f'number {row}'
 
     def _check_readable(self) -> None:
         """Refuse a split of which too much is unreadable."""

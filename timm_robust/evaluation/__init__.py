@@ -4,13 +4,18 @@ from .images import attack
 from .measure import evaluate
 from .runner import upstream
 from .shape import curve_facts, local_lipschitz, minimal_radii, set_shape, square_success
+from .split import DEFAULT_N, evenly, fit_channels, read_split
 
 __all__ = [
+    'DEFAULT_N',
     'attack',
     'curve_facts',
     'evaluate',
+    'evenly',
+    'fit_channels',
     'local_lipschitz',
     'minimal_radii',
+    'read_split',
     'set_shape',
     'square_success',
     'upstream',

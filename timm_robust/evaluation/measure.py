@@ -121,6 +121,8 @@ def evaluate(
     facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
     facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
     facts['data_sha256'], facts['img_size'] = data.sha256(), img_size
+    if data.num_classes <= 100 and data.classes != tuple(map(str, range(data.num_classes))):
+        facts['classes'] = list(data.classes)
     facts |= {
         'model': name or _name(model),
         'norm': threat_model.norm,

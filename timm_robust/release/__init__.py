@@ -5,7 +5,7 @@ from .model_files import write_model
 from .papers import ExtraData, extra_data_of
 from .publishing import Options, Outcome, publish, repo_of
 from .record import FLAGS, RESULTS, attack_title, percent, read_hyper, read_results, robust_acc
-from .staging import measure, render, stage
+from .staging import measure, render, stage, stored_weights
 
 __all__ = [
     'FLAGS',
@@ -25,5 +25,6 @@ __all__ = [
     'repo_of',
     'robust_acc',
     'stage',
+    'stored_weights',
     'write_model',
 ]

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..data import is_stream
 from ..results import check_types, read_object
 from .papers import Paper, extra_data_of, papers_of
 from .record import (
@@ -40,7 +41,7 @@ def model_card(folder: Path) -> str:
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
     lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in, logits out", '```']
     lines += ['', _input(folder, hyper), '', '## Results', '']
-    lines += _measurements(record)
+    lines += _measurements(record, hyper)
     if (folder / 'adversarial.png').is_file():
         lines += ['', '![adversarial examples](adversarial.png)']
     lines += ['', '## Training', '', *_training(record, hyper)]
@@ -99,7 +100,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
         library_name='timm',
         pipeline_tag='image-classification',
         tags=tags + [f'arxiv:{where}' for _, where in papers if where[0].isdigit()],
-        datasets=[hub_id, *([extra.hub] if extra and extra.hub else [])],
+        datasets=[*([hub_id] if data_set in _HUB_DATA else []), *([extra.hub] if extra and extra.hub else [])],
         metrics=['accuracy'],
         model_name=record['model'],
         eval_results=results or None,
@@ -110,7 +111,8 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
 def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     """What the model is, in two sentences."""
     best, activation = strongest(record), record['training']['activation']
-    text = f'{hyper["model"]} trained adversarially on {hyper["dataset"]} against {hyper["norm"]} {hyper["eps"]}.'
+    data = record['model'].split('_')[-2] if is_stream(hyper['dataset']) else hyper['dataset']
+    text = f'{hyper["model"]} trained adversarially on {data} against {hyper["norm"]} {hyper["eps"]}.'
     if activation:
         shape = ', '.join(f'{key} {value:.4g}' for key, value in activation.items() if key != 'max_curvature')
         text += f' One activation serves the whole network; it learned {shape}.'
@@ -123,7 +125,7 @@ def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     return text
 
 
-def _measurements(record: dict[str, Any]) -> list[str]:
+def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     """The table of measurements, and the command that repeats each."""
     if not record['measurements']:
         return ['Not measured yet.']
@@ -141,14 +143,7 @@ def _measurements(record: dict[str, Any]) -> list[str]:
     ]
     lines += ['```bash']
     for item in record['measurements']:
-        result = item['result']
-        threat = f' --norm {result["norm"]} --eps {result["eps_text"]}' if result['attack'] != 'none' else ''
-        data = '' if result['dataset'] == 'cifar10' else f' --dataset {result["dataset"]}'
-        data += '' if result['split'] == 'test' else f' --split {result["split"]}'
-        lines.append(
-            f'timm-robust evaluate {record["model"]} --data-dir DIR{data} --attack {result["attack"]} '
-            f'-n {result["n"]}{threat} --batch-size {result["batch_size"]} --seed {result["seed"]}'
-        )
+        lines.append(_command(record['model'], item['result'], hyper))
     lines.append('```')
     if any(item['result']['attack'] == 'apgd' for item in record['measurements']):
         lines += [
@@ -156,6 +151,21 @@ def _measurements(record: dict[str, Any]) -> list[str]:
             'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
         ]
     return lines + [f'\n{note}' for note in measurement_notes(record)]
+
+
+def _command(name: str, result: dict[str, Any], hyper: dict[str, Any]) -> str:
+    """What repeats a measurement; images that training held out are known to the folder of its run alone."""
+    held_out = result['split'] == 'held_out'
+    words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {name}', '--data-dir DIR']
+    dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result['dataset']  # a folder's is its own name
+    words += [f'--dataset {dataset}'] if dataset != 'cifar10' and not held_out else []
+    words += [f'--split {result["split"]}'] if result['split'] != 'test' and not held_out else []
+    words.append(f'--attack {result["attack"]} -n {result["n"]}')
+    if result['attack'] != 'none':
+        words.append(
+            f'--eps {result["eps_text"]}' if held_out else f'--norm {result["norm"]} --eps {result["eps_text"]}'
+        )
+    return ' '.join([*words, f'--batch-size {result["batch_size"]} --seed {result["seed"]}'])
 
 
 def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
@@ -173,7 +183,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {versions_of(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
-        f'{hyper["val_size"]} images held out of the training set; the test set was never looked at.',
+        f'{_held_out(hyper)}; the test set was never looked at.',
         f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '
         'course: `summary.csv`. To train it again:',
         '',
@@ -182,6 +192,15 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         '```',
     ]
     return lines
+
+
+def _held_out(hyper: dict[str, Any]) -> str:
+    """What the best epoch was chosen by."""
+    size = hyper['val_size']
+    if hyper.get('val_split') not in (None, 'auto'):
+        return f'the images of the split {hyper["val_split"]}'
+    what = f'{size:.0%} of the training images,' if 0 < size < 1 else f'{size:g} images'
+    return f'{what} held out of the training set'
 
 
 def changes_text(changes: dict[str, list[Any]]) -> str:

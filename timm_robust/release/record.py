@@ -82,7 +82,7 @@ _HYPER = {
     'batch_size': int,
     'sched': str,
     'lr': float,
-    'val_size': int,
+    'val_size': float,
 }
 
 

@@ -64,7 +64,7 @@ def stage(
     if changed:
         raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
     model = load_model(run / BEST)
-    weights = stored(read_weights(run / BEST))
+    weights = stored_weights(run)
     training = _training_facts(name, state, last, notes) | {'activation': activation_state(model)}
     origin = training['origins'][-1] if training['origins'] else {'versions': {}}
     provenance = {
@@ -93,6 +93,11 @@ def stage(
         if kept and (folder / 'adversarial.png').is_file():
             shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
     return folder
+
+
+def stored_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The best weights of a run as a release stores them."""
+    return stored(read_weights(run / BEST))
 
 
 def _training_facts(name: str, state: dict[str, Any], last: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Adversarial training: recipe -> build -> Run -> fit; a checkpoint holds what `state` says."""
 
+from .advice import few_images
+from .batches import held_out_images
 from .builder import build
 from .flags import parse_recipe
 from .loop import Stopped, fit
@@ -15,7 +17,9 @@ __all__ = [
     'Run',
     'Stopped',
     'build',
+    'few_images',
     'fit',
+    'held_out_images',
     'parse_recipe',
     'plan',
 ]

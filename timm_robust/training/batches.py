@@ -3,51 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import timm
 
 from ..data import (
     ExtraImages,
+    ImageData,
     MixedBatches,
     StreamBatches,
     StreamData,
     TrainBatches,
+    has_split,
     is_stream,
     load_dataset,
     split_holdout,
 )
 from ..distributed import World
+from ..models import class_list, load_checkpoint
 from .recipe import Recipe
 
 
-def read_data(recipe: Recipe, world: World, split_seed: int, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
+def read_data(recipe: Recipe, split_seed: int, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
     """Training images, and those held out of them by this seed or of a validation split (None for none), on the CPU.
 
     The classes of the validation split are those of training by name, and those of training what they were in the run
     that is resumed.
     """
-    if is_stream(recipe.dataset):
-        size = recipe.img_size or default_size(recipe.model)
-        settings: dict[str, Any] = {'img_size': size, 'workers': recipe.workers, 'download': recipe.dataset_download}
-        settings['num_classes'] = recipe.num_classes
-        train: Any = StreamData(recipe.dataset, recipe.data_dir, recipe.train_split, classes=classes, **settings)
-        held_out: Any = None
-        if recipe.val_split:
-            split = recipe.val_split
-            held_out = StreamData(recipe.dataset, recipe.data_dir, split, classes=train.classes, **settings)
-        elif recipe.val_size:
-            train, held_out = split_holdout(train, recipe.val_size, split_seed)
-        return train, held_out
-    data = load_dataset(recipe.dataset, recipe.data_dir, recipe.train_split, recipe.dataset_download)
-    data = data.with_classes(classes) if classes else data
-    rest, held = data, None
-    if recipe.val_split:
-        held = load_dataset(recipe.dataset, recipe.data_dir, recipe.val_split, recipe.dataset_download)
-        held = held.with_classes(data.classes)
-    elif recipe.val_size:
-        rest, held = split_holdout(data, recipe.val_size, split_seed)
-    return rest, held
+    train = read_split(recipe, recipe.train_split, classes)
+    if (split := validation_split(recipe)) is not None:
+        return train, read_split(recipe, split, train.classes)
+    count = recipe.held_out_of(len(train))
+    return split_holdout(train, count, split_seed) if count else (train, None)
+
+
+def read_split(recipe: Recipe, split: str, classes: Sequence[str] | None) -> Any:
+    """A split of the recipe's data set, in memory or streamed, with these classes if there are any."""
+    if not is_stream(recipe.dataset):
+        data = load_dataset(recipe.dataset, recipe.data_dir, split, recipe.dataset_download)
+        return data.with_classes(classes) if classes else data
+    size = recipe.img_size or default_size(recipe.model)
+    settings: dict[str, Any] = {'workers': recipe.workers, 'download': recipe.dataset_download}
+    settings |= {'num_classes': recipe.num_classes, 'classes': classes}
+    return StreamData(recipe.dataset, recipe.data_dir, split, size, **settings)
+
+
+def validation_split(recipe: Recipe) -> str | None:
+    """The split that the recipe validates on; None: images held out of the training split."""
+    if recipe.val_split != 'auto':
+        return recipe.val_split
+    return 'validation' if has_split(recipe.dataset, recipe.data_dir, 'validation') else None
+
+
+def held_out_names(recipe: Recipe, held_out: Any) -> list[str]:
+    """The files that were drawn out of a folder of pictures to validate on."""
+    drawn = isinstance(held_out, StreamData) and validation_split(recipe) is None
+    return held_out.names() if drawn else []
+
+
+def held_out_images(path: Path, data_dir: str | None = None) -> ImageData:
+    """The images that a run validated on, or had held out of its training images, in memory.
+
+    Args:
+        path: checkpoint of the run.
+        data_dir: where its data is now; None: where it was.
+
+    Raises:
+        ValueError: if the run held none out, or the checkpoint is none of ours.
+    """
+    state = load_checkpoint(path)
+    if 'recipe' not in state:
+        raise ValueError(f'{path} does not say what was held out of its training: it is no checkpoint of timm_robust')
+    recipe = Recipe.from_checkpoint(state)
+    if data_dir is not None:
+        recipe = replace(recipe, data_dir=data_dir)
+    seed = int(state.get('split_seed', recipe.seed))
+    _, held_out = read_data(recipe, seed, class_list(state.get('classes'), state.get('num_classes')))
+    if held_out is None:
+        raise ValueError(f'{path} held no images out; name the data: --dataset NAME --data-dir DIR --split SPLIT')
+    return held_out.in_memory() if isinstance(held_out, StreamData) else held_out
 
 
 def default_size(model: str) -> int:

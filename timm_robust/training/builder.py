@@ -27,7 +27,8 @@ from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
 from .awp import WeightPerturbation
-from .batches import image_shape, make_batches, read_data
+from .batch_norm import set_bn_momentum
+from .batches import held_out_names, image_shape, make_batches, read_data
 from .changes import check_changes, check_equal, check_processes, find_changes
 from .checkpoints import latest_checkpoint
 from .clock import Clock, parse_duration
@@ -61,8 +62,8 @@ def build(recipe: Recipe) -> Run:
     torch.manual_seed(recipe.seed)
     with world.in_turn(recipe.dataset_download):
         classes = class_list(state.get('classes'), state.get('num_classes')) if state else None
-        train, held_out = read_data(recipe, world, split_seed, classes)
-    images = {'training data': fingerprint(train)}
+        train, held_out = read_data(recipe, split_seed, classes)
+    images, names = {'training data': fingerprint(train)}, held_out_names(recipe, held_out)
     if held_out is not None:
         images['validation data'] = fingerprint(held_out)
         if not getattr(held_out, 'iterable', False):  # timm's reader shares out what has no numbers
@@ -122,6 +123,7 @@ def build(recipe: Recipe) -> Run:
             pssilu_reg=recipe.pssilu_reg,
             update_grad=recipe.update_grad,
             recomputes=recipe.grad_checkpointing,
+            freeze_bn=recipe.freeze_bn,
         ),
         scheduler=make_scheduler(optimizer, recipe, TICKS if budget else total),
         batches=batches,
@@ -130,6 +132,7 @@ def build(recipe: Recipe) -> Run:
         clock=Clock(total, budget),
         split_seed=split_seed,
         images=images,
+        held_out_names=names,
         lock=lock,
     )
     if path is not None:
@@ -161,7 +164,7 @@ def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] |
     """
     if state is None or 'recipe' not in state:
         return recipe.seed
-    for key in ('val_split',) if recipe.val_split else ('val_split', 'val_size', 'train_split'):
+    for key in ('val_split',) if recipe.val_split not in (None, 'auto') else ('val_split', 'val_size', 'train_split'):
         theirs, ours = state['recipe'][key], getattr(recipe, key)
         if theirs != ours:
             flag = '--' + key.replace('_', '-')
@@ -226,19 +229,6 @@ def load_initial(model: nn.Module, where: str) -> None:
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from None
-
-
-def set_bn_momentum(model: nn.Module, momentum: float) -> None:
-    """Give every batch norm of the model this momentum, the weight of the newest batch.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        raise ValueError(f'bn_momentum {momentum}: the model has no batch norm; leave it out (--bn-momentum none)')
-    for norm in norms:
-        norm.momentum = momentum
 
 
 def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:

@@ -13,7 +13,7 @@ from .recipe import MACHINE, SETTINGS, Recipe
 
 FREE = (
     *MACHINE,
-    *('val_interval', 'budget', 'on_divergence'),
+    *('val_interval', 'patience', 'budget', 'on_divergence'),
     *('channels_last', 'fold_bn', 'torchcompile', 'grad_checkpointing'),  # equal up to rounding
     *('batch_size', 'val_size'),  # compared elsewhere: times the processes, and without --val-split
 )

@@ -45,7 +45,9 @@ def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
     kind = next(kind for kind in (str, int, float) if kind in kinds)
 
     def read(text: str) -> Any:
-        return None if NoneType in kinds and text.lower() == 'none' else kind(text)
+        if NoneType in kinds and text.lower() == 'none':
+            return None
+        return float(text) if float in kinds and kind is int and not text.isdecimal() else kind(text)
 
     read.__name__ = KINDS[kind].removeprefix('a ')  # argparse: invalid whole number value: 'x'
     return read

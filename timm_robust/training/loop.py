@@ -15,9 +15,10 @@ import torch
 from timm.utils import distribute_bn
 
 from ..activations import activation_state
-from ..files import lock_folder, new_folder, sweep_temporaries
+from ..files import atomic_file, lock_folder, new_folder, sweep_temporaries
 from ..models import LAST
 from ..precision import fastest_convolutions
+from .advice import near_chance
 from .log import RunLog
 from .rollback import roll_back
 from .run import TICKS, Run, Sums, best_row, metric_name, take_lock, training_batch, unnamed
@@ -35,6 +36,10 @@ SAVE_SECONDS = 600
 
 STAGE_BN_BATCHES = 50
 """Batches that re-estimate batch norm where progressive resizing goes on to another side."""
+
+
+HELD_OUT = 'held_out.txt'
+"""Names of the pictures that a run drew out of its folder to validate on."""
 
 
 class Stopped(Exception):
@@ -71,7 +76,7 @@ def train(run: Run) -> dict[str, Any]:
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
         while True:
-            going = progress(run) < 1 or run.sums is not None
+            going = (progress(run) < 1 and not out_of_patience(run)) or run.sums is not None
             if not going and not unsettled(run):
                 break
             try:
@@ -110,10 +115,13 @@ def occupy(run: Run) -> None:
 
 
 def make_folder(run: Run) -> None:
-    """The run's folder, with the recipe in it."""
+    """The run's folder, with the recipe in it, and the names of what was held out of a folder of pictures."""
     if not run.world.rank:
         run.folder.mkdir(parents=True, exist_ok=True)
         replace(run.recipe, allow_changes=False).to_yaml(run.folder / 'args.yaml', full=True)
+        if run.held_out_names:
+            with atomic_file(run.folder / HELD_OUT) as file:
+                file.write('\n'.join([*run.held_out_names, '']).encode())
 
 
 def describe(run: Run) -> None:
@@ -154,6 +162,18 @@ def progress(run: Run) -> float:
     """The share of the run that is done, the same in every process."""
     done = run.clock.progress(run.step)
     return done if run.clock.budget is None else run.world.broadcast(done)
+
+
+def out_of_patience(run: Run) -> bool:
+    """Whether so many validations as the recipe's patience have passed since the best one."""
+    if run.recipe.patience is None or run.sums is not None:
+        return False
+    best = best_row(run.recipe, run.history, run.best)
+    since = [row for row in run.history if metric_name(run.recipe) in row and best and row['step'] > best['step']]
+    if len(since) < run.recipe.patience:
+        return False
+    logger.info('no better epoch in %d validations: the run ends early', len(since))
+    return True
 
 
 def unsettled(run: Run) -> bool:
@@ -297,6 +317,8 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         run.lock = lock_folder(run.folder)
     run.history.append(row)
     log.epoch(row)
+    if (line := near_chance(run)) and not run.world.rank:
+        logger.warning(line)
     metric = row.get(metric_name(recipe), -1.0)
     last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
     is_best = last_stage and metric > run.best

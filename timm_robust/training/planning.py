@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..precision import fastest_convolutions
+from .advice import images_per_class
 from .run import Run, training_batch
 from .warmup import Timing, pays, reserve, saving_seconds, synchronise, warm_up
 
@@ -38,6 +39,7 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         validations = max(epochs / recipe.val_interval, 1)
         total = start_up + epochs * per_epoch + validations * (timing.validation + saving)  # no other epoch is saved
     sides = {recipe.side_at(share): seconds for share, seconds in timing.steps.items() if recipe.stages}
+    counts = images_per_class(run.batches.data)
     images = round(epochs * run.batches.steps_per_epoch) * batch
     line = {
         'model': run.recipe.model,
@@ -49,6 +51,8 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         'saving_s': saving,
         'epochs': epochs,
         'images': images,
+        **({} if counts is None else {'least_images_per_class': int(counts.min())}),
+        'parameters': sum(parameter.numel() for parameter in run.model.parameters()),
         'hours': total / 3600,
         'device_hours': total / 3600 * run.world.size,
         'peak_memory_gib': _peak_memory(run.world.device) / 2**30,

@@ -37,6 +37,7 @@ _RANGES: dict[str, Callable[[float], bool]] = {
     '1 to 10000': lambda v: 1 <= v <= 10_000,
     '8 to 4096': lambda v: 8 <= v <= 4096,
     '2 to 100000': lambda v: 2 <= v <= MAX_CLASSES,
+    'a number of images, or a share of them between 0 and 1': lambda v: v >= 0 and (v < 1 or v == int(v)),
     '0 to 256': lambda v: 0 <= v <= 256,
     '0 to 2^63 - 1': lambda v: 0 <= v < 2**63,
     '>= 0': lambda v: v >= 0,
@@ -106,6 +107,9 @@ class Recipe:
     bn_momentum: float | None = _field(
         'model', None, "weight of a batch in batch norm's running statistics; none: the model's own", '> 0 and <= 1'
     )
+    freeze_bn: bool = _field(
+        'model', False, "keep batch norm's running statistics as they are, and normalise by them in training too"
+    )
     grad_checkpointing: bool = _field('model', False, 'recompute activations in backward: less memory, more time')
 
     dataset: str = _field(
@@ -116,8 +120,17 @@ class Recipe:
     data_dir: str | None = _field('data', 'data', 'folder that holds the data')
     dataset_download: bool = _field('data', False, 'let torchvision fetch the data into the folder')
     train_split: str = _field('data', 'train', 'split to train on')
-    val_split: str | None = _field('data', None, 'split to validate on; none: val_size images of the training split')
-    val_size: int = _field('data', 1000, 'training images held out to validate and to choose the checkpoint', '>= 0')
+    val_split: str | None = _field(
+        'data',
+        None,
+        'split to validate on; none: val_size images of the training split; auto: validation, if the folder has it',
+    )
+    val_size: int | float = _field(
+        'data',
+        1000,
+        'training images held out to validate and to choose the checkpoint; below 1: the share of them',
+        'a number of images, or a share of them between 0 and 1',
+    )
     crop_padding: int = _field('data', 4, 'zero pixels around an image before the random crop; 0: no crop', '>= 0')
     hflip: float = _field('data', 0.5, 'probability of a horizontal flip', '>= 0 and <= 1')
     mixup: float = _field('data', 0.0, 'mixup alpha; 0: none', '>= 0')
@@ -160,6 +173,9 @@ class Recipe:
     val_interval: int = _field('validation', 1, 'epochs between validations', '>= 1')
 
     epochs: int = _field('optimizer', 100, 'passes over the training images', '>= 1')
+    patience: int | None = _field(
+        'optimizer', None, 'end the run early after so many validations without a better one; none: never', '>= 1'
+    )
     max_steps: int | None = _field('optimizer', None, 'end the schedule after so many steps', '>= 1')
     budget: str | None = _field(
         'optimizer', None, "run the schedule on the clock instead: '25m', '1.5h', '1h30m', '90s'"
@@ -269,6 +285,11 @@ class Recipe:
             raise ValueError('MART needs one class an image; use it with mixup 0 and cutmix 0')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
+        if self.freeze_bn and (self.attack_bn == 'train' or self.progressive_resizing):
+            raise ValueError(
+                'freeze_bn keeps the statistics of batch norm, attack_bn train and progressive_resizing take others; '
+                'give one (--no-freeze-bn)'
+            )
         if self.torchcompile and 'smooth' in (self.attack_grad, self.update_grad):
             raise ValueError(
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
@@ -345,6 +366,10 @@ class Recipe:
                 f'the stages of progressive_resizing have {sum(given.values())} epochs in all, '
                 f'epochs is {self.epochs}; make them equal'
             )
+
+    def held_out_of(self, images: int) -> int:
+        """How many of the training images are held out."""
+        return round(self.val_size * images) if 0 < self.val_size < 1 else int(self.val_size)
 
     @property
     def stages(self) -> list[tuple[int, float]]:

@@ -69,6 +69,7 @@ class Run:
         saved_at: when that was, by time.perf_counter.
         origins: for each start or resumption its step, processes, hardware, versions and commit.
         images: what for -> fingerprint of the images.
+        held_out_names: files that were drawn out of the training folder to validate on.
         changes: for each resumption under other settings or on other images its step, epoch and what changed.
         returns: steps that rollbacks of this session went back to.
         lock: what holds the folder, in the first process.
@@ -102,6 +103,7 @@ class Run:
     saved_at: float = field(default_factory=perf_counter)
     origins: list[dict[str, Any]] = field(default_factory=list)
     images: dict[str, str] = field(default_factory=dict)
+    held_out_names: list[str] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
     returns: set[int] = field(default_factory=set)
     lock: IO[str] | None = None
@@ -155,6 +157,11 @@ def training_batch(run: Run, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def metric_name(recipe: Recipe) -> str:
     """What the best checkpoint is best in: PGD accuracy, or clean accuracy for clean training."""
     return 'val_clean_acc' if recipe.loss == 'clean' else 'val_pgd_acc'
+
+
+def shown_share(run: Run, row: dict[str, Any]) -> float:
+    """The share of the run that was done at an epoch's end, from its row."""
+    return row['seconds'] / run.clock.budget if run.clock.budget else row['step'] / run.total_steps
 
 
 def best_row(recipe: Recipe, history: list[dict[str, Any]], best: float) -> dict[str, Any] | None:

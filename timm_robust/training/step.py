@@ -20,6 +20,7 @@ from ..activations import PSiLU, PSSiLU, compile_cpu_kernels
 from ..attacks import AttackSchedule, FoldedNet, attacked, frozen_statistics
 from ..precision import Precision
 from .awp import WeightPerturbation
+from .batch_norm import batch_norms
 from .losses import AdvLoss, Loss
 from .relu_gradient import relu_gradient
 
@@ -149,6 +150,7 @@ class TrainStep:
         pssilu_reg: lambda of the penalty lambda |beta| on PSSiLU's beta.
         update_grad: derivative of ReLU in the update, 'exact' or 'smooth'.
         recomputes: whether the network computes activations again in the backward pass.
+        freeze_bn: whether batch norm keeps its statistics, and normalises by them in the update.
     """
 
     model: nn.Module
@@ -167,9 +169,11 @@ class TrainStep:
     pssilu_reg: float = 0.0
     update_grad: str = 'exact'
     recomputes: bool = False
+    freeze_bn: bool = False
 
     def __post_init__(self) -> None:
-        """Find PSSiLU's parameters."""
+        """Find PSSiLU's parameters, and the batch norms to freeze."""
+        self.frozen = batch_norms(self.model) if self.freeze_bn else []
         self.betas = [module.params()[1] for module in self.model.modules() if isinstance(module, PSSiLU)]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int, progress: float = 0.0) -> StepOutput:
@@ -183,6 +187,8 @@ class TrainStep:
         """
         self.draw_from(number)
         self.model.train()
+        for norm in self.frozen:
+            norm.eval()
         self.optimizer.zero_grad(set_to_none=True)
         target = y
         if self.mixup is not None:

@@ -12,6 +12,7 @@ from timm.utils import distribute_bn
 
 from ..attacks import cross_entropy_of, pgd
 from ..pixels import pixel_input, resized
+from .batch_norm import batch_norms
 from .recipe import Recipe
 from .run import Run, training_batch
 from .step import AttackForward, Forward
@@ -61,12 +62,11 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
     """Running statistics anew: the plain mean over so many batches of what training feeds the network.
 
     For averaged weights, whose averaged statistics belong to no weights that ever were, and for images of another side
-    than before. The adversarial images are made first, with the statistics
-    as they are.
+    than before. The adversarial images are made first, with the statistics as they are. Frozen ones stay.
     """
     model, step, recipe = run.model, run.train_step, run.recipe
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms or not batches:
+    norms = batch_norms(model)
+    if not norms or not batches or recipe.freeze_bn:
         return
     inputs = []
     done = run.clock.progress(run.step)

@@ -24,7 +24,7 @@ for run in args.runs:
     recipe, row = Recipe.from_checkpoint(state), state['history'][-1]
     seed = state.get('split_seed', recipe.seed)
     images = load_dataset(recipe.dataset, args.data_dir, recipe.train_split)
-    _, held_out = split_holdout(images, recipe.val_size, seed)
+    _, held_out = split_holdout(images, recipe.held_out_of(len(images)), seed)
     result, flags = evaluate(load_model(run / LAST), held_out, recipe.threat_model, attack='pgd', pgd_steps=10)
     arms.append(
         {
