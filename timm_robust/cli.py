@@ -14,6 +14,7 @@ COMMANDS = {
     'train': ('train', (), 'train a model by a recipe; every setting is a flag'),
     'plan': ('train', ('--plan',), 'measure a few steps of a training, and say what it will take'),
     'evaluate': ('evaluate', (), 'clean, PGD and AutoAttack accuracy of a model'),
+    'report': ('report', (), 'what a run learned, class by class, with a picture'),
     'plot': ('plots', (), 'draw the course of runs side by side'),
     'study': ('study', (), "what an activation's shape does to robustness"),
     'stage': ('staging', ('stage',), 'make a release out of a finished run'),

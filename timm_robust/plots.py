@@ -161,6 +161,67 @@ def adversarial_figure(
     figure.savefig(str(path), format='png', dpi=100)
 
 
+def report_figure(
+    path: str | Path,
+    clean: torch.Tensor,
+    attacked: torch.Tensor,
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    classes: Sequence[str],
+    threat_model: ThreatModel,
+) -> None:
+    """Save a PNG: what is taken for what, as it is and under attack, and rows of images below.
+
+    Args:
+        path: the PNG.
+        clean: images of each class (row) that got each label (column), [classes, classes].
+        attacked: the same for their adversarial images.
+        rows: title -> (images [B, C, H, W] in [0, 1], labels [B], the model's answers [B], those under attack [B]).
+        classes: class names.
+        threat_model: of the attack, for the title.
+
+    Raises:
+        ImportError: if matplotlib is missing, with what to type.
+    """
+    few = len(classes) <= 20
+    side = max(4.0, 0.32 * len(classes)) if few else 6.0
+    matplotlib = _matplotlib()
+    height = side + 1.9 * len(rows) + 0.6
+    figure = matplotlib.figure.Figure(figsize=(2 * side + 1, height), layout='constrained')
+    top, *others = figure.subfigures(1 + len(rows), 1, height_ratios=[side + 0.6] + [1.9] * len(rows))
+    for axis, title, counts in zip(
+        top.subplots(1, 2), ('as they are', str(threat_model)), (clean, attacked), strict=True
+    ):
+        shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+        axis.imshow(shares.cpu().numpy(), cmap='Blues', vmin=0, vmax=1)
+        axis.set_title(f'{title}: {int(counts.diagonal().sum())} of {int(counts.sum())} right', fontsize=9)
+        axis.set_xlabel('answer', fontsize=8)
+        axis.set_ylabel('class', fontsize=8)
+        ticks = range(len(classes)) if few else []
+        names = [classes[number][:16] for number in ticks]
+        axis.set_xticks(list(ticks), names, rotation=90, fontsize=7)
+        axis.set_yticks(list(ticks), names, fontsize=7)
+        for row, column in counts.nonzero().tolist() if few else ():
+            dark = shares[row, column] > 0.5
+            axis.text(
+                column,
+                row,
+                int(counts[row, column]),
+                ha='center',
+                va='center',
+                fontsize=6,
+                color='white' if dark else 'black',
+            )
+    for part, (title, (images, labels, answers, fooled)) in zip(others, rows.items(), strict=True):
+        part.suptitle(title, fontsize=9)
+        cells = part.subplots(1, len(images), squeeze=False)[0]
+        for axis, image, *numbers in zip(cells, images, labels, answers, fooled, strict=True):
+            own, answer, under = (int(number) for number in numbers)
+            text = f'{classes[own][:14]}\n-> {classes[answer][:14]}, {classes[under][:14]}'
+            _show(axis, image, text, 'seagreen' if own == answer == under else 'firebrick')
+    with atomic_file(path) as file:
+        figure.savefig(file, format='png', dpi=110)
+
+
 def _show(axis: object, image: torch.Tensor, title: str, color: str) -> None:
     """One image with its caption, no ticks."""
     axis.imshow(image.detach().cpu().permute(1, 2, 0).squeeze(-1).numpy(), cmap='gray', vmin=0, vmax=1)  # type: ignore[attr-defined]

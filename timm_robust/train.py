@@ -65,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = f'go on with --resume {run.folder / "last.pth.tar"} and the same settings'
         raise OSError(f'{fault or error}; when that is mended, {again}') from error
     if not run.world.rank:
+        if run.held_out is not None:
+            print(f'what it learned, class by class: timm-robust report {run.folder}', file=sys.stderr)
         print(json.dumps(line))
     return 0
 
