@@ -370,7 +370,9 @@ def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255', tag='at
 
 
 def test_compare_places_a_model_among_the_published(tmp_path):
-    table = report.compare(record(tmp_path), tmp_path / 'plot.png')
+    folder = record(tmp_path)
+    table = report.compare(folder)
+    report.draw([folder], tmp_path / 'plot.png')
     lines = table.splitlines()
     ours = next(i for i, line in enumerate(lines) if 'resnet18_pssilu' in line)
     robust = [float(line.split(' | ')[4].split()[0]) for line in lines[2:] if line.startswith('|')]

@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -126,10 +126,6 @@ class Outcome:
     tag: str | None = None
     url: str | None = None
     message: str = ''
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record, for JSON."""
-        return asdict(self)
 
 
 def repo_of(name: str, org: str | None = None, table: Path = TABLE) -> str:

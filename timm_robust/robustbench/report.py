@@ -16,6 +16,7 @@ from ..release import ExtraData, attack_title, extra_data_of, percent, read_hype
 from ..threat_model import LEADERBOARD_EPS, parse_eps
 
 TABLE = Path(__file__).with_name('published.json')
+_NEAR = 5  # entries to show above and below
 _COLORS = ('#D55E00', '#0072B2', '#009E73', '#CC79A7', '#E69F00')
 
 
@@ -31,13 +32,11 @@ def entries_of(dataset: str, norm: str) -> list[dict[str, Any]]:
     return sorted(entries[f'{dataset} {norm}'], key=lambda entry: -entry['robust_acc'])
 
 
-def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> str:
-    """A staged model beside RobustBench's entries, as a table; and a plot of clean against robust accuracy.
+def compare(folder: Path) -> str:
+    """A staged model beside RobustBench's entries, as a table: the nearest, and all of the same architecture.
 
     Args:
         folder: model_cards/<arch>.<tag>.
-        picture: where to save the plot; None for none.
-        near: entries to show above and below; those of the same architecture are always shown.
 
     Raises:
         ValueError: if nothing was measured that the leaderboard measures.
@@ -51,7 +50,7 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
     for place, entry in enumerate(entries):
         if place == rank:
             lines.append(_our_row(record, ours, rank, extra))
-        if abs(place - rank) <= near or _same_size(size, entry['architecture']):
+        if abs(place - rank) <= _NEAR or _same_size(size, entry['architecture']):
             more = 'yes' if entry['additional_data'] else 'no'
             lines.append(
                 f'| {place + 1} | {entry["name"]} | {entry["architecture"]} | {entry["clean_acc"]:.2f} | '
@@ -59,8 +58,6 @@ def compare(folder: Path, picture: str | Path | None = None, near: int = 5) -> s
             )
     if rank == len(entries):
         lines.append(_our_row(record, ours, rank, extra))
-    if picture is not None:
-        draw([folder], picture)
     notes = [*record['training']['notes'], *(item['note'] for item in record['measurements'] if item['note'])]
     lines += [
         '',
