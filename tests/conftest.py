@@ -34,3 +34,14 @@ def compiled_kernels_stay_in_their_test():
     """A training compiles PSSiLU for the whole process, and its networks keep more for backward from then on."""
     with importlib.import_module('timm_robust.activations.pssilu').using(None):
         yield
+
+
+@pytest.fixture(scope='session')
+def undisturbed(tmp_path_factory):
+    """The folder of a small run that nothing disturbed, and its last line; read it, and write elsewhere."""
+    from tiny_runs import tiny
+
+    from timm_robust.training import build, fit
+
+    folder = tmp_path_factory.mktemp('undisturbed')
+    return folder, fit(build(tiny(folder)))

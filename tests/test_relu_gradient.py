@@ -1,8 +1,7 @@
-import dataclasses
-
 import pytest
 import timm
 import torch
+from tiny_runs import tiny
 from torch import nn
 
 from timm_robust.attacks.gradient import input_gradient
@@ -51,19 +50,6 @@ def test_what_cannot_be_meant_is_refused():
         Recipe(attack_grad='smooth', torchcompile=True)
 
 
-TINY = Recipe(
-    model='resnet18_relu',
-    model_kwargs={'width': 4},
-    dataset='digits',
-    val_size=20,
-    eps=0.1,
-    attack='fgsm',
-    random_start=False,
-    epochs=1,
-    batch_size=8,
-)
-
-
 @pytest.mark.parametrize('fold', [True, False])
 def test_attack_and_update_switch_separately(tmp_path, fold):
     """The attack's images follow attack_grad alone; the update's gradients, at equal images, update_grad alone."""
@@ -71,7 +57,8 @@ def test_attack_and_update_switch_separately(tmp_path, fold):
     for attack_grad in ('exact', 'smooth'):
         for update_grad in ('exact', 'smooth'):
             settings = {'attack_grad': attack_grad, 'update_grad': update_grad, 'fold_bn': fold}
-            run = build(dataclasses.replace(TINY, output=str(tmp_path), **settings))
+            settings |= {'model': 'resnet18_relu', 'attack': 'fgsm', 'random_start': False, 'batch_size': 8}
+            run = build(tiny(tmp_path, **settings))
             x, y = run.batches[0]
             run.model.train()
             attacked[attack_grad, update_grad] = run.train_step.perturb(x, y, 0.0)

@@ -19,7 +19,7 @@ from timm_robust.data import ImageData
 from timm_robust.evaluation.measure import evaluate
 from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
-from timm_robust.robustbench import conversion, package, report
+from timm_robust.robustbench import conversion, package, report, submit
 from timm_robust.robustbench.__main__ import main
 from timm_robust.robustbench.zoo import LINF, check_network, entry_of, to_ours, to_theirs
 from timm_robust.threat_model import ThreatModel
@@ -370,7 +370,9 @@ def record(root, attack='autoattack', n=1000, sha='a' * 64, eps='8/255', tag='at
 
 
 def test_compare_places_a_model_among_the_published(tmp_path):
-    table = report.compare(record(tmp_path), tmp_path / 'plot.png')
+    folder = record(tmp_path)
+    table = report.compare(folder)
+    report.draw([folder], tmp_path / 'plot.png')
     lines = table.splitlines()
     ours = next(i for i, line in enumerate(lines) if 'resnet18_pssilu' in line)
     robust = [float(line.split(' | ')[4].split()[0]) for line in lines[2:] if line.startswith('|')]
@@ -389,7 +391,7 @@ def test_another_radius_is_neither_compared_nor_submitted(tmp_path, eps):
     with pytest.raises(ValueError, match=message):
         report.compare(record(tmp_path, eps=eps))
     with pytest.raises(ValueError, match=message):
-        report.submission(record(tmp_path / 'full', n=10_000, eps=eps), tmp_path / 'out', tmp_path, PAPER)
+        submit.submission(record(tmp_path / 'full', n=10_000, eps=eps), tmp_path / 'out', tmp_path, PAPER)
     assert not (tmp_path / 'out').exists()
 
 
@@ -406,11 +408,11 @@ def test_compare_tells_of_extra_data(tmp_path):
 
 
 def test_a_submission_tells_of_extra_data(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'a' * 64)
+    monkeypatch.setattr(submit, 'official_sha256', lambda data_dir: 'a' * 64)
 
     def submitted(name, tag, **info):
         folder = record(tmp_path / name, n=10_000, tag=tag, extra='x.npz')
-        out = report.submission(folder, tmp_path / f'{name} out', tmp_path, PAPER | info)
+        out = submit.submission(folder, tmp_path / f'{name} out', tmp_path, PAPER | info)
         issues.append((out / 'issue.md').read_text())
         return json.loads((out / f'model_info/cifar10/Linf/{folder.name}.json').read_text())
 
@@ -445,21 +447,24 @@ def test_a_submission_is_only_written_for_what_robustbench_takes(tmp_path, monke
     with pytest.raises(
         ValueError, match=r'was measured on autoattack_1000; RobustBench takes AutoAttack on all 10,000'
     ):
-        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+        submit.submission(folder, tmp_path / 'out', tmp_path, PAPER)
     with pytest.raises(ValueError, match='the paper lacks venue'):
-        report.submission(folder, tmp_path / 'out', tmp_path, {**PAPER, 'venue': None})
+        submit.submission(folder, tmp_path / 'out', tmp_path, {**PAPER, 'venue': None})
     folder = record(tmp_path / 'full', n=10_000)
     with pytest.raises(FileNotFoundError, match='holds no intact cifar-10-batches-py'):
-        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
-    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'c' * 64)
+        submit.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    monkeypatch.setattr(submit, 'official_sha256', lambda data_dir: 'c' * 64)
     with pytest.raises(ValueError, match='was not measured on the official CIFAR-10 test images'):
-        report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+        submit.submission(folder, tmp_path / 'out', tmp_path, PAPER)
     assert not (tmp_path / 'out').exists()
-    monkeypatch.setattr(report, 'official_sha256', lambda data_dir: 'a' * 64)
-    out = report.submission(folder, tmp_path / 'out', tmp_path, PAPER)
+    monkeypatch.setattr(submit, 'official_sha256', lambda data_dir: 'a' * 64)
+    out = submit.submission(folder, tmp_path / 'out', tmp_path, PAPER)
     info = json.loads((out / 'model_info/cifar10/Linf/resnet18_pssilu.at_cifar10_linf.json').read_text())
     assert (info['eps'], info['clean_acc'], info['autoattack_acc']) == ('8/255', '80.00', '51.50')
-    assert set(report._MANDATORY) <= set(info) and info['additional_data'] is False
+    mandatory = (
+        'link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc reported'
+    )
+    assert set(mandatory.split()) <= set(info) and info['additional_data'] is False
     text = (out / 'issue.md').read_text()
     assert text.startswith('# [New Model] Author') and '- Robust accuracy: 51.50%' in text and 'b' * 64 in text
     assert len((out / 'SHA256SUMS').read_text().splitlines()) == 6

@@ -1,31 +1,18 @@
 """A training step's twins: recomputed, of half the bits, and with a learned activation instead of a fixed one."""
 
-import dataclasses
+import sys
 
 import pytest
 import timm
 import torch
+from tiny_runs import tiny
 
 from timm_robust.attacks.gradient import input_gradient
 from timm_robust.attacks.surrogates import cross_entropy
 from timm_robust.training.builder import build
 from timm_robust.training.loop import fit
-from timm_robust.training.recipe import Recipe
 
-TINY = Recipe(
-    model='resnet18_pssilu',
-    model_kwargs={'width': 4},
-    dataset='digits',
-    crop_padding=1,
-    hflip=0.0,
-    val_size=0,
-    eps=0.1,
-    steps=1,
-    epochs=3,
-    batch_size=32,
-    lr=0.05,
-    experiment='run',
-)
+SETTINGS = {'val_size': 0, 'max_steps': None, 'batch_size': 32, 'warmup_epochs': 0.0, 'model_ema': False}
 
 
 def kept_bytes(model: torch.nn.Module, x: torch.Tensor, frozen: bool) -> int:
@@ -67,9 +54,7 @@ def test_pssilu_keeps_no_more_for_backward_than_silu(frozen):
 def test_recompute_takes_the_same_step(tmp_path, settings):
     weights = []
     for recompute in (False, True):
-        recipe = dataclasses.replace(
-            TINY, output=str(tmp_path), grad_checkpointing=recompute, batch_size=16, **settings
-        )
+        recipe = tiny(tmp_path, **{**SETTINGS, 'batch_size': 16, 'grad_checkpointing': recompute, **settings})
         run = build(recipe)
         assert run.model.stages[0].grad_checkpointing == recompute
         for number in range(2):
@@ -80,7 +65,7 @@ def test_recompute_takes_the_same_step(tmp_path, settings):
 
 
 def test_the_attacks_gradient_is_that_of_the_plain_network(tmp_path):
-    run = build(dataclasses.replace(TINY, output=str(tmp_path), batch_size=32))
+    run = build(tiny(tmp_path, **SETTINGS))
     for number in range(3):  # statistics and activation away from their start
         run.train_step(*run.batches[number], number)
     x, y = run.batches[3]
@@ -96,9 +81,80 @@ def test_the_attacks_gradient_is_that_of_the_plain_network(tmp_path):
 def test_bf16_trains_as_well_as_fp32(tmp_path):
     found = {}
     for amp in (False, True):
-        changes = {'model_kwargs': {'width': 8}, 'attack': 'fgsm', 'epochs': 5, 'max_steps': None, 'batch_size': 64}
+        changes = SETTINGS | {'model_kwargs': {'width': 8}, 'attack': 'fgsm', 'epochs': 5, 'batch_size': 64}
         changes |= {'val_size': 200, 'lr': 0.1, 'eval_steps': 10, 'amp': amp}
-        found[amp] = fit(build(dataclasses.replace(TINY, output=str(tmp_path / str(amp)), **changes)))
+        found[amp] = fit(build(tiny(tmp_path / str(amp), **changes)))
     clean, robust = (abs(found[True][key] - found[False][key]) for key in ('val_clean_acc', 'val_pgd_acc'))
     assert found[False]['val_pgd_acc'] > 0.3
     assert clean < 0.1 and robust < 0.1  # two standard errors of a difference between two shares of 200 images
+
+
+@pytest.mark.parametrize('loss', ['pgd_at', 'trades', 'clean'])
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+@pytest.mark.parametrize(
+    'settings', [{'amp': True, 'attack_bn': 'train'}, {'attack': 'fgsm', 'clip_grad': 1.0, 'smoothing': 0.1}]
+)
+def test_every_loss_norm_and_mode_takes_a_step(tmp_path, loss, norm, settings):
+    recipe = tiny(tmp_path, loss=loss, norm=norm, max_steps=1, val_size=0, model_kwargs={'width': 2}, **settings)
+    run = build(recipe)
+    before = run.model.conv1.weight.clone()
+    x, y = run.batches[0]
+    run.scheduler.step_update(0)
+    out = run.train_step(x, y, 0)
+    assert out.loss.isfinite() and 0 <= out.correct <= 400
+    assert not torch.equal(run.model.conv1.weight, before)
+    assert all(p.requires_grad for p in run.model.parameters()) and run.model.training
+
+
+def test_the_compiled_run_follows_the_eager_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules['timm_robust.activations.pssilu'], '_kernels', None)  # put back afterwards
+    losses = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        run = build(tiny(tmp_path, model_kwargs={'width': 2}, val_size=0, lr=0.01, torchcompile=compiled))
+        losses.append([run.train_step(*run.batches[i], i).loss.item() for i in range(3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_regulariser_and_clip_rule_beta(tmp_path):
+    run = build(tiny(tmp_path, max_steps=1, pssilu_reg=10.0, pssilu_beta_clip=0.01))
+    x, y = run.batches[0]
+    run.train_step(x, y, 0)
+    assert abs(run.model.act.beta.grad.item()) == pytest.approx(0.01, rel=1e-3)
+    free = build(tiny(tmp_path, max_steps=1, pssilu_reg=10.0, pssilu_beta_clip=None))
+    none = build(tiny(tmp_path, max_steps=1, pssilu_reg=0.0, pssilu_beta_clip=None))
+    for other in (free, none):
+        other.train_step(x, y, 0)
+    # d(10 |beta|)/d beta = 10 for beta = 1e-8 > 0
+    assert free.model.act.beta.grad.item() - none.model.act.beta.grad.item() == pytest.approx(10, rel=1e-3)
+
+
+@pytest.mark.parametrize('loss', ['pgd_at', 'trades'])
+def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):
+    # a pixel whose gradient is rounding noise may step the other way
+    runs = [build(tiny(tmp_path / str(fold), loss=loss, fold_bn=fold, steps=3, lr=0.01)) for fold in (True, False)]
+    assert runs[0].attack_forward.folded and not runs[1].attack_forward.folded
+    x, y = runs[0].batches[0]
+    found, gradients = [], []
+    for number in range(3):  # statistics and weights move
+        runs[0].train_step(*runs[0].batches[number], number)
+    runs[1].model.load_state_dict(runs[0].model.state_dict())
+    for run in runs:
+        run.train_step.draw_from(9)
+        with run.attack_forward.ready('eval') as forward:
+            gradients.append(input_gradient(lambda z, forward=forward: cross_entropy(forward(z), y), x))
+        found.append(run.train_step.perturb(x, y, 1.0))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+    assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [{'attack': 'n_fgsm'}, {'attack': 'apgd', 'steps': 3}, {'awp_gamma': 0.01}, {'mixup': 0.2}, {'loss': 'mart'}],
+)
+def test_further_attacks_and_regularisers_take_a_step(tmp_path, settings):
+    run = build(tiny(tmp_path, **{'max_steps': 1, 'val_size': 0, 'model_kwargs': {'width': 2}, **settings}))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    run.scheduler.step_update(0)
+    assert run.train_step(*run.batches[0], 0).loss.isfinite()
+    assert not torch.equal(run.model.conv1.weight, before['conv1.weight'])

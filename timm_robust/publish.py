@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = Options(**{key: getattr(args, key) for key in keys})
     outcomes = [attempt(args.cards / name, options, args.table) for name in args.names or staged]
     if args.json:
-        print(json.dumps([outcome.to_dict() for outcome in outcomes], indent=2))
+        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
     else:
         print(table(outcomes))
     return int(any(outcome.status == 'failed' for outcome in outcomes))

@@ -49,9 +49,6 @@ class Shape:
     max_curvature: float
 
 
-# --- modules ----------------------------------------------------------------------------------------------------------
-
-
 class Activation(nn.Module):
     """Base of the modules here: `forward(x)`, and `call(x, params())` for networks that share one set of parameters.
 

@@ -142,9 +142,10 @@ def _map_member(file: Path, key: str) -> np.ndarray:
     with _open_zip(file) as archive:
         member = _member(file, archive, key)
         if member.compress_type != zipfile.ZIP_STORED:
+            folder = file.with_suffix('')
             raise ValueError(
                 f'{file} is compressed, so its rows cannot be read one by one; unpack it once with '
-                f'`{_unpack(file)}` and name the folder {file.with_suffix("")} instead'
+                f'`python -m zipfile -e {file} {folder}` and name the folder {folder} instead'
             )
         try:
             with archive.open(member) as stream:
@@ -210,11 +211,6 @@ def _member(file: Path, archive: zipfile.ZipFile, key: str) -> zipfile.ZipInfo:
     except KeyError:
         held = ', '.join(name.removesuffix('.npy') for name in archive.namelist()) or 'nothing'
         raise ValueError(f'{file} has no array {key!r}; it holds {held}; needed: image, label') from None
-
-
-def _unpack(file: Path) -> str:
-    """The command that unpacks an `.npz` file into a folder of `.npy` files, without reading it into memory."""
-    return f'python -m zipfile -e {file} {file.with_suffix("")}'
 
 
 def _unreadable(where: str, error: object) -> ValueError:

@@ -36,16 +36,11 @@ def train_transform(img_size: Size, hflip: float) -> Callable[[Any], torch.Tenso
 
 def eval_transform(img_size: Size, crop_pct: float, interpolation: str) -> Callable[[Any], torch.Tensor]:
     """Resize to img_size / crop_pct, then crop the centre: PIL image -> [3, H, W] of uint8."""
-    _check_interpolation(interpolation, INTERPOLATIONS)
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f'interpolation {interpolation!r} is unknown; allowed: {", ".join(INTERPOLATIONS)}')
     if not 0 < crop_pct <= 1:
         raise ValueError(f'crop_pct {crop_pct} must lie in (0, 1], such as 0.875')
     return create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
-
-
-def _check_interpolation(interpolation: str, allowed: tuple[str, ...]) -> None:
-    """Refuse an interpolation that timm does not know."""
-    if interpolation not in allowed:
-        raise ValueError(f'interpolation {interpolation!r} is unknown; allowed: {", ".join(allowed)}')
 
 
 @contextlib.contextmanager

@@ -105,10 +105,8 @@ def autoattack(
     x = x.detach().float().contiguous()
     y = y.detach().long().to(x.device)
     report, store = Report(progress), None
-    world = world or World(x.device)
     if state_dir is not None:
-        facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model)}
-        facts |= {'eps': threat_model.eps}
+        facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model), 'eps': threat_model.eps}
         facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
         store = BatchStore(state_dir, facts)
     with undisturbed(model):
@@ -117,53 +115,41 @@ def autoattack(
         )
         plain = runner(model)
         check_images(x, y, plain.num_classes)
-        y_pred_adv = predict(plain.logits, x, batch_size)
-        searcher = plain
-        if search is not None:
-            differ = int((predict(Fp32Logits(search), x, batch_size) != y_pred_adv).sum())
-            if differ:
-                report.say(f'the faster copy labels {differ} images otherwise than the model; searching on the model')
-            else:
-                searcher = runner(search)
-        steps = [_Step(attack, attack, searcher, work) for attack, work in plain.plan(version).items()]
-        if screen is not None:
-            coarse = runner(screen)
-            first = [step for step in steps if step.attack in VERSIONS['apgd']]
-            steps = [_Step(f'screen-{step.attack}', step.attack, coarse, step.work) for step in first] + steps
-        batches = _Batches(plain, x, y, threat_model, report, store)
-        robust = clean_correct = y_pred_adv == y
-        x_adv, rejected, per_attack = x.clone(), 0, {'clean': share(robust)}
+        y_pred = predict(plain.logits, x, batch_size)
+        clean_correct = y_pred == y
+        if search is not None and not _labels_alike(search, x, y_pred, batch_size, report):
+            search = None
+        searcher = plain if search is None else runner(search)
+        steps = _steps(plain.plan(version), searcher, None if screen is None else runner(screen))
+        batches = _Batches(plain, x, y, threat_model, report, store, world or World(x.device))
+        verdicts, per_attack = _Verdicts(clean_correct, x.clone(), y_pred), {'clean': share(clean_correct)}
         for place, step in enumerate(steps):
-            left = robust.nonzero()[:, 0]
-            if len(left) and threat_model.eps:  # at eps 0 the ball holds nothing but the image
-                parts = dict(enumerate(left.split(batch_size)))
-                mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
-                later = len(left) * sum(other.work for other in steps[place + 1 :]) / world.size
-                report.start(step.name, step.work * sum(len(part) for part in mine.values()), later)
-                every = world.gather({number: batches.attack(step, number, part) for number, part in mine.items()})
-                for number, found in every.items():
-                    broken = parts[number][found.broken.to(left.device)]
-                    rejected += found.rejected
-                    report.messages += found.messages
-                    robust = robust.index_fill(0, broken, False)
-                    x_adv[broken], y_pred_adv[broken] = found.x_adv.to(x.device), found.labels.to(x.device)
-            per_attack[step.name] = share(robust)
+            batches.attack_all(step, verdicts, later=sum(other.work for other in steps[place + 1 :]))
+            per_attack[step.name] = share(verdicts.robust)
             report.say(f'{step.name}: {per_attack[step.name]:.2%} of {len(x)} images still robust')
         plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
     return AutoAttackResult(
-        robust=robust,
-        x_adv=x_adv,
-        y_pred_adv=y_pred_adv,
+        robust=verdicts.robust,
+        x_adv=verdicts.x_adv,
+        y_pred_adv=verdicts.y_pred_adv,
         clean_correct=clean_correct,
         per_attack=per_attack,
         warnings=report.warnings(),
-        rejected=rejected,
+        rejected=verdicts.rejected,
         wall_time_s=time.perf_counter() - started + report.earlier_s,
         earlier_s=report.earlier_s,
         version=version,
-        searched=searcher is not plain,
+        searched=search is not None,
     )
+
+
+def _labels_alike(search: nn.Module, x: torch.Tensor, y_pred: torch.Tensor, batch_size: int, report: Report) -> bool:
+    """Whether the search network labels every image as the model does; if not, that is said."""
+    differ = int((predict(Fp32Logits(search), x, batch_size) != y_pred).sum())
+    if differ:
+        report.say(f'the faster copy labels {differ} images otherwise than the model; searching on the model')
+    return not differ
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,9 +162,36 @@ class _Step:
     work: int
 
 
+def _steps(plan: dict[str, int], searcher: Runner, coarse: Runner | None) -> list[_Step]:
+    """The planned attacks on the searcher; before them APGD-CE and APGD-T on the coarse network, if there is one."""
+    steps = [_Step(attack, attack, searcher, work) for attack, work in plan.items()]
+    if coarse is None:
+        return steps
+    first = [step for step in steps if step.attack in VERSIONS['apgd']]
+    return [_Step(f'screen-{step.attack}', step.attack, coarse, step.work) for step in first] + steps
+
+
+@dataclass(eq=False)
+class _Verdicts:
+    """What is known of every image so far; the tensors are those of `AutoAttackResult`."""
+
+    robust: torch.Tensor
+    x_adv: torch.Tensor
+    y_pred_adv: torch.Tensor
+    rejected: int = 0
+
+    def note(self, part: torch.Tensor, found: Found) -> None:
+        """Take in what one attack found in one batch; part is the batch's places in the data."""
+        broken = part[found.broken.to(part.device)]
+        self.rejected += found.rejected
+        self.robust = self.robust.index_fill(0, broken, False)
+        self.x_adv[broken] = found.x_adv.to(part.device)
+        self.y_pred_adv[broken] = found.labels.to(part.device)
+
+
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """The images, the model that has the last word on each find, and where finds are kept."""
+    """The images, the model that has the last word on each find, where finds are kept, and who shares the batches."""
 
     plain: Runner
     x: torch.Tensor
@@ -186,6 +199,21 @@ class _Batches:
     threat_model: ThreatModel
     report: Report
     store: BatchStore | None
+    world: World
+
+    def attack_all(self, step: _Step, verdicts: _Verdicts, later: int) -> None:
+        """A step on every image that is still robust; later is the work of the steps after it on one image."""
+        left = verdicts.robust.nonzero()[:, 0]
+        if not len(left) or not self.threat_model.eps:  # at eps 0 the ball holds nothing but the image
+            return
+        parts, world = dict(enumerate(left.split(self.plain.batch_size))), self.world
+        mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
+        work = step.work * sum(len(part) for part in mine.values())
+        self.report.start(step.name, work, len(left) * later / world.size)
+        every = world.gather({number: self.attack(step, number, part) for number, part in mine.items()})
+        for number, found in every.items():
+            verdicts.note(parts[number], found)
+            self.report.messages += found.messages
 
     def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
         """What a step finds in one batch, now or in the run before."""
@@ -211,7 +239,7 @@ class _Batches:
                 return None
             images, x, y = self.x[part], self.x[part], self.y[part]
             images[found.broken] = found.x_adv.to(x.device)
-            clamped, labels, broken = recheck(self.plain.logits, images, x, y, self.threat_model, len(x))
+            clamped, labels, broken = self._recheck(images, x, y)
             index = found.broken.to(x.device)
             same = torch.equal(labels[index].cpu(), found.labels) and torch.equal(clamped, images)
             if not (same and broken[index].all()):
@@ -228,20 +256,26 @@ class _Batches:
         started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
         claims, claimed = step.runner.run(step.attack, x, y)
-        claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model, len(x))
+        claims, labels, broken = self._recheck(claims, x, y)
         broken &= claimed
         again = claimed & ~broken
         if step.name != step.attack:
             claimed = broken
         elif step.runner is not self.plain and again.any():
             more, sure = self.plain.run(step.attack, x[again], y[again])
-            more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model, len(x))
+            more, names, fell = self._recheck(more, x[again], y[again])
             claims[again], labels[again] = more, names
             broken[again], claimed[again] = fell & sure, sure
         said, self.report.messages = self.report.messages, messages
         index, rejected = broken.nonzero()[:, 0].cpu(), int((claimed & ~broken).sum())
         seconds = time.perf_counter() - started
         return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said, seconds)
+
+    def _recheck(
+        self, x_adv: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the model says of adversarial images of one batch, as `recheck`."""
+        return recheck(self.plain.logits, x_adv, x, y, self.threat_model, len(x))
 
 
 @contextmanager

@@ -102,58 +102,62 @@ def evaluate(
             data with a class that the model was not trained on, where its classes have names.
     """
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
-    if attack not in ATTACKS:
-        raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
-    if screen not in SCREENS:
-        raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
-    for what, count in {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}.items():
-        if count < 1:
-            raise ValueError(f'{what} must be at least 1, got {count}')
-    check_step_size(pgd_step_size, threat_model.eps, 'pgd_step_size')
-    if img_size is not None and not 8 <= img_size <= 4096:
-        raise ValueError(f'img_size {img_size} is no size of an image; allowed: 8 to 4096')
-    if attack in _VERSIONS:
-        upstream()  # if it is missing, say so now
+    counts = {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}
+    _check_settings(attack, screen, counts, pgd_step_size, threat_model.eps, img_size)
     data = data if n is None else data.first(n)
     if classes := trained_classes(model):
         data = data.with_classes(classes)
     x, pixels = data.pixels(), pixel_input(model, img_size)
-    facts: dict[str, Any] = {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'split': split, 'n': len(x)}
-    facts |= {'dtype': str(dtype_of(model)).removeprefix('torch.'), 'dataset': data.name, 'date': date}
-    facts['data_sha256'], facts['img_size'] = data.sha256(), img_size
+    facts: dict[str, Any] = {'model': name or _name(model), 'dtype': str(dtype_of(model)).removeprefix('torch.')}
+    facts |= {'dataset': data.name, 'split': split, 'n': len(x), 'data_sha256': data.sha256(), 'img_size': img_size}
+    facts |= {'norm': threat_model.norm, 'eps': threat_model.eps, 'eps_text': threat_model.eps_text}
+    facts |= {'attack': attack, 'seed': seed, 'batch_size': batch_size, 'date': date}
     if data.num_classes <= 100 and data.classes != tuple(map(str, range(data.num_classes))):
         facts['classes'] = list(data.classes)
-    facts |= {
-        'model': name or _name(model),
-        'norm': threat_model.norm,
-        'eps': threat_model.eps,
-        'eps_text': threat_model.eps_text,
-    }
     with undisturbed(model):
         logits = Fp32Logits(pixels)
         _check_fit(logits, data)
-        tensors = _clean(logits, x, data.labels, batch_size, progress)
+        tensors, doubts = _clean(logits, x, data.labels, batch_size, progress), list[str]()
         facts['clean_acc'] = share(tensors['clean_correct'])
         if attack != 'none':
             facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
             facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
-        found: list[str] = []
-        if attack != 'none' and checks:
-            few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
-            found = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
+            if checks:
+                few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
+                doubts = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
         if attack in _VERSIONS:
-            faster = search_model(pixels, x[:16], len(x)) if search else None
-            settings: dict[str, Any] = {'search': faster, 'screen': Bf16(faster or pixels) if screen else None}
-            settings |= {'state_dir': state_dir, 'world': world}
+            settings: dict[str, Any] = {'search': search, 'screen': screen, 'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
-            facts |= {'screen': screen, 'processes': world.size if world else 1}
-        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *found]
+        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *doubts]
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)
     facts |= {'wall_time_s': seconds, 'images_per_s': len(x) / seconds, 'commit': git_commit()}
     return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
+
+
+def _check_settings(
+    attack: str,
+    screen: str | None,
+    counts: dict[str, int],
+    step_size: float | None,
+    eps: float,
+    img_size: int | None,
+) -> None:
+    """Refuse, before any work, what no measurement can mean, and AutoAttack without its library."""
+    if attack not in ATTACKS:
+        raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
+    if screen not in SCREENS:
+        raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
+    for what, count in counts.items():
+        if count < 1:
+            raise ValueError(f'{what} must be at least 1, got {count}')
+    check_step_size(step_size, eps, 'pgd_step_size')
+    if img_size is not None and not 8 <= img_size <= 4096:
+        raise ValueError(f'img_size {img_size} is no size of an image; allowed: 8 to 4096')
+    if attack in _VERSIONS:
+        upstream()
 
 
 def _clean(
@@ -222,18 +226,35 @@ def _autoattack(
     threat_model: ThreatModel,
     facts: dict[str, Any],
     progress: Progress | None,
-    **settings: Any,
+    *,
+    search: bool,
+    screen: str | None,
+    state_dir: str | Path | None,
+    world: World | None,
 ) -> dict[str, Any]:
     """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
-    attack, version = facts['attack'], _VERSIONS[facts['attack']]
-    settings |= {'batch_size': facts['batch_size'], 'seed': facts['seed'], 'progress': progress}
-    result = autoattack(pixels, x, tensors['y'], threat_model, version=version, **settings)
+    attack, faster = facts['attack'], search_model(pixels, x[:16], len(x)) if search else None
+    result = autoattack(
+        pixels,
+        x,
+        tensors['y'],
+        threat_model,
+        version=_VERSIONS[attack],
+        batch_size=facts['batch_size'],
+        seed=facts['seed'],
+        progress=progress,
+        search=faster,
+        screen=Bf16(faster or pixels) if screen else None,
+        state_dir=state_dir,
+        world=world,
+    )
     warnings = list(result.warnings)
     if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
     tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
     record: dict[str, Any] = {'attack_version': result.version, 'per_attack': result.per_attack, 'warnings': warnings}
-    record['search'] = 'folded' if result.searched else 'model'
+    record |= {'search': 'folded' if result.searched else 'model', 'screen': screen}
+    record['processes'] = world.size if world else 1
     record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
     return record | {'rejected': facts['rejected'] + result.rejected, 'earlier_s': result.earlier_s}

@@ -41,14 +41,14 @@ def find_problems(
         seed: of the attacks' starts.
         batch_size: images a batch.
     """
-    found = inputs(x, threat_model) + outputs(model, x, y, batch_size)
+    found = _inputs(x, threat_model) + _outputs(model, x, y, batch_size)
     right = predict(model, x, batch_size) == y
     if not right.any():
         return found
-    return found + gradients(model, x[right], y[right], threat_model, surrogate, seed, batch_size)
+    return found + _gradients(model, x[right], y[right], threat_model, surrogate, seed, batch_size)
 
 
-def inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
+def _inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
     """Images outside the bounds, so that eps is not in pixels."""
     low, high = threat_model.bounds
     if x.min() < low or x.max() > high:
@@ -57,7 +57,7 @@ def inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int = 50) -> list[str]:
+def _outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int) -> list[str]:
     """A forward pass that is random, depends on the other images of the batch, gives probabilities, or is at chance."""
     found: list[str] = []
     first, second = (torch.cat([model(part) for part in x.split(batch_size)]) for _ in range(2))
@@ -82,25 +82,18 @@ def outputs(model: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int 
     return found
 
 
-def gradients(
+def _gradients(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
     threat_model: ThreatModel,
-    surrogate: nn.Module | None = None,
-    seed: int = 0,
-    batch_size: int = 50,
+    surrogate: nn.Module | None,
+    seed: int,
+    batch_size: int,
 ) -> list[str]:
     """Gradients that mislead: zero, or attacks that do not get stronger with steps or radius, or lose to a surrogate.
 
-    Args:
-        model: images in [0, 1] -> logits.
-        x: images that it labels right [B, C, H, W].
-        y: labels [B].
-        threat_model: of the evaluation.
-        surrogate: another model, or None.
-        seed: of the attacks' starts.
-        batch_size: images a batch.
+    The arguments are those of `find_problems`; the model labels the images x right.
     """
     found, n = [], len(x)
     parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))

@@ -16,6 +16,7 @@ from ..attacks import cross_entropy, pgd
 from ..threat_model import ThreatModel
 from .runner import upstream
 
+_STEPS = 10  # of PGD
 _NEGATIVE = (-5.0, -2.0, -1.0, -0.5)
 
 
@@ -26,7 +27,6 @@ def minimal_radii(
     *,
     largest: float = 0.5,
     rounds: int = 12,
-    steps: int = 10,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Smallest Linf radius at which PGD changes each image's label, by bisection: an upper bound of the true radius.
@@ -39,8 +39,7 @@ def minimal_radii(
         x: images [B, C, H, W].
         y: labels [B].
         largest: radius of the first try, in pixels; what resists there gets this radius.
-        rounds: halvings of the bracket.
-        steps: PGD steps in each, of 2.5 eps / steps.
+        rounds: halvings of the bracket, each with PGD-10.
         generator: source of the random starts.
 
     Returns:
@@ -52,7 +51,7 @@ def minimal_radii(
     high[~right] = 0
     for number in range(rounds + 1):
         eps = high if number == 0 else (low + high) / 2
-        broken = _broken(model, x, y, eps, steps, generator)
+        broken = _broken(model, x, y, eps, generator)
         if number == 0:
             low = torch.where(broken, low, high)  # resists the largest
         else:
@@ -61,7 +60,7 @@ def minimal_radii(
 
 
 def _broken(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: torch.Tensor, steps: int, generator: torch.Generator | None
+    model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: torch.Tensor, generator: torch.Generator | None
 ) -> torch.Tensor:
     """Which images fall to PGD within a radius of their own, [B]: the ball is the unit one in scaled coordinates."""
     scale = eps.clamp_min(1e-12).view(-1, 1, 1, 1)
@@ -72,15 +71,18 @@ def _broken(
     ball = ThreatModel('Linf', 1.0, bounds=(-0.5, 1.5))
     middle = torch.full_like(x, 0.5)
     z = pgd(
-        lambda z: cross_entropy(model(at(z)), y), middle, ball, steps=steps, step_size=2.5 / steps, generator=generator
+        lambda z: cross_entropy(model(at(z)), y),
+        middle,
+        ball,
+        steps=_STEPS,
+        step_size=2.5 / _STEPS,
+        generator=generator,
     )
     with torch.no_grad():
         return model(at(z)).argmax(1) != y
 
 
-def square_success(
-    model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, queries: int = 1000, seed: int = 0
-) -> float:
+def square_success(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, queries: int = 1000) -> float:
     """Share of the rightly labelled images that Square (Andriushchenko et al. 2020) breaks with so many queries.
 
     Args:
@@ -89,7 +91,6 @@ def square_success(
         y: labels [B].
         eps: Linf radius in pixels.
         queries: forward passes an image.
-        seed: of the attack.
 
     Raises:
         ImportError: if pyautoattack is missing.
@@ -98,35 +99,31 @@ def square_success(
         right = model(x).argmax(1) == y
     if not right.any():
         return 0.0
-    runner = upstream().AutoAttack(model, norm='Linf', eps=eps, seed=seed, version='standard', device=x.device)
+    runner = upstream().AutoAttack(model, norm='Linf', eps=eps, seed=0, version='standard', device=x.device)
     runner.square.n_queries = queries
-    runner.square.seed = seed
+    runner.square.seed = 0
     found = runner.square.perturb(x[right], y[right])
     with torch.no_grad():
         return float((model(found).argmax(1) != y[right]).float().mean())
 
 
-def local_lipschitz(
-    model: nn.Module, x: torch.Tensor, eps: float, steps: int = 10, generator: torch.Generator | None = None
-) -> float:
-    """Mean over images of the largest found |f(x') - f(x)|_1 / |x' - x|_inf, x' within eps of x.
+def local_lipschitz(model: nn.Module, x: torch.Tensor, eps: float, generator: torch.Generator | None = None) -> float:
+    """Mean over images of the largest |f(x') - f(x)|_1 / |x' - x|_inf that PGD-10 finds, x' within eps of x.
 
     Args:
         model: images in [0, 1] -> logits f, in eval mode.
         x: images [B, C, H, W].
         eps: Linf radius in pixels.
-        steps: PGD steps that climb |f(x') - f(x)|_1.
         generator: source of the random start.
     """
     with torch.no_grad():
         output = model(x)
-    threat_model = ThreatModel('Linf', eps)
     x_far = pgd(
         lambda z: (model(z) - output).abs().sum(1),
         x,
-        threat_model,
-        steps=steps,
-        step_size=2.5 * eps / steps,
+        ThreatModel('Linf', eps),
+        steps=_STEPS,
+        step_size=2.5 * eps / _STEPS,
         generator=generator,
     )
     with torch.no_grad():

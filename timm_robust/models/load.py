@@ -103,10 +103,8 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
     else:
         state: dict[str, Any] = read_weights(path) if path.suffix == '.safetensors' else load_checkpoint(path)
         weights = weights_of(state, path)
-        name, call = (
-            arch or state.get('arch'),
-            f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint",
-        )
+        name = arch or state.get('arch')
+        call = f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint"
         if not isinstance(name, str):
             raise ValueError(f"{path} does not say which model it is: it has no 'arch' entry; write {call} {path}")
         if not timm.is_model(name):

@@ -123,11 +123,9 @@ def _note(model: nn.Module, act: str, shared: bool) -> None:
     """Tell timm's save_for_hf how the network is built again."""
     cfg = dict(getattr(model, 'pretrained_cfg', None) or {})
     args = dict(getattr(model, '_model_args', {}))
-    base = (
-        args.get('model', cfg.get('architecture'))
-        if cfg.get('architecture') == ARCHITECTURE
-        else cfg.get('architecture')
-    )
+    base = cfg.get('architecture')
+    if base == ARCHITECTURE:  # its activation is exchanged once more
+        base = args.get('model', base)
     model.pretrained_cfg = model.default_cfg = {**cfg, 'architecture': ARCHITECTURE}  # type: ignore[assignment]
     model._model_args = {**args, 'model': base, 'act': act, 'shared': shared}  # type: ignore[assignment]
 

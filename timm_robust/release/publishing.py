@@ -12,7 +12,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +28,6 @@ from .folder import ORGANISATION, check, files_of
 _KEPT = ('.gitattributes',)
 """Files of the server's own, which a publication leaves alone."""
 _LOGIN = 'type hf auth login, or set HF_TOKEN'
-
-
 _NAME = re.compile(r'(?![-./])(?!.*(\.\.|//|\.lock(/|$)|/\.))[A-Za-z0-9._/-]{1,100}(?<![./])')
 """A part of what git takes as the name of a branch or a tag."""
 _WAITS_S = (1.0, 4.0, 15.0)
@@ -129,10 +127,6 @@ class Outcome:
     url: str | None = None
     message: str = ''
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record, for JSON."""
-        return asdict(self)
-
 
 def repo_of(name: str, org: str | None = None, table: Path = TABLE) -> str:
     """The repository of a release: in `org`, else as the table says, else in the project's organisation."""
@@ -148,7 +142,6 @@ def publish(
     *,
     table: Path = TABLE,
     say: Callable[[str], object] = print,
-    api: HfApi | None = None,
 ) -> Outcome:
     """Publish one staged model, verify it, and note its commit in the table of releases.
 
@@ -157,7 +150,6 @@ def publish(
         options: how.
         table: releases.json; gets repository and commit, unless on a branch, in a pull request or private.
         say: called with lines of text.
-        api: the client; None for one with the user's own token.
 
     Raises:
         Refused: if released weights would change without overwrite, a tag would move, or the token may not write.
@@ -171,7 +163,7 @@ def publish(
     repo = repo_of(name, options.org, table)
     validate_repo_id(repo)
     with bounded_waits(say):
-        return _publish(api or HfApi(library_name='timm_robust'), folder, name, repo, options, table, say)
+        return _publish(HfApi(library_name='timm_robust'), folder, name, repo, options, table, say)
 
 
 def _publish(
@@ -269,7 +261,8 @@ def make_plan(api: HfApi, folder: Path, name: str, repo: str, options: Options) 
 def compare(api: HfApi, folder: Path, repo: str, revision: str | None) -> dict[str, str]:
     """Path -> 'new', 'changed', 'same' or 'gone', by SHA-256 for large files and git's blob hash for others."""
     files = files_of(folder)
-    remote = {file.path: file for file in api.list_repo_tree(repo, recursive=True, revision=revision) if _is_file(file)}
+    tree = api.list_repo_tree(repo, recursive=True, revision=revision)
+    remote = {entry.path: entry for entry in tree if hasattr(entry, 'blob_id')}  # a folder has none
     found = {}
     for path, file in files.items():
         if path not in remote:
@@ -285,10 +278,6 @@ def same_content(file: Path, remote: Any) -> bool:
         return bool(remote.lfs.sha256 == sha256(file))
     content = file.read_bytes()
     return bool(remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
-
-
-def _is_file(entry: Any) -> bool:
-    return hasattr(entry, 'blob_id')
 
 
 def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable[[str], object]) -> Any:

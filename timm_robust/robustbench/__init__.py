@@ -2,7 +2,8 @@
 
 from .conversion import convert, fetch
 from .measure import benchmark, corruptions, load_model
-from .report import compare, submission
+from .report import compare
+from .submit import submission
 
 __all__ = [
     'benchmark',

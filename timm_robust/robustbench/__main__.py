@@ -28,7 +28,8 @@ from ..release import RESULTS
 from ..weights import CARDS
 from .conversion import convert, fetch
 from .measure import benchmark, corruptions
-from .report import compare, draw, submission, write_entries
+from .report import compare, draw
+from .submit import submission
 from .zoo import LINF
 
 
@@ -80,10 +81,6 @@ def _run_submission(args: argparse.Namespace) -> dict[str, Any]:
     return {'written': str(submission(args.cards / args.name, args.target, args.data_dir, info))}
 
 
-def _run_table(args: argparse.Namespace) -> dict[str, Any]:
-    return write_entries(args.model_info, args.commit)
-
-
 def _parser() -> Parser:
     """The commands."""
     parser = Parser('python -m timm_robust.robustbench', description='The door to RobustBench.')
@@ -123,10 +120,6 @@ def _parser() -> Parser:
         help='link, name, authors, venue, footnote, additional_data',
     )
     five.set_defaults(run=_run_submission)
-    six = commands.add_parser('table', help='renew the published numbers that compare uses')
-    six.add_argument('model_info', help="folder model_info of a checkout of RobustBench's repository")
-    six.add_argument('commit', help='the commit that it is of')
-    six.set_defaults(run=_run_table)
     for one in (four, five):
         one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
     return parser

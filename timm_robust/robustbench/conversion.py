@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,7 +23,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> Path:
     """A checkpoint of RobustBench's zoo as a folder that timm loads ('local-dir:'), or the way back.
 
     Args:
-        name: the entry of the zoo (CIFAR-10 Linf), see robustbench_zoo.LINF.
+        name: the entry of the zoo (CIFAR-10 Linf), see zoo.LINF.
         source: RobustBench's .pt file; or, for the way back, our folder, checkpoint or .safetensors file.
         target: the folder to write; or, for the way back, the .pt file.
 
@@ -75,10 +76,13 @@ def release_name(name: str, entry: ZooEntry) -> str:
 
 def zoo_network(name: str) -> nn.Module:
     """RobustBench's network of an entry of its zoo, CIFAR-10 Linf, with random weights."""
-    package = robustbench()
-    enums = package.model_zoo.enums
-    zoo = package.model_zoo.model_dicts[enums.BenchmarkDataset.cifar_10][enums.ThreatModel.Linf]
-    return zoo[name]['model']()
+    return _in_their_zoo(name)['model']()
+
+
+def _in_their_zoo(name: str) -> dict[str, Any]:
+    """What RobustBench's own table holds of a CIFAR-10 Linf entry: its class and its file on Google Drive."""
+    zoo = robustbench().model_zoo
+    return zoo.model_dicts[zoo.enums.BenchmarkDataset.cifar_10][zoo.enums.ThreatModel.Linf][name]
 
 
 def fetch(name: str, target: str | Path) -> Path:
@@ -89,13 +93,11 @@ def fetch(name: str, target: str | Path) -> Path:
         ValueError: if what came is not the checkpoint, such as a web page.
     """
     entry_of(name)
-    package = robustbench()
-    enums = package.model_zoo.enums
-    drive_id = package.model_zoo.model_dicts[enums.BenchmarkDataset.cifar_10][enums.ThreatModel.Linf][name]['gdrive_id']
+    drive_id = _in_their_zoo(name)['gdrive_id']
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f'{name}.pt'
         try:
-            package.utils.download_gdrive_new(drive_id, path)
+            robustbench().utils.download_gdrive_new(drive_id, path)
         except Exception as error:  # of requests, or gdown's own
             raise ConnectionError(
                 f'{name} (drive id {drive_id}) cannot be fetched: {type(error).__name__}; download it elsewhere and '

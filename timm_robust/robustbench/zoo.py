@@ -18,8 +18,6 @@ import torch
 from ..models import cifar_resnet, wide_resnet
 
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-
-
 _FAMILIES: dict[str, Any] = {'resnet': cifar_resnet}
 
 

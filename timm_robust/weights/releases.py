@@ -144,13 +144,13 @@ EXTERNAL = {'wrn28_10_pssilu.dai2021_cifar10_linf': ('Dai2021Parameterizing', '1
 """Weights of others, not ours to bundle: name -> entry of RobustBench's zoo, and the id of its file on Google Drive."""
 
 
-def external_file(name: str, staged: Path = STAGED) -> Path:
+def external_file(name: str) -> Path:
     """The converted weights of others, where the user has fetched them.
 
     Raises:
         FileNotFoundError: if not, with the command that does.
     """
-    path = staged / name / WEIGHTS
+    path = STAGED / name / WEIGHTS
     if not path.is_file():
         entry, drive_id = EXTERNAL[name]
         raise FileNotFoundError(

@@ -1,0 +1,240 @@
+import concurrent.futures
+import csv
+import dataclasses
+import io
+import json
+import os
+
+import pytest
+import torch
+import yaml
+from tiny_runs import TINY, Killed, assert_same, end_behind_epoch, killed_at, signalled_at, tiny, weights
+
+from timm_robust.data import load_dataset
+from timm_robust.evaluation.measure import evaluate
+from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.models.load import load_model
+from timm_robust.pixels import pixel_input
+from timm_robust.training import loop as engine
+from timm_robust.training.builder import build
+from timm_robust.training.loop import Stopped, fit, result
+from timm_robust.training.recipe import Recipe
+
+
+def test_a_run_leaves_what_its_user_needs(undisturbed):
+    folder, line = undisturbed
+    run = folder / 'run'
+    rows = list(csv.DictReader(io.StringIO((run / 'summary.csv').read_text())))
+    assert [row['epoch'] for row in rows] == ['0', '1', '2'] and rows[-1]['step'] == '7'
+    assert {
+        'train_loss',
+        'val_clean_acc',
+        'val_pgd_acc',
+        'lr',
+        'images_per_s',
+        'alpha',
+        'beta',
+        'max_curvature',
+    } <= set(rows[0])
+    assert Recipe.from_yaml(run / 'args.yaml') == tiny(folder)
+    assert set(yaml.safe_load((run / 'args.yaml').read_text())) == {f.name for f in dataclasses.fields(Recipe)}
+    assert sorted(p.name for p in run.glob('*.pth.tar')) == [
+        'checkpoint-1.pth.tar', 'checkpoint-2.pth.tar', 'last.pth.tar', 'model_best.pth.tar'
+    ]  # fmt: skip
+    assert json.loads(json.dumps(line))['steps'] == 7
+    assert float(line['val_pgd_acc']) == max(float(row['val_pgd_acc']) for row in rows)
+    assert load_checkpoint(run / 'model_best.pth.tar')['best'] == line['val_pgd_acc']
+
+
+def test_the_same_seed_gives_the_same_bits(undisturbed, tmp_path):
+    fit(build(tiny(tmp_path)))
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+
+
+def test_another_seed_does_not(undisturbed, tmp_path):
+    fit(build(tiny(tmp_path, seed=1)))
+    assert not torch.equal(
+        weights(tmp_path)['state_dict.conv1.weight'], weights(undisturbed[0])['state_dict.conv1.weight']
+    )
+
+
+@pytest.mark.slow
+def test_training_teaches(tmp_path):
+    """A dozen epochs on digits: far from chance, clean and under attack."""
+    recipe = tiny(
+        tmp_path,
+        model_kwargs={'width': 8},
+        epochs=12,
+        max_steps=None,
+        batch_size=64,
+        eps=0.05,
+        model_ema=False,
+        val_interval=12,
+    )
+    line = fit(build(recipe))
+    assert line['val_clean_acc'] > 0.8 and line['val_pgd_acc'] > 0.5
+
+
+@pytest.mark.parametrize('number_of_step', [4, 5, 6], ids=['inside', 'end of an epoch', 'end of the run'])
+def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturbed, tmp_path, number_of_step):
+    run = signalled_at(number_of_step, build(tiny(tmp_path)))
+    with pytest.raises(Stopped, match=rf'stopped by a signal at step {number_of_step + 1}.*--resume .*last\.pth\.tar'):
+        fit(run)
+    again = build(tiny(tmp_path, resume='auto'))
+    assert again.step == number_of_step + 1
+    line, expected = fit(again), undisturbed[1]
+    assert {**line, 'seconds': 0, 'output': ''} == {**expected, 'seconds': 0, 'output': ''}
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+    losses = [
+        [row['train_loss'] for row in load_checkpoint(f / 'run' / 'last.pth.tar')['history']]
+        for f in (tmp_path, undisturbed[0])
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [600, 0], ids=['not saved', 'saved'])
+def test_a_budget_that_ends_behind_an_epoch_still_validates_the_last_weights(tmp_path, monkeypatch, seconds):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, budget='1h'))
+    end_behind_epoch(run, 5, monkeypatch)
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', seconds)
+    line = fit(run)
+    rows = list(csv.DictReader(io.StringIO((tmp_path / 'run/summary.csv').read_text())))
+    assert [int(row['epoch']) for row in rows] == list(range(6)) and rows[-1]['val_pgd_acc']
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == line['steps'] == run.step and state['history'][-1]['val_pgd_acc'] == float(
+        rows[-1]['val_pgd_acc']
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('val_size', 'seconds', 'expected'), [(50, 600, [2, 4]), (0, 600, [2, 4]), (50, 0, [3, 4])])
+def test_epochs_between_validations_are_not_saved_unless_long_ago(tmp_path, monkeypatch, val_size, seconds, expected):
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', seconds)
+    fit(build(tiny(tmp_path, epochs=5, max_steps=None, batch_size=1000, val_interval=3, val_size=val_size)))
+    numbers = [int(path.name.split('-')[1].split('.')[0]) for path in (tmp_path / 'run').glob('checkpoint-*')]
+    assert sorted(numbers) == expected
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == 5 and [row['epoch'] for row in state['history']] == list(range(5))
+
+
+def test_a_long_epoch_is_saved_inside(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
+    with pytest.raises(Killed):
+        fit(killed_at(5, build(tiny(tmp_path, log_interval=1))))
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == 5 and state['sums'][0] == 3
+
+
+def test_the_last_epoch_of_a_budget_is_saved_though_there_is_nothing_to_validate(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, max_steps=None, epochs=80, val_interval=4, val_size=0, budget='1h'))
+    end_behind_epoch(run, 1, monkeypatch)
+    fit(run)
+    state = load_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert state['step'] == run.step and [row['epoch'] for row in state['history']] == [0, 1]
+
+
+def test_a_save_that_fails_ends_the_run_in_the_next_step_and_says_why(tmp_path, monkeypatch):
+    torch_save = torch.save
+
+    def fail(state, file):
+        if state['step'] >= 3:
+            raise OSError(28, 'No space left on device')
+        torch_save(state, file)
+
+    run = build(tiny(tmp_path, epochs=50, max_steps=None, val_interval=50))
+    monkeypatch.setattr(torch, 'save', fail)
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
+    begin = run.writer.start
+    run.writer.start = lambda work: begin(work) or concurrent.futures.wait([run.writer.job])
+    with pytest.raises(OSError, match=r'cannot write .*checkpoint-0.*No space left on device; it needs about '):
+        fit(run)
+    assert run.step == 4
+    assert os.listdir(tmp_path / 'run') and not list((tmp_path / 'run').glob('.*'))
+    assert load_checkpoint(tmp_path / 'run/last.pth.tar')['step'] == 2
+
+
+@pytest.mark.slow
+def test_an_epoch_that_the_budget_cuts_on_resumption_has_a_row_of_its_own(tmp_path):
+    settings = {'max_steps': None, 'epochs': 80, 'budget': '1h', 'val_interval': 2}
+    run = signalled_at(10, build(tiny(tmp_path, **settings)))
+    run.clock.progress = lambda step: 0.5
+    with pytest.raises(Stopped):
+        fit(run)
+    again = build(tiny(tmp_path, resume='auto', **settings))
+    again.clock.progress = lambda step: 1.0
+    assert fit(again)['steps'] == 11
+    rows = [(row['epoch'], row['step'], 'val_pgd_acc' in row) for row in again.history]
+    assert rows == [(0, 3, False), (1, 6, True), (2, 9, False), (3, 11, True)]
+
+
+def test_the_result_is_that_of_the_saved_best(tmp_path):
+    run = build(tiny(tmp_path))
+    fit(run)
+    run.history.insert(0, {**run.history[0], 'epoch': -1, 'val_pgd_acc': 0.99})  # of a checkpoint that stayed elsewhere
+    assert result(run)['epoch'] == load_checkpoint(tmp_path / 'run/model_best.pth.tar')['epoch']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [12, 25])
+def test_a_budget_ends_on_time_at_the_end_rate(tmp_path, seconds):
+    """The schedule follows the clock. Loose bounds: what is tested is the logic, on a machine that others use too."""
+    run = build(tiny(tmp_path, max_steps=None, budget=f'{seconds}s', batch_size=100, ema_bn_batches=2))
+    line = fit(run)
+    assert 0.7 * seconds < line['seconds'] < 1.3 * seconds
+    assert run.train_step.optimizer.param_groups[0]['lr'] < 0.2 * 0.05
+    assert line['steps'] == run.step > 0
+
+
+def test_a_budget_counts_the_time_already_spent(tmp_path):
+    with pytest.raises(Killed):
+        fit(killed_at(4, build(tiny(tmp_path, max_steps=None, budget='100s'))))
+    again = build(tiny(tmp_path, max_steps=None, budget='100s', resume='auto'))
+    assert again.clock.elapsed() > load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['seconds'] > 0
+    assert again.clock.progress(again.step) > 0
+
+
+def test_the_checkpoint_is_a_model_that_evaluates(undisturbed):
+    model = load_model(undisturbed[0] / 'run')
+    state = load_checkpoint(undisturbed[0] / 'run' / 'model_best.pth.tar')
+    assert torch.equal(model.fc.weight, state['state_dict_ema']['fc.weight'])
+    result, _ = evaluate(
+        model, load_dataset('digits', split='test'), TINY.threat_model, attack='pgd', n=20, pgd_steps=2
+    )
+    assert 0 <= result.pgd_acc <= result.clean_acc <= 1
+
+
+@pytest.mark.parametrize(
+    ('model', 'kwargs'),
+    [
+        ('convnext_atto', {'dims': (8, 8, 16, 16), 'depths': (1, 1, 1, 1)}),
+        ('vit_tiny_patch16_224', {'img_size': 32, 'patch_size': 8, 'embed_dim': 12, 'depth': 1, 'num_heads': 2}),
+        ('resnet50', {'channels': (8, 8, 8, 8), 'layers': (1, 1, 1, 1)}),
+    ],
+)
+def test_any_timm_model_trains_and_evaluates_with_eps_in_pixels(tmp_path, model, kwargs):
+    run = build(tiny(tmp_path, model=model, model_kwargs=kwargs, max_steps=1, val_size=20, model_ema=False))
+    assert run.model.pretrained_cfg['mean'] != (0.0, 0.0, 0.0)  # normalised inside the attacked function
+    fit(run)
+    loaded = load_model(tmp_path / 'run')
+    result, _ = evaluate(
+        loaded, load_dataset('digits', split='test'), TINY.threat_model, attack='pgd', n=10, pgd_steps=1
+    )
+    assert result.max_distance is None or result.max_distance <= 0.1 + 1e-6
+    mean, std = (torch.tensor(run.model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(run.forward(x), run.model((x - mean) / std), atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_trained_on_resized_images_is_evaluated_on_resized_images(tmp_path):
+    kwargs = {'channels': (8, 8, 8, 8), 'layers': (1, 1, 1, 1)}
+    run = build(tiny(tmp_path, model='resnet50', model_kwargs=kwargs, img_size=64, max_steps=1, model_ema=False))
+    fit(run)
+    loaded, x = load_model(tmp_path / 'run'), torch.rand(4, 3, 32, 32)
+    run.model.eval()
+    torch.testing.assert_close(pixel_input(loaded)(x), run.forward(x))
+    settings = {'attack': 'none', 'n': 50}
+    data = load_dataset('digits', split='test')
+    at_64, at_32 = (evaluate(loaded, data, TINY.threat_model, img_size=s, **settings)[1] for s in (None, 32))
+    assert torch.equal(at_64['y_pred'], run.forward(data.first(50).pixels()).argmax(1))
+    assert not torch.equal(pixel_input(loaded)(x), pixel_input(loaded, 32)(x)) and len(at_32['y_pred']) == 50
