@@ -127,7 +127,7 @@ def checks(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Check]
     def of(check: Callable[[Recipe], str], name: str, shallow: bool = False) -> Check:
         return lambda: check(small(name, args, folder, shallow))
 
-    names = sorted((path.stem for path in RECIPES.glob('*.yaml')), key=lambda name: (name not in MAIN, name))
+    names = sorted((path.stem for path in RECIPES.glob('*.*.yaml')), key=lambda name: (name not in MAIN, name))
     for name in names:
         yield f'step: {name}', of(check_step, name)
     for name in MAIN:

@@ -20,7 +20,7 @@ from timm_robust.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 CIFAR10 = ROOT.parent / 'shared/data/cifar10'
-RECIPES = sorted((ROOT / 'train/recipes').glob('*.yaml'))
+RECIPES = sorted((ROOT / 'train/recipes').glob('*.*.yaml'))
 
 
 def adv_train(*args, cwd=None):

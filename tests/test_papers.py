@@ -8,7 +8,7 @@ from timm_robust.release.papers import ACTIVATIONS, EXTRA_DATA, extra_data_of, p
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.releases import STAGED
 
-RECIPES = sorted((STAGED.parent / 'train/recipes').glob('*.yaml'))
+RECIPES = sorted((STAGED.parent / 'train/recipes').glob('*.*.yaml'))
 
 
 def cited(name, **settings):

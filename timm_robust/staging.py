@@ -23,7 +23,7 @@ from .distributed import World
 from .evaluation import evenly, fit_channels, read_split
 from .files import recover_folder
 from .models import BEST, load_model, read_weights
-from .release import check, measure, read_hyper, render, stage, stored_weights
+from .release import check, measure, read_hyper, read_results, render, stage, stored_weights
 from .results import ATTACKS
 from .training import RECIPES, held_out_images
 from .weights import CARDS, WEIGHTS, table_of
@@ -63,6 +63,7 @@ def _read_data(args: argparse.Namespace, world: World) -> ImageData:
         ValueError: for images held out by a run that trained other weights.
     """
     folder = args.cards / args.name
+    read_results(folder)
     dataset = args.dataset or read_hyper(folder)['dataset']
     model = load_model(folder)
     if args.run is None:

@@ -50,7 +50,7 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
         lines += ['', '## Do smaller images first pay?', '', *_stages(read_object(recipes.parent / PILOT))]
     if recipes is not None and recipes.is_dir():
         done = {record['model'] for record in records}
-        waiting = [path for path in sorted(recipes.glob('*.yaml')) if path.stem not in done]
+        waiting = [path for path in sorted(recipes.glob('*.*.yaml')) if path.stem not in done]
         if waiting:
             lines += ['', '## What has not run', '']
             lines += [

@@ -1,0 +1,115 @@
+"""From a folder of pictures to a robust, measured classifier: what the recipes finetune_folder* promise."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_runs import tiny
+
+from timm_robust import cli
+from timm_robust.training.builder import build
+from timm_robust.training.loop import fit, out_of_patience
+
+
+def draw_pictures(folder, classes=('ant', 'bee', 'cat'), n=10, side=32):
+    """Pictures of one colour a class, with noise: what a network learns in a few steps."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        for index in range(n):
+            pixels = rng.integers(0, 90, (side, side, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 160
+            path = folder / name / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+SMALL = ['--img-size', '32', '--batch-size', '6', '--max-steps', '4', '--workers', '0', '--device', 'cpu', '--no-amp']
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_normalises_by_them(tmp_path):
+    run = build(tiny(tmp_path, freeze_bn=True, val_size=0, max_steps=2))
+    before = {key: value.clone() for key, value in run.model.state_dict().items() if 'running' in key}
+    weight = run.model.conv1.weight.clone()
+    for step in range(2):
+        run.scheduler.step_update(1)
+        run.train_step(*run.batches[step], step)
+    after = run.model.state_dict()
+    assert before and all(torch.equal(value, after[key]) for key, value in before.items())
+    assert not torch.equal(run.model.conv1.weight, weight)
+    with pytest.raises(ValueError, match='freeze_bn keeps the statistics'):
+        tiny(tmp_path, freeze_bn=True, attack_bn='train')
+
+
+def test_patience_counts_validations_since_the_best_one(tmp_path):
+    run = build(tiny(tmp_path, patience=2, max_steps=2))
+    run.history = [{'step': step, 'val_pgd_acc': accuracy} for step, accuracy in ((1, 0.2), (2, 0.5), (3, 0.4))]
+    run.best = 0.5
+    assert not out_of_patience(run)
+    run.history.append({'step': 4, 'val_pgd_acc': 0.45})
+    assert out_of_patience(run)
+
+
+def test_a_run_out_of_patience_ends_early(tmp_path):
+    line = fit(build(tiny(tmp_path, patience=1, epochs=9, lr=1e-9, model_ema=False)))  # nothing gets better
+    assert line['steps'] < 9 * 3
+
+
+@pytest.mark.parametrize(('size', 'held'), [(0.2, 287), (50, 50), (0, 0)])
+def test_held_out_images_may_be_a_share(tmp_path, size, held):
+    recipe = tiny(tmp_path, val_size=size)
+    assert recipe.held_out_of(1437) == held
+
+
+def test_a_split_beside_the_training_folder_is_found_and_else_images_are_drawn_and_written_down(tmp_path):
+    draw_pictures(tmp_path / 'one/train')
+    draw_pictures(tmp_path / 'one/val', n=2)
+    draw_pictures(tmp_path / 'two')
+    settings = {'dataset': 'folder', 'val_split': 'auto', 'val_size': 0.2, 'img_size': 32, 'workers': 0}
+    settings |= {'batch_size': 6, 'max_steps': 1, 'model_ema': False}
+    run = build(tiny(tmp_path, data_dir=str(tmp_path / 'one'), **settings))
+    assert len(run.batches.data) == 30 and len(run.held_out) == 6 and run.held_out_names == []
+    run = build(tiny(tmp_path, data_dir=str(tmp_path / 'two'), experiment='two', **settings))
+    assert len(run.batches.data) == 24 and len(run.held_out) == 6
+    fit(run)
+    names = (run.folder / 'held_out.txt').read_text().split()
+    assert len(names) == 6 and all((tmp_path / 'two' / name).is_file() for name in names)
+    again = build(tiny(tmp_path, data_dir=str(tmp_path / 'two'), experiment='three', **settings))
+    assert again.held_out_names == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('recipe', 'model'),
+    [
+        ('finetune_folder', 'test_resnet'),
+        ('finetune_folder', 'test_convnext'),
+        ('finetune_folder_transformer', 'test_vit'),
+    ],
+)
+def test_a_folder_of_pictures_becomes_a_measured_release(tmp_path, capsys, recipe, model):
+    pictures = draw_pictures(tmp_path / 'insects')
+    train = ['train', recipe, '--model', model, '--no-pretrained', '--data-dir', str(pictures), *SMALL]
+    if model == 'test_vit':
+        train += ['--model-kwargs', 'img_size=32']
+    run = tmp_path / 'mine'
+    assert cli.main([*train, '--output', str(tmp_path), '--experiment', 'mine']) == 0
+    assert 'has 8 training images' in capsys.readouterr().err
+    assert cli.main(['report', str(run), '--steps', '2']) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record['classes'] == ['ant', 'bee', 'cat'] and record['n'] == 6
+    if model != 'test_resnet':
+        return
+    name, cards = f'{model}.finetuned_insects_linf', ['--cards', str(tmp_path / 'cards')]
+    assert cli.main(['stage', str(run), name, *cards]) == 0
+    config = json.loads((tmp_path / 'cards' / name / 'config.json').read_text())
+    assert config['label_names'] == ['ant', 'bee', 'cat']
+    capsys.readouterr()
+    measure = ['measure', name, *cards, '--run', str(run), '--data-dir', str(pictures), '--attack', 'pgd']
+    assert cli.main(measure) == 0
+    card = (tmp_path / 'cards' / name / 'README.md').read_text()
+    assert 'trained adversarially on insects against Linf 4/255' in card
+    assert f'timm-robust measure {name} --run RUN --data-dir DIR --attack pgd -n 6' in card
+    assert '20% of the training images, held out' in card
