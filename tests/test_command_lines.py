@@ -265,7 +265,8 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
         with pytest.raises(Began):
             train([*flags, *more])
         warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith('warning: ')]
-        assert len(warnings) == 1 and text in warnings[0], text
+        told = [line for line in warnings if 'training images: robustness' not in line]  # its test split is small
+        assert len(told) == 1 and text in told[0], text
     with pytest.raises(Began):
         train(flags)
     assert 'warning' not in capsys.readouterr().err
