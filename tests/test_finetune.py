@@ -1,6 +1,8 @@
 """From a folder of pictures to a robust, measured classifier: what the recipes finetune_folder* promise."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 from tiny_runs import tiny
 
 from timm_robust import cli
+from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
 from timm_robust.training.loop import fit, out_of_patience
 
@@ -78,6 +81,27 @@ def test_a_split_beside_the_training_folder_is_found_and_else_images_are_drawn_a
     assert len(names) == 6 and all((tmp_path / 'two' / name).is_file() for name in names)
     again = build(tiny(tmp_path, data_dir=str(tmp_path / 'two'), experiment='three', **settings))
     assert again.held_out_names == names
+    best = run.folder / 'last.pth.tar'
+    assert len(held_out_images(best)) == 6
+    shutil.copytree(tmp_path / 'two', tmp_path / 'moved')
+    assert len(held_out_images(best, str(tmp_path / 'moved'))) == 6  # the same pictures elsewhere
+    shutil.copy(tmp_path / 'two/ant/0.png', tmp_path / 'two/ant/more.png')  # the draw would be another one now
+    with pytest.raises(ValueError, match='images that it was trained on could be taken for held out'):
+        held_out_images(best)
+
+
+def test_names_that_are_no_text_are_written_down(tmp_path):
+    pictures = draw_pictures(tmp_path / 'pictures')
+    for file in pictures.glob('*/*.png'):
+        file.rename(os.fsdecode(os.fsencode(file)[:-4] + b'\xff.png'))
+    settings = {'dataset': 'folder', 'val_size': 0.2, 'img_size': 32, 'workers': 0, 'batch_size': 6, 'max_steps': 1}
+    run = build(tiny(tmp_path, data_dir=str(pictures), model_ema=False, **settings))
+    fit(run)
+    assert b'\xff.png\n' in (run.folder / 'held_out.txt').read_bytes()
+
+
+def test_a_share_is_one_image_at_least(tmp_path):
+    assert tiny(tmp_path, val_size=0.01).held_out_of(10) == 1
 
 
 @pytest.mark.slow

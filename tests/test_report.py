@@ -68,7 +68,13 @@ def test_the_command_reports_what_the_run_held_out(tmp_path, capsys):
     record = json.loads(out.splitlines()[-1])
     assert record['n'] == round(0.02 * 1437) == sum(map(sum, record['confusion']))
     assert (tmp_path / 'run/report.png').read_bytes().startswith(b'\x89PNG')
+    file = tmp_path / 'record.json'
     evaluate = ['evaluate', str(tmp_path / 'run'), '--split', 'held_out', '--attack', 'none', '--quiet']
-    assert cli.main(evaluate) == 0
+    assert cli.main([*evaluate, '--results-file', str(file)]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (measured['n'], measured['split'], measured['clean_acc']) == (record['n'], 'held_out', record['clean_acc'])
+    assert cli.main(['evaluate', str(tmp_path / 'run'), '--repeat', str(file), '--quiet']) == 0
+    capsys.readouterr()
+    assert cli.main(['report', str(tmp_path / 'run'), '-o', str(tmp_path / 'no/where.png')]) == 2
+    assert 'mkdir -p' in capsys.readouterr().err
+    assert cli.main(['report', str(tmp_path / 'run'), '--eps', '0']) == 2

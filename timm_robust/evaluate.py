@@ -31,10 +31,8 @@ from .files import atomic_file, check_output
 from .models import BEST, check_model_kwargs, load_model
 from .results import ATTACKS, SCREENS, RobustnessResult, is_record
 from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
-from .training import held_out_images
+from .training import HELD_OUT, held_out_images
 
-HELD_OUT = 'held_out'
-"""The split that training has held out of its images."""
 _SETTINGS = (
     *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
     *('search', 'screen', 'state_dir', 'checks'),
@@ -67,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f'note: {note}')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     settings['n'] = min(DEFAULT_N, len(data)) if args.n is None else args.n
-    if is_stream(args.dataset or 'cifar10'):  # without those that could not be read
+    if args.split == HELD_OUT or is_stream(args.dataset or 'cifar10'):  # n of them, less what could not be read
         settings['n'] = len(data)
     progress = None if args.quiet or world.rank else say
     try:
@@ -140,7 +138,7 @@ def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> Imag
     if args.dataset is not None:
         raise ValueError(f'--split {HELD_OUT} is of the data of the run; leave --dataset {args.dataset} out')
     data = held_out_images(path / BEST if path.is_dir() else path, args.data_dir)
-    return evenly(fit_channels(model, data), args.n)
+    return evenly(fit_channels(model, data), min(DEFAULT_N, len(data)) if args.n is None else args.n)
 
 
 def _check_files(args: argparse.Namespace) -> None:
@@ -207,7 +205,9 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
     keys = ('split', 'n', 'norm', 'attack', 'batch_size', 'seed', 'eps', 'img_size')
     vars(args).update({key: getattr(record, key) for key in keys})
-    if args.dataset is None and record.dataset in DATASETS:  # of folders and files the record has the name alone
+    if (
+        args.dataset is None and record.dataset in DATASETS and record.split != HELD_OUT
+    ):  # of folders and files the record has the name alone
         args.dataset = record.dataset
     args.search, args.screen = record.search != 'model', record.screen
     if record.steps is not None:

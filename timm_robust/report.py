@@ -22,11 +22,12 @@ from torch import nn
 from .command_line import Parser, command, count, say, whole_number
 from .data import ImageData
 from .evaluation import attack, evenly, fit_channels
+from .files import check_output
 from .models import BEST, load_checkpoint, load_model
 from .pixels import pixel_input
 from .plots import report_figure
 from .threat_model import ThreatModel
-from .training import Recipe, held_out_images
+from .training import HELD_OUT, Recipe, held_out_images
 
 _PICTURED = 8
 
@@ -137,23 +138,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = Recipe.from_checkpoint(state)
     threat_model = ThreatModel(recipe.norm, args.eps or recipe.eps)  # type: ignore[arg-type]
     threat_model.check_scale()
+    if not threat_model.eps:
+        raise ValueError(f'eps {args.eps!r} leaves the attack no room; allowed: > 0')
+    picture = args.output or path.parent / 'report.png'
+    check_output(picture)
     say(f'attacking {len(data)} images, PGD-{args.steps}')
     found = examine(model, data, threat_model, steps=args.steps)
-    picture = args.output or path.parent / 'report.png'
+    where = f'{len(data)} images of {data.name} that it was not trained on'
+    radius = f'--norm {recipe.norm} --eps {args.eps or recipe.eps}'
+    print(f'{recipe.model} on {where}, {threat_model}, PGD-{args.steps}\n')
+    print(*found.lines(), sep='\n')
+    print(f"\nuse it:  model = timm_robust.load_model('{args.run}')  # images in [0, 1]; else as any model of timm")
+    print(f'claim:   timm-robust evaluate {args.run} --split {HELD_OUT} --attack autoattack {radius}')
+    print(f'picture: {picture}')
+    record = {**found.record(), 'model': recipe.model, 'threat_model': str(threat_model), 'steps': args.steps}
+    print(json.dumps(record), flush=True)  # before the picture, which a full disk may refuse
     easiest, hardest = found.extremes(min(_PICTURED, len(data)))
     shown = {
         title: (data.pixels(index), found.y[index], found.y_pred[index], found.y_pred_adv[index])
         for title, index in (('hardest: label -> answer, under attack', hardest), ('easiest', easiest))
     }
     report_figure(picture, found.confusion(False), found.confusion(True), shown, data.classes, threat_model)
-    where = f'{len(data)} images of {data.name} that it was not trained on'
-    radius = f'--norm {recipe.norm} --eps {recipe.eps}'
-    print(f'{recipe.model} on {where}, {threat_model}, PGD-{args.steps}\n')
-    print(*found.lines(), sep='\n')
-    print(f'\npicture: {picture}')
-    print(f"use it:  model = timm_robust.load_model('{args.run}')  # images in [0, 1]; else as any model of timm")
-    print(f'claim:   timm-robust evaluate {args.run} --split held_out --attack autoattack {radius}')
-    print(json.dumps({**found.record(), 'model': recipe.model, 'threat_model': str(threat_model), 'steps': args.steps}))
     return 0
 
 

@@ -25,7 +25,7 @@ from .files import recover_folder
 from .models import BEST, load_model, read_weights
 from .release import check, measure, read_hyper, read_results, render, stage, stored_weights
 from .results import ATTACKS
-from .training import RECIPES, held_out_images
+from .training import HELD_OUT, RECIPES, held_out_images
 from .weights import CARDS, WEIGHTS, table_of
 
 
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         world = World.join(args.device)
         data = _read_data(args, world).to(world.device)
         settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
+        if args.run is not None:
+            settings['split'] = HELD_OUT
         settings['n'] = None if args.n is None else min(args.n, len(data))  # some may not have been readable
         settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
         measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
@@ -71,7 +73,6 @@ def _read_data(args: argparse.Namespace, world: World) -> ImageData:
     ours, theirs = read_weights(folder / WEIGHTS), stored_weights(args.run)
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise ValueError(f'{args.run} trained other weights than those of {folder}; name the run that was staged')
-    args.split = 'held_out'
     return evenly(fit_channels(model, held_out_images(args.run / BEST, args.data_dir)), args.n)
 
 

@@ -58,7 +58,7 @@ def _hash_stream(data: StreamData, digest: Any) -> tuple[int, bool]:
         entries = [reader.samples[row][0] for row in data.rows.tolist()]  # paths, or entries of tar files
         names = [str(getattr(entry, 'name', entry)).removeprefix(str(reader.root)).lstrip('/') for entry in entries]
         sizes = [str(entry.size) for entry in entries if hasattr(entry, 'size')] or _sizes(Path(reader.root), names)
-        digest.update('\n'.join([*names, *sizes]).encode())
+        digest.update('\n'.join([*names, *sizes]).encode(errors='surrogateescape'))  # a name may be no text
         known = True
     return len(data), known
 

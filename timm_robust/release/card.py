@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..data import is_stream
 from ..results import check_types, read_object
+from ..training import HELD_OUT
 from .papers import Paper, extra_data_of, papers_of
 from .record import (
     attack_title,
@@ -155,7 +156,7 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
 
 def _command(name: str, result: dict[str, Any], hyper: dict[str, Any]) -> str:
     """What repeats a measurement; images that training held out are known to the folder of its run alone."""
-    held_out = result['split'] == 'held_out'
+    held_out = result['split'] == HELD_OUT
     words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {name}', '--data-dir DIR']
     dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result['dataset']  # a folder's is its own name
     words += [f'--dataset {dataset}'] if dataset != 'cifar10' and not held_out else []

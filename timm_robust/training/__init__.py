@@ -1,7 +1,7 @@
 """Adversarial training: recipe -> build -> Run -> fit; a checkpoint holds what `state` says."""
 
 from .advice import few_images
-from .batches import held_out_images
+from .batches import HELD_OUT, held_out_images
 from .builder import build
 from .flags import parse_recipe
 from .loop import Stopped, fit
@@ -11,6 +11,7 @@ from .run import Run
 from .watchdog import Diverged
 
 __all__ = [
+    'HELD_OUT',
     'RECIPES',
     'Diverged',
     'Recipe',

@@ -16,6 +16,7 @@ from ..data import (
     StreamBatches,
     StreamData,
     TrainBatches,
+    fingerprint,
     has_split,
     is_stream,
     load_dataset,
@@ -23,7 +24,13 @@ from ..data import (
 )
 from ..distributed import World
 from ..models import class_list, load_checkpoint
+from .changes import find_changes
 from .recipe import Recipe
+
+HELD_OUT = 'held_out'
+"""The split of a run's own images that it validated on."""
+TRAINING, VALIDATION = 'training data', 'validation data'
+"""What checkpoints call the images whose fingerprints they hold."""
 
 
 def read_data(recipe: Recipe, split_seed: int, classes: Sequence[str] | None = None) -> tuple[Any, Any]:
@@ -71,7 +78,8 @@ def held_out_images(path: Path, data_dir: str | None = None) -> ImageData:
         data_dir: where its data is now; None: where it was.
 
     Raises:
-        ValueError: if the run held none out, or the checkpoint is none of ours.
+        ValueError: if the run held none out; if these are other images than it had, so that some of those that it was
+            trained on could be taken for held out; and if the checkpoint is none of ours.
     """
     state = load_checkpoint(path)
     if 'recipe' not in state:
@@ -80,9 +88,19 @@ def held_out_images(path: Path, data_dir: str | None = None) -> ImageData:
     if data_dir is not None:
         recipe = replace(recipe, data_dir=data_dir)
     seed = int(state.get('split_seed', recipe.seed))
-    _, held_out = read_data(recipe, seed, class_list(state.get('classes'), state.get('num_classes')))
+    train, held_out = read_data(recipe, seed, class_list(state.get('classes'), state.get('num_classes')))
     if held_out is None:
         raise ValueError(f'{path} held no images out; name the data: --dataset NAME --data-dir DIR --split SPLIT')
+    images = {TRAINING: fingerprint(train), VALIDATION: fingerprint(held_out)}
+    changes = find_changes(state, recipe, images)
+    for earlier in state.get('changes', ()):
+        changes |= {name: values for name, values in earlier['changes'].items() if name in images}
+    if changes:
+        listed = '; '.join(f'{name} {was}, then {now}' for name, (was, now) in changes.items())
+        raise ValueError(
+            f'{path} has {listed}: images that it was trained on could be taken for held out; give the folder as it '
+            'was, or measure other images: --dataset NAME --data-dir DIR --split SPLIT'
+        )
     return held_out.in_memory() if isinstance(held_out, StreamData) else held_out
 
 

@@ -28,7 +28,7 @@ from ..provenance import environment, git_commit
 from .averaging import ModelEma
 from .awp import WeightPerturbation
 from .batch_norm import set_bn_momentum
-from .batches import held_out_names, image_shape, make_batches, read_data
+from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
 from .changes import check_changes, check_equal, check_processes, find_changes
 from .checkpoints import latest_checkpoint
 from .clock import Clock, parse_duration
@@ -63,9 +63,9 @@ def build(recipe: Recipe) -> Run:
     with world.in_turn(recipe.dataset_download):
         classes = class_list(state.get('classes'), state.get('num_classes')) if state else None
         train, held_out = read_data(recipe, split_seed, classes)
-    images, names = {'training data': fingerprint(train)}, held_out_names(recipe, held_out)
+    images, names = {TRAINING: fingerprint(train)}, held_out_names(recipe, held_out)
     if held_out is not None:
-        images['validation data'] = fingerprint(held_out)
+        images[VALIDATION] = fingerprint(held_out)
         if not getattr(held_out, 'iterable', False):  # timm's reader shares out what has no numbers
             held_out = held_out.subset(world.share(torch.arange(len(held_out))))
         held_out = held_out.to(world.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 from typing import Any
@@ -37,8 +38,7 @@ SAVE_SECONDS = 600
 STAGE_BN_BATCHES = 50
 """Batches that re-estimate batch norm where progressive resizing goes on to another side."""
 
-
-HELD_OUT = 'held_out.txt'
+HELD_OUT_NAMES = 'held_out.txt'
 """Names of the pictures that a run drew out of its folder to validate on."""
 
 
@@ -120,8 +120,8 @@ def make_folder(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         replace(run.recipe, allow_changes=False).to_yaml(run.folder / 'args.yaml', full=True)
         if run.held_out_names:
-            with atomic_file(run.folder / HELD_OUT) as file:
-                file.write('\n'.join([*run.held_out_names, '']).encode())
+            with atomic_file(run.folder / HELD_OUT_NAMES) as file:
+                file.write(os.fsencode('\n'.join([*run.held_out_names, ''])))  # a name may be no text
 
 
 def describe(run: Run) -> None:

@@ -369,7 +369,7 @@ class Recipe:
 
     def held_out_of(self, images: int) -> int:
         """How many of the training images are held out."""
-        return round(self.val_size * images) if 0 < self.val_size < 1 else int(self.val_size)
+        return max(round(self.val_size * images), 1) if 0 < self.val_size < 1 else int(self.val_size)
 
     @property
     def stages(self) -> list[tuple[int, float]]:
