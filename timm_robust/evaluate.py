@@ -205,9 +205,8 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
     keys = ('split', 'n', 'norm', 'attack', 'batch_size', 'seed', 'eps', 'img_size')
     vars(args).update({key: getattr(record, key) for key in keys})
-    if (
-        args.dataset is None and record.dataset in DATASETS and record.split != HELD_OUT
-    ):  # of folders and files the record has the name alone
+    named = record.dataset in DATASETS and record.split != HELD_OUT  # a folder has a name of its own, a run its data
+    if args.dataset is None and named:
         args.dataset = record.dataset
     args.search, args.screen = record.search != 'model', record.screen
     if record.steps is not None:
