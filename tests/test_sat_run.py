@@ -64,4 +64,7 @@ def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp
     model, x = timm.create_model(f'local-dir:{staged}', pretrained=True).eval(), torch.rand(2, 3, 64, 64)
     trained = load_model(tmp_path / 'one').eval()
     assert model.num_classes == 10 and type(model) is type(trained)
-    torch.testing.assert_close(model(x), trained(x), atol=0.05, rtol=0.05)  # stored in fp16
+    weights = {key: value.half().float() if value.ndim > 1 else value for key, value in trained.state_dict().items()}
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())  # stored in fp16
+    trained.load_state_dict(weights)  # three steps leave logits of 30,000, on which the rounding alone shows
+    torch.testing.assert_close(model(x), trained(x))
