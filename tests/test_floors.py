@@ -30,6 +30,7 @@ FLOORS = {
     'train': 4,
     'study': 4,
     'demo': 4,
+    'app': 5,
     'staging': 5,
     'publish': 5,
     'robustbench': 5,

@@ -1,0 +1,147 @@
+"""The page itself: Gradio's components, what a press of a button calls, and what it may not do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data import CIFAR10_CLASSES, ImageData
+from ..threat_model import NORMS, ThreatModel
+from .markup import CSS, curves, example_css, outcomes, records, refusal
+from .outcome import ATTACKS, accuracy_curve, compare
+from .pictures import FORMATS, classes_of, example, read_picture
+
+TITLE = 'timm-robust: an attack on two networks'
+SEEN = 'what each network sees in it'
+_SLIDERS = {'Linf': (8, 32, 0.5), 'L2': (128, 512, 8)}  # value, maximum, step; in 255ths
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page is about: title -> model, title -> recorded measurements, and the images of the curve."""
+
+    models: dict[str, nn.Module]
+    measured: dict[str, list[dict[str, Any]]]
+    data: ImageData
+
+    def attack(self, upload: str | None, name: str, norm: str, eps: float, method: str, label: str) -> str:
+        """The pictures of all models as HTML, or what is wrong with what was given.
+
+        Args:
+            upload: file of the visitor's; None: the example.
+            name: class of the example.
+            norm: of the perturbation.
+            eps: radius in 255ths.
+            method: a key of ATTACKS.
+            label: class in an upload, or SEEN.
+        """
+        try:
+            notes, truth = [], label if label != SEEN else None
+            if upload:
+                picture, note = read_picture(upload)
+                notes = [f'Your picture{f", {note}" * bool(note)}: {picture.width} x {picture.height} pixels.']
+            elif name in CIFAR10_CLASSES:
+                picture, truth = example(CIFAR10_CLASSES.index(name)), name
+                notes = [f'CIFAR-10 test image of class {name}, 32 x 32 pixels.']
+            else:
+                raise ValueError(f'example {name!r} is unknown; allowed: {", ".join(CIFAR10_CLASSES)}')
+            threat_model = ThreatModel(norm, eps / 255)
+            found = {
+                title: compare(model, picture, threat_model, method, truth) for title, model in self.models.items()
+            }
+        except ValueError as error:
+            return refusal(error)
+        return outcomes(found, method, notes)
+
+    def curve(self, norm: str) -> Iterator[str]:
+        """Accuracy of each model over eps as HTML, one point more each time."""
+        found: dict[str, Sequence[tuple[float, int]]] = {}
+        try:
+            ThreatModel(norm)
+            for title, model in self.models.items():
+                for points in accuracy_curve(model, self.data, norm):
+                    found[title] = points
+                    yield curves(found, len(self.data), norm, self.data.name)
+        except ValueError as error:
+            yield refusal(error)
+
+
+def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
+    """Gradio's Blocks, not served yet, and how it looks, as arguments of its launch.
+
+    Raises:
+        ImportError: if Gradio is missing, with what to type.
+    """
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise ImportError("the page needs gradio; type: pip install 'timm-robust[app]'") from error
+    classes = dict.fromkeys(name for model in shown.models.values() for name in classes_of(model))
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(
+            f'# {TITLE}\nChanges too small to see turn the answer of a standard network around; a robust one, trained '
+            'on such pictures, gives way less easily.'
+        )
+        with gr.Tab('Attack a picture'), gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                examples = gr.Radio(
+                    list(CIFAR10_CLASSES), value='cat', label='Example (CIFAR-10 test images)', elem_id='examples'
+                )
+                upload = gr.File(
+                    label=f'or your own picture ({", ".join(FORMATS)}); each network sees it cropped and resized to '
+                    'its own size, often 32 x 32 pixels',
+                    file_types=['image'],
+                    elem_id='upload',
+                    height=140,
+                )
+                _refuse_links(upload)
+                label = gr.Dropdown([SEEN, *classes], value=SEEN, label='what your picture shows', elem_id='label')
+                norm = gr.Radio(list(NORMS), value='Linf', label='norm', elem_id='norm')
+                eps = _slider(gr, 'Linf')
+                method = gr.Dropdown(list(ATTACKS), value=next(iter(ATTACKS)), label='attack', elem_id='method')
+                button = gr.Button('Attack', variant='primary', elem_id='attack')
+            with gr.Column(scale=3):
+                result = gr.HTML(elem_id='result')
+        with gr.Tab('Accuracy over eps'):
+            gr.Markdown(
+                'What was recorded of the released models, each with one standard error. There is no recorded curve '
+                'over eps: it is measured when you ask for it.'
+            )
+            gr.HTML(records(shown.measured), elem_id='records')
+            curve_norm = gr.Radio(list(NORMS), value='Linf', label='norm')
+            measure = gr.Button(f'Measure PGD-10 on {len(shown.data)} images', elem_id='measure')
+            curve = gr.HTML(elem_id='curve')
+        given = [upload, examples, norm, eps, method, label]
+        events = [button.click, examples.input, upload.upload, page.load]
+        gr.on(events, shown.attack, given, result, api_name='attack', concurrency_id='compute')
+        norm.change(lambda norm: _slider(gr, norm), norm, eps, api_visibility='private')
+        measure.click(shown.curve, curve_norm, curve, api_name='curve', concurrency_id='compute')
+    page.queue(max_size=20, default_concurrency_limit=1)
+    return page, {
+        'css': f'{CSS}\n{example_css()}',
+        'theme': gr.themes.Default(font='sans-serif', font_mono='monospace'),
+    }
+
+
+def _slider(gr: Any, norm: str) -> Any:
+    """The radius, in the range that is usual for a norm."""
+    value, most, step = _SLIDERS.get(norm, _SLIDERS['Linf'])
+    return gr.Slider(step, most, value=value, step=step, label=f'eps, {norm}, in 255ths of the range', elem_id='eps')
+
+
+def _refuse_links(upload: Any) -> None:
+    """Take no address for a file: Gradio would fetch it."""
+    keep = upload.async_move_resource_to_block_cache
+
+    async def checked(path: str | Path | None) -> str | None:
+        if path is not None and not Path(path).is_file():
+            raise ValueError('an upload is a file, not an address')
+        return await keep(path)
+
+    upload.async_move_resource_to_block_cache = checked
