@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..data import CIFAR10_CLASSES, DATASETS, ImageData, load_dataset
 from ..models import load_model
 from ..provenance import public_name
 from ..release import RESULTS, attack_title, percent, read_results, robust_acc
+from ..results import RobustnessResult
 from ..weights import RELEASES, STAGED
 from .page import Shown, build_page
 from .pictures import MAX_BYTES, example
@@ -73,8 +75,8 @@ def launch(
         ImportError: if Gradio is missing, with what to type.
         ValueError, OSError: for models as load_model, for more than four, and for a port in use.
     """
-    found = load_models(models or [ROBUST, str(STANDARD)])
-    shown = Shown(found, records_of(models or [ROBUST]), data if data is not None else example_data())
+    specs = list(models) or [ROBUST, str(STANDARD)]
+    shown = Shown(load_models(specs), records_of(specs), data if data is not None else example_data())
     for name in ('GRADIO_ALLOWED_PATHS', 'GRADIO_SHARE', 'GRADIO_MCP_SERVER'):  # open what the page keeps closed
         os.environ.pop(name, None)
     uploads = tempfile.TemporaryDirectory(prefix='timm-robust-app-')
@@ -106,31 +108,33 @@ def load_models(specs: Sequence[str]) -> dict[str, nn.Module]:
         raise ValueError(f'{len(specs)} models do not fit beside each other; allowed: up to {MAX_MODELS}')
     found: dict[str, nn.Module] = {}
     for number, spec in enumerate(specs, 1):
-        if spec == str(STANDARD) and not STANDARD.joinpath('model.safetensors').is_file():
-            raise FileNotFoundError(f'{STANDARD} holds no weights; name your own models: timm-robust app MODEL MODEL')
         title = _NAMES.get(spec, public_name(spec))
-        found[f'{number}. {title}' if title in found else title] = load_model(spec)
+        found[f'{number}. {title}' if title in found else title] = load_model(spec).to(
+            memory_format=torch.channels_last
+        )  # faster
     return found
 
 
 def records_of(specs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """The measurements in the staged folders of released models: attack, radius, n, accuracy in percent."""
+    """The recorded measurements of released models and of the standard one: attack, radius, n, accuracy in percent."""
     found: dict[str, list[dict[str, Any]]] = {}
     for spec in specs:
-        if spec in RELEASES and (STAGED / spec / RESULTS).is_file():
+        if spec == str(STANDARD):
+            found[_NAMES[spec]] = [_row(asdict(RobustnessResult.from_json(STANDARD / 'record.json')))]
+        elif spec in RELEASES and (STAGED / spec / RESULTS).is_file():
             results = [item['result'] for item in read_results(STAGED / spec)['measurements']]
-            found[spec] = [_row(result) for result in sorted(results, key=lambda result: result['n'])]
+            found[_NAMES.get(spec, spec)] = [_row(result) for result in sorted(results, key=lambda result: result['n'])]
     return found
 
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
-    clean = result['attack'] == 'none'
-    share = result['clean_acc'] if clean else robust_acc(result)
+    n, attacked = result['n'], result['attack'] != 'none'
     return {
-        'attack': attack_title(result),
-        'radius': 'none' if clean else f'{result["norm"]} {result["eps_text"]}',
-        'n': result['n'],
-        'accuracy': percent(share, result['n']),
+        'attack': attack_title(result) if attacked else 'none',
+        'radius': f'{result["norm"]} {result["eps_text"]}' if attacked else '',
+        'images': n,
+        'clean, %': percent(result['clean_acc'], n),
+        'under attack, %': percent(robust_acc(result), n),
     }
 
 

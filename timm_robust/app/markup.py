@@ -29,8 +29,8 @@ CSS = """
 .robust img.small {image-rendering: pixelated}
 .robust table {width: 100%; border-collapse: collapse; font-size: .85rem}
 .robust th, .robust td {text-align: left; padding: .1rem .4rem .1rem 0; border: none}
-.robust td.bar {width: 32%}
-.robust meter {width: 100%; height: .9rem}
+.robust td.bar {width: 36%; white-space: nowrap}
+.robust meter {width: calc(100% - 4rem); height: .9rem; vertical-align: middle}
 .robust .verdict {font-weight: 600}
 .robust .fooled {color: #d55e00}
 .robust .resists {color: #009e73}
@@ -76,7 +76,7 @@ def outcomes(found: dict[str, Outcome], method: str, notes: Sequence[str] = ()) 
 
 def _article(title: str, found: Outcome, method: str) -> str:
     away = found.classes[found.label]
-    source = 'the class you named' if found.given else 'what it sees in the picture'
+    source = 'its class' if found.given else 'what it sees in the picture'
     verdict = 'fooled' if found.fooled else 'resists'
     said = f'fooled: takes it for {found.classes[int(found.adversarial.argmax())]}' if found.fooled else 'resists'
     height, width = found.x.shape[-2:]
@@ -123,7 +123,7 @@ def curves(found: dict[str, Sequence[tuple[float, int]]], n: int, norm: str, ima
     widest = max(eps for eps, _ in radii) or 1.0
     lines = [
         f'<p>Accuracy under PGD-10 on {n} images ({escape(images)}), each point with one standard error. PGD-10 is a '
-        'weak attack: accuracy under AutoAttack is lower.</p>',
+        'weak attack: AutoAttack leaves no more, and mostly less.</p>',
         '<div class="robust"><svg viewBox="0 0 500 300" role="img" aria-label="accuracy over eps">',
     ]
     for share in (0, 25, 50, 75, 100):
@@ -161,13 +161,13 @@ def _error(right: int, n: int) -> float:
 
 
 def records(measured: dict[str, list[dict[str, Any]]]) -> str:
-    """What was recorded of released models when they were measured: attack, radius, n, accuracy."""
-    rows = [
-        f'<tr><td>{escape(name)}</td>' + ''.join(f'<td>{escape(str(cell))}</td>' for cell in row.values()) + '</tr>'
-        for name, table in measured.items()
-        for row in table
-    ]
+    """What was recorded of models when they were measured: title -> rows of column -> cell."""
+    rows = [(title, row) for title, table in measured.items() for row in table]
     if not rows:
         return '<p>No records of measurements are beside these weights.</p>'
-    head = ''.join(f'<th scope="col">{name}</th>' for name in ('model', 'attack', 'radius', 'images', 'accuracy in %'))
-    return f'<div class="robust"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    head = ''.join(f'<th scope="col">{escape(name)}</th>' for name in ['model', *rows[0][1]])
+    body = ''.join(
+        '<tr>' + ''.join(f'<td>{escape(str(cell))}</td>' for cell in [title, *row.values()]) + '</tr>'
+        for title, row in rows
+    )
+    return f'<div class="robust"><table><tr>{head}</tr>{body}</table></div>'

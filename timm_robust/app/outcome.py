@@ -21,7 +21,7 @@ from .pictures import as_input, classes_of, input_size
 
 ATTACKS: dict[str, dict[str, Any]] = {
     'PGD, 10 steps': {'steps': 10},
-    'PGD, 50 steps': {'steps': 50},
+    'PGD, 40 steps': {'steps': 40},
     'FGSM, 1 step': {'climb': fgsm},
     'Auto-PGD, 20 steps': {'climb': partial(apgd, steps=20)},
 }

@@ -16,7 +16,7 @@ from .markup import CSS, curves, example_css, outcomes, records, refusal
 from .outcome import ATTACKS, accuracy_curve, compare
 from .pictures import FORMATS, classes_of, example, read_picture
 
-TITLE = 'timm-robust: an attack on two networks'
+TITLE = 'timm-robust: one picture, an attack, networks side by side'
 SEEN = 'what each network sees in it'
 _SLIDERS = {'Linf': (8, 32, 0.5), 'L2': (128, 512, 8)}  # value, maximum, step; in 255ths
 _logger = logging.getLogger(__name__)
@@ -85,20 +85,21 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
     classes = dict.fromkeys(name for model in shown.models.values() for name in classes_of(model))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f'# {TITLE}\nChanges too small to see turn the answer of a standard network around; a robust one, trained '
-            'on such pictures, gives way less easily.'
+            f'# {TITLE}\nChanges too small to see turn the answer of a standard network around; a robust one was trained '
+            'on such pictures, and gives way later.'
         )
         with gr.Tab('Attack a picture'), gr.Row():
             with gr.Column(scale=1, min_width=300):
                 examples = gr.Radio(
-                    list(CIFAR10_CLASSES), value='cat', label='Example (CIFAR-10 test images)', elem_id='examples'
+                    list(CIFAR10_CLASSES),
+                    value=CIFAR10_CLASSES[0],
+                    label='Example (CIFAR-10 test images)',
+                    elem_id='examples',
                 )
-                upload = gr.File(
-                    label=f'or your own picture ({", ".join(FORMATS)}); each network sees it cropped and resized to '
-                    'its own size, often 32 x 32 pixels',
-                    file_types=['image'],
-                    elem_id='upload',
-                    height=140,
+                upload = gr.File(label='or your own picture', file_types=['image'], elem_id='upload', height=140)
+                gr.Markdown(
+                    f'{", ".join(FORMATS)}. Each network sees it resized and cropped to its own size: one for 32 x 32 '
+                    'pixels sees no more than those.'
                 )
                 _refuse_links(upload)
                 label = gr.Dropdown([SEEN, *classes], value=SEEN, label='what your picture shows', elem_id='label')
@@ -110,17 +111,19 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
                 result = gr.HTML(elem_id='result')
         with gr.Tab('Accuracy over eps'):
             gr.Markdown(
-                'What was recorded of the released models, each with one standard error. There is no recorded curve '
-                'over eps: it is measured when you ask for it.'
+                'What was recorded on the first images of the CIFAR-10 test split, with one standard error. No curve over '
+                'eps was recorded: it is measured when you ask for it.'
             )
             gr.HTML(records(shown.measured), elem_id='records')
             curve_norm = gr.Radio(list(NORMS), value='Linf', label='norm')
             measure = gr.Button(f'Measure PGD-10 on {len(shown.data)} images', elem_id='measure')
             curve = gr.HTML(elem_id='curve')
         given = [upload, examples, norm, eps, method, label]
-        events = [button.click, examples.input, upload.upload, page.load]
-        gr.on(events, shown.attack, given, result, api_name='attack', concurrency_id='compute')
-        norm.change(lambda norm: _slider(gr, norm), norm, eps, api_visibility='private')
+        called: dict[str, Any] = {'fn': shown.attack, 'inputs': given, 'outputs': result, 'concurrency_id': 'compute'}
+        gr.on([button.click, upload.upload, page.load], api_name='attack', **called)
+        private: dict[str, Any] = {'api_visibility': 'private'}
+        examples.input(lambda: None, None, upload, **private).then(**called, **private)  # the last choice counts
+        norm.change(lambda norm: _slider(gr, norm), norm, eps, **private)
         measure.click(shown.curve, curve_norm, curve, api_name='curve', concurrency_id='compute')
     page.queue(max_size=20, default_concurrency_limit=1)
     return page, {
