@@ -9,6 +9,7 @@ served to this machine alone, keeps uploads until it ends, and asks no other ser
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -18,17 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor
 
 from ..command_line import Parser, command, count, whole_number
-from ..data import CIFAR10_CLASSES, DATASETS, ImageData, load_dataset
+from ..data import DATASETS, ImageData, load_dataset
 from ..models import load_model
 from ..provenance import public_name
 from ..release import RESULTS, attack_title, percent, read_results, robust_acc
 from ..results import RobustnessResult
 from ..weights import RELEASES, STAGED
 from .page import Shown, build_page
-from .pictures import MAX_BYTES, example
+from .pictures import MAX_BYTES, example_data
 
 ROBUST = 'resnet18_pssilu.fgsm_cifar10_linf'
 STANDARD = Path(__file__).with_name('standard')
@@ -39,8 +39,19 @@ MAX_MODELS = 4
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until it is interrupted."""
-    parser = Parser(description=(__doc__ or '').partition('\n')[0])
-    add = parser.add_argument
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the uploads are deleted
+    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if args.data_dir else None
+    page = launch(args.models, host=args.host, port=args.port, data=data)
+    print(f'the page is at {page.local_url}; Ctrl-C ends it', flush=True)
+    page.block_thread()
+    return 0
+
+
+def parser() -> Parser:
+    """The options."""
+    made = Parser(description=(__doc__ or '').partition('\n')[0])
+    add = made.add_argument
     add('models', nargs='*', metavar='MODEL', help='release, run, checkpoint or folder; a robust and a standard one')
     add('--host', default='127.0.0.1', help='address to serve at; 0.0.0.0: to the network too (default: %(default)s)')
     add('--port', type=whole_number(1, 65_535), help='port to serve at; the first free one from 7860 on if not given')
@@ -49,12 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add('--dataset', default='cifar10', help=', '.join(DATASETS) + ' (default: %(default)s)')
     add('-n', type=count, default=50, help='its first images that are measured on (default: %(default)s)')
-    args = parser.parse_args(argv)
-    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if args.data_dir else None
-    page = launch(args.models, host=args.host, port=args.port, data=data)
-    print(f'the page is at {page.local_url}; Ctrl-C ends it', flush=True)
-    page.block_thread()
-    return 0
+    return made
 
 
 def launch(
@@ -75,8 +81,8 @@ def launch(
         ImportError: if Gradio is missing, with what to type.
         ValueError, OSError: for models as load_model, for more than four, and for a port in use.
     """
-    specs = list(models) or [ROBUST, str(STANDARD)]
-    shown = Shown(load_models(specs), records_of(specs), data if data is not None else example_data())
+    specs = list(models) or default_models()
+    shown = Shown(load_models(specs), example_data() if data is None else data, records_of(specs))
     for name in ('GRADIO_ALLOWED_PATHS', 'GRADIO_SHARE', 'GRADIO_MCP_SERVER'):  # open what the page keeps closed
         os.environ.pop(name, None)
     uploads = tempfile.TemporaryDirectory(prefix='timm-robust-app-')
@@ -100,6 +106,11 @@ def launch(
         **look,
     )
     return page
+
+
+def default_models() -> list[str]:
+    """The released robust model and the standard one of the package, as load_model takes them."""
+    return [ROBUST, str(STANDARD)]
 
 
 def load_models(specs: Sequence[str]) -> dict[str, nn.Module]:
@@ -136,13 +147,6 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
         'clean, %': percent(result['clean_acc'], n),
         'under attack, %': percent(robust_acc(result), n),
     }
-
-
-def example_data() -> ImageData:
-    """The examples as a data set, one image a class."""
-    labels = torch.arange(len(CIFAR10_CLASSES))
-    images = torch.stack([pil_to_tensor(example(int(label))) for label in labels])
-    return ImageData(images, labels, CIFAR10_CLASSES, 'the ten examples of the page')
 
 
 if __name__ == '__main__':

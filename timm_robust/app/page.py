@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +13,28 @@ from ..data import CIFAR10_CLASSES, ImageData
 from ..threat_model import NORMS, ThreatModel
 from .markup import CSS, curves, example_css, outcomes, records, refusal
 from .outcome import ATTACKS, accuracy_curve, compare
-from .pictures import FORMATS, classes_of, example, read_picture
+from .pictures import FORMATS, classes_of, example, example_data, read_picture
 
 TITLE = 'timm-robust: one picture, an attack, networks side by side'
 SEEN = 'what each network sees in it'
 _SLIDERS = {'Linf': (8, 32, 0.5), 'L2': (128, 512, 8)}  # value, maximum, step; in 255ths
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """What the page is about: title -> model, title -> recorded measurements, and the images of the curve."""
+    """What the page is about, and what it answers.
+
+    Args:
+        models: title -> model, as load_model gives it.
+        data: images for accuracy over eps.
+        measured: title -> rows of recorded measurements.
+    """
 
     models: dict[str, nn.Module]
-    measured: dict[str, list[dict[str, Any]]]
-    data: ImageData
+    data: ImageData = field(default_factory=example_data)
+    measured: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
-    def attack(self, upload: str | None, name: str, norm: str, eps: float, method: str, label: str) -> str:
+    def attack(self, upload: str | None, name: str, norm: str, eps: float | None, method: str, label: str) -> str:
         """The pictures of all models as HTML, or what is wrong with what was given.
 
         Args:
@@ -51,6 +55,8 @@ class Shown:
                 notes = [f'CIFAR-10 test image of class {name}, 32 x 32 pixels.']
             else:
                 raise ValueError(f'example {name!r} is unknown; allowed: {", ".join(CIFAR10_CLASSES)}')
+            if eps is None:
+                raise ValueError('eps is empty; allowed: a number of 255ths, such as 8')
             threat_model = ThreatModel(norm, eps / 255)
             found = {
                 title: compare(model, picture, threat_model, method, truth) for title, model in self.models.items()
@@ -85,8 +91,8 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
     classes = dict.fromkeys(name for model in shown.models.values() for name in classes_of(model))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
-            f'# {TITLE}\nChanges too small to see turn the answer of a standard network around; a robust one was trained '
-            'on such pictures, and gives way later.'
+            f'# {TITLE}\nChanges too small to see turn the answer of a standard network around; a robust one was '
+            'trained on such pictures, and gives way later.'
         )
         with gr.Tab('Attack a picture'), gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -101,7 +107,7 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
                     f'{", ".join(FORMATS)}. Each network sees it resized and cropped to its own size: one for 32 x 32 '
                     'pixels sees no more than those.'
                 )
-                _refuse_links(upload)
+                _refuse_links(gr, upload)
                 label = gr.Dropdown([SEEN, *classes], value=SEEN, label='what your picture shows', elem_id='label')
                 norm = gr.Radio(list(NORMS), value='Linf', label='norm', elem_id='norm')
                 eps = _slider(gr, 'Linf')
@@ -111,8 +117,8 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
                 result = gr.HTML(elem_id='result')
         with gr.Tab('Accuracy over eps'):
             gr.Markdown(
-                'What was recorded on the first images of the CIFAR-10 test split, with one standard error. No curve over '
-                'eps was recorded: it is measured when you ask for it.'
+                'What was recorded on the first images of the CIFAR-10 test split, with one standard error. No curve '
+                'over eps was recorded: it is measured when you ask for it.'
             )
             gr.HTML(records(shown.measured), elem_id='records')
             curve_norm = gr.Radio(list(NORMS), value='Linf', label='norm')
@@ -120,11 +126,18 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
             curve = gr.HTML(elem_id='curve')
         given = [upload, examples, norm, eps, method, label]
         called: dict[str, Any] = {'fn': shown.attack, 'inputs': given, 'outputs': result, 'concurrency_id': 'compute'}
-        gr.on([button.click, upload.upload, page.load], api_name='attack', **called)
+        gr.on([button.click, upload.upload, page.load], api_name='attack', api_visibility='undocumented', **called)
         private: dict[str, Any] = {'api_visibility': 'private'}
         examples.input(lambda: None, None, upload, **private).then(**called, **private)  # the last choice counts
         norm.change(lambda norm: _slider(gr, norm), norm, eps, **private)
-        measure.click(shown.curve, curve_norm, curve, api_name='curve', concurrency_id='compute')
+        measure.click(
+            shown.curve,
+            curve_norm,
+            curve,
+            api_name='curve',
+            api_visibility='undocumented',
+            concurrency_id='compute',
+        )
     page.queue(max_size=20, default_concurrency_limit=1)
     return page, {
         'css': f'{CSS}\n{example_css()}',
@@ -138,13 +151,13 @@ def _slider(gr: Any, norm: str) -> Any:
     return gr.Slider(step, most, value=value, step=step, label=f'eps, {norm}, in 255ths of the range', elem_id='eps')
 
 
-def _refuse_links(upload: Any) -> None:
+def _refuse_links(gr: Any, upload: Any) -> None:
     """Take no address for a file: Gradio would fetch it."""
     keep = upload.async_move_resource_to_block_cache
 
     async def checked(path: str | Path | None) -> str | None:
         if path is not None and not Path(path).is_file():
-            raise ValueError('an upload is a file, not an address')
+            raise gr.Error('an upload is a file, not an address', print_exception=False)
         return await keep(path)
 
     upload.async_move_resource_to_block_cache = checked

@@ -10,7 +10,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..data import CIFAR10_CLASSES
+from ..data import CIFAR10_CLASSES, ImageData
 from ..models import input_channels, trained_classes
 
 EXAMPLES = Path(__file__).with_name('examples.png')
@@ -71,6 +71,13 @@ def example(label: int) -> Image.Image:
     """The example of a class of CIFAR-10, 32 x 32 pixels in RGB."""
     with Image.open(EXAMPLES) as sheet:
         return sheet.convert('RGB').crop((32 * label, 0, 32 * label + 32, 32))
+
+
+def example_data() -> ImageData:
+    """The examples as a data set, one image a class."""
+    labels = torch.arange(len(CIFAR10_CLASSES))
+    images = torch.stack([pil_to_tensor(example(int(label))) for label in labels])
+    return ImageData(images, labels, CIFAR10_CLASSES, 'the ten examples of the page')
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
