@@ -10,7 +10,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tomllib
 import urllib.error
 import urllib.request
 import zlib
@@ -110,7 +109,7 @@ def test_pictures_are_read_upright_on_white_and_from_their_first_frame(tmp_path)
     assert read_picture(path)[0].getcolors() == [(24, (255, 255, 255))]
     path.write_bytes(saved(red, 'gif', save_all=True, append_images=[blue]))
     picture, note = read_picture(path)
-    assert picture.getpixel((0, 0)) == (254, 0, 0) and 'first frame' in note  # as GIF's palette has it
+    assert picture.getpixel((0, 0)) == (255, 0, 0) and 'first frame' in note
     for kind in ('png', 'bmp', 'webp'):
         path.write_bytes(saved(blue, kind, **{'lossless': True} if kind == 'webp' else {}))
         picture, note = read_picture(path)
@@ -152,8 +151,8 @@ def test_a_model_sees_a_picture_as_its_data_configuration_says(tiny):
 
 
 def test_class_names_come_from_training_or_from_the_tag(tiny):
-    assert classes_of(tiny) == tuple(f'class {number}' for number in range(10))
-    assert classes_of(load_model(ROBUST)) == CIFAR10_CLASSES  # its config.json holds none
+    assert classes_of(load_model('resnet18_relu', width=4, num_classes=2)) == ('class 0', 'class 1')
+    assert classes_of(tiny) == CIFAR10_CLASSES  # the network's default tag names the data
     assert classes_of(load_model(STANDARD)) == tuple(json.loads((STANDARD / 'config.json').read_text())['label_names'])
 
 
@@ -168,14 +167,14 @@ def test_the_examples_are_the_first_official_test_image_of_each_class():
 @pytest.mark.parametrize('method', ATTACKS)
 def test_attacks_stay_in_the_ball_and_lead_away_from_the_class(method, norm, tiny):
     threat_model = ThreatModel(norm, 8 / 255 if norm == 'Linf' else 0.5)
-    found = compare(tiny, example(3), threat_model, method, 'class 7')
+    found = compare(tiny, example(3), threat_model, method, 'horse')
     delta = found.x_adv - found.x
     length = delta.abs().max() if norm == 'Linf' else delta.norm()
     assert 0.5 * threat_model.eps < float(length) < threat_model.eps * (1 + 1e-5)
-    assert 0 <= float(found.x_adv.min()) and float(found.x_adv.max()) <= 1
+    assert float(found.x_adv.min()) >= 0 and float(found.x_adv.max()) <= 1
     assert float(found.clean.sum()) == pytest.approx(1) and float(found.adversarial.sum()) == pytest.approx(1)
     assert found.label == 7 and found.given and found.adversarial[7] < found.clean[7]
-    again = compare(tiny, example(3), threat_model, method, 'class 7')
+    again = compare(tiny, example(3), threat_model, method, 'horse')
     assert torch.equal(found.x_adv, again.x_adv)
 
 
@@ -194,7 +193,7 @@ def test_the_perturbation_is_magnified_so_that_eps_is_white_or_black(tiny):
 class Brightness(nn.Module):
     """Class 0 where an image is brighter than grey: one of brightness 0.5 + m falls in the Linf ball of m."""
 
-    num_classes = 2
+    num_classes, pretrained_cfg = 2, {'input_size': (3, 32, 32)}
 
     def __init__(self):
         super().__init__()
@@ -214,7 +213,7 @@ def test_accuracy_over_eps_falls_at_each_images_margin():
     steps = list(accuracy_curve(Brightness(), data, 'Linf'))
     assert [len(points) for points in steps] == list(range(1, len(RADII) + 2))
     expected = [(0.0, 3)] + [(radius / 255, sum(radius < margin for margin in (1.5, 5.5, 9.5))) for radius in RADII]
-    assert steps[-1] == pytest.approx(expected)
+    assert steps[-1] == expected
     with pytest.raises(ValueError, match='levels has 2 classes, this model 1'):
         narrow = Brightness()
         narrow.num_classes = 1
@@ -261,8 +260,9 @@ def test_the_records_are_those_of_the_release():
     assert [row['images'] for row in standard] == [1000] and records_of(['nothing']) == {}
 
 
+@pytest.mark.slow
 def test_the_pair_of_the_page_shows_what_adversarial_training_does():
-    """On the ten examples: the standard network knows them all, and falls on all of them at 4/255; the robust one not."""
+    """On the ten examples: the standard network knows them all, and falls on all at 4/255; the robust one not."""
     robust, standard = (list(accuracy_curve(model, example_data(), 'Linf'))[-1] for model in pair())
     at = [0, *RADII].index(4)
     assert standard[0][1] == 10 and standard[at][1] == 0
@@ -302,9 +302,10 @@ def test_sharing_is_refused(capsys):
 def test_the_space_has_what_the_hub_asks_for_and_what_the_package_needs():
     front = yaml.safe_load((ROOT / 'space/README.md').read_text().split('---')[1])
     assert front['sdk'] == 'gradio' and (ROOT / 'space' / front['app_file']).is_file()
-    project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-    assert project['optional-dependencies']['app'] == [f'gradio>={front["sdk_version"].rpartition(".")[0]}']
-    assert (ROOT / 'space/requirements.txt').read_text().split() == project['dependencies']
+    project = (ROOT / 'pyproject.toml').read_text()
+    assert f'app = ["gradio>={front["sdk_version"].rpartition(".")[0]}"]' in project
+    needed = re.search(r'^dependencies = \[(.*?)\]', project, re.S | re.M)[1]
+    assert (ROOT / 'space/requirements.txt').read_text().split() == re.findall('"(.*?)"', needed)
 
 
 @pytest.fixture(scope='module')
@@ -362,10 +363,25 @@ def test_a_picture_is_attacked_and_a_text_named_png_is_refused(ask, tmp_path):
     assert ask(None).count('<img') == 6
 
 
-@pytest.mark.parametrize('place', ['/etc/hostname.png', str(ROOT / 'docs/leaderboard.png'), 'http://127.0.0.1:9/x.png'])
-def test_nothing_is_opened_that_was_not_uploaded(place, ask):
-    with pytest.raises(Exception, match='not uploaded by a user|not an address|upstream Gradio app has raised'):
-        ask({'path': place, 'meta': {'_type': 'gradio.FileData'}})
+@pytest.mark.parametrize(
+    ('place', 'match'),
+    [
+        (str(ROOT / 'docs/leaderboard.png'), ''),
+        ('/etc/passwd', ''),
+        ('http://127.0.0.1:9/x.png', 'an upload is a file, not an address'),
+        ('https://example.com/x.png', 'an upload is a file, not an address'),
+    ],
+)
+def test_nothing_is_opened_that_was_not_uploaded(place, match, page):
+    """By hand: Gradio's client would upload the file first."""
+    upload = {'path': place, 'meta': {'_type': 'gradio.FileData'}}
+    data = json.dumps({'data': [upload, 'cat', 'Linf', 8, FIRST, SEEN]}).encode()
+    address = f'{page.local_url}gradio_api/call/attack'
+    with urllib.request.urlopen(urllib.request.Request(address, data, {'Content-Type': 'application/json'})) as answer:
+        number = json.load(answer)['event_id']
+    with urllib.request.urlopen(f'{address}/{number}') as answer:
+        said = answer.read().decode()
+    assert said.startswith('event: error') and match in said and '<img' not in said
 
 
 def test_a_port_in_use_is_one_line(page, folders, capsys):
@@ -390,7 +406,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         browser.ask("[...document.querySelectorAll('#norm input')].find(one => one.value == 'L2').click()")
         browser.wait("document.querySelector('#eps input[type=number]').value == '128'")
         browser.ask("document.querySelector('#attack').click()")
-        browser.wait("document.querySelector('#result').innerText.includes('L2 0.502')")
+        browser.wait("document.querySelector('#result').innerText.includes('L2 128/255')")
         browser.picture(tmp_path / 'attack.png')
         browser.ask("[...document.querySelectorAll('[role=tab]')].find(tab => tab.innerText.includes('eps')).click()")
         browser.wait("document.querySelector('#measure')")

@@ -8,7 +8,10 @@ served to this machine alone, keeps uploads until it ends, and asks no other ser
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -85,10 +88,8 @@ def launch(
     shown = Shown(load_models(specs), example_data() if data is None else data, records_of(specs))
     for name in ('GRADIO_ALLOWED_PATHS', 'GRADIO_SHARE', 'GRADIO_MCP_SERVER'):  # open what the page keeps closed
         os.environ.pop(name, None)
-    uploads = tempfile.TemporaryDirectory(prefix='timm-robust-app-')
-    os.environ |= {'GRADIO_TEMP_DIR': uploads.name, 'GRADIO_ANALYTICS_ENABLED': 'False'}
+    os.environ |= {'GRADIO_TEMP_DIR': upload_folder(), 'GRADIO_ANALYTICS_ENABLED': 'False'}
     page, look = build_page(shown)
-    page.uploads = uploads  # deleted with the page
     page.launch(
         server_name=host,
         server_port=port,
@@ -106,6 +107,14 @@ def launch(
         **look,
     )
     return page
+
+
+@functools.cache
+def upload_folder() -> str:
+    """The folder of this process that keeps what was uploaded; it is deleted when the process ends."""
+    folder = tempfile.mkdtemp(prefix='timm-robust-app-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def default_models() -> list[str]:
