@@ -54,7 +54,7 @@ def example_css() -> str:
     lines = [
         f'#examples label::before {{content: ""; {tile}; background-image: url({data_uri(sheet)}); '
         'image-rendering: pixelated}',
-        '#examples label {padding: .3rem .5rem}',
+        '#examples label {padding: .3rem .5rem; gap: .5rem; flex: 1 1 8rem}',
     ]
     lines += [
         f'#examples label:nth-of-type({number + 1})::before {{background-position: -{number * side}px 0}}'
