@@ -61,6 +61,7 @@ bench-toy: $(VENV)/peers
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --sizes --output ''
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --imagenet --output ''
 	$(BIN)/python benchmarks/attack.py --toy --output ''
+	$(BIN)/python benchmarks/app.py test_resnet --repeats 1
 	$(BIN)/python benchmarks/gpu_smoke.py --toy
 
 clean:
