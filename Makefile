@@ -49,6 +49,7 @@ $(VENV)/peers: $(VENV)/.installed
 # make bench DATA=FOLDER attacks the released ResNet-18 on CIFAR-10, half an hour on two cores; else a small one on digits
 bench: $(VENV)/peers
 	$(BIN)/python benchmarks/activation.py
+	$(BIN)/python benchmarks/app.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/train_step.py --sizes
 	$(BIN)/python benchmarks/train_step.py --imagenet --repeats 3
@@ -60,6 +61,7 @@ bench-toy: $(VENV)/peers
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --sizes --output ''
 	$(BIN)/python benchmarks/train_step.py --toy --repeats 1 --imagenet --output ''
 	$(BIN)/python benchmarks/attack.py --toy --output ''
+	$(BIN)/python benchmarks/app.py test_resnet --repeats 1
 	$(BIN)/python benchmarks/gpu_smoke.py --toy
 
 clean:

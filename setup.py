@@ -17,6 +17,7 @@ setup(
         'timm_robust': ['py.typed'],
         'timm_robust.weights': ['releases.json'],
         'timm_robust.robustbench': ['published.json'],
+        'timm_robust.app': ['examples.png', 'standard/*'],
         'timm_robust.recipes': ['*.yaml'],
         'timm_robust.model_cards': [
             f'{name}/{file}' for name in STAGED for file in ('model.safetensors', 'config.json')

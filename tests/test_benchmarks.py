@@ -129,6 +129,15 @@ def test_results_name_hardware_versions_and_commit(tmp_path):
     assert [file.name for file in (tmp_path / 'results').iterdir()] == ['x-cpu.json']
 
 
+def test_every_attack_of_the_page_is_timed(capsys):
+    import app
+
+    assert app.main(['test_resnet', '--repeats', '1']) == 0
+    rows = capsys.readouterr().out.splitlines()[-len(app.ATTACKS) :]
+    assert [row[:24].strip() for row in rows] == list(app.ATTACKS)
+    assert all(float(seconds) >= 0 for row in rows for seconds in row[24:].split())
+
+
 def test_arithmetic_of_a_step():
     from train_step import flops_an_image, ratio
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from timm_robust import cli
+from timm_robust.app.command import parser as app_parser
 from timm_robust.publish import parse as parse_publish
 from timm_robust.release.record import read_results
 from timm_robust.release.results_page import README_END, README_START, weights_table
@@ -99,6 +100,8 @@ def test_every_command_of_the_pages(words, folder, tmp_path, monkeypatch, capsys
     command, *rest = toy(words[1:])
     if command == 'demo':  # test_adv_train.py runs it
         assert rest == []
+    elif command == 'app':  # test_app.py
+        app_parser().parse_args(rest)
     elif command == 'publish':  # test_publish.py does it
         parse_publish(rest)
     elif command == 'robustbench':  # test_robustbench.py

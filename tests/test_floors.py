@@ -31,6 +31,7 @@ FLOORS = {
     'study': 4,
     'demo': 4,
     'report': 4,
+    'app': 5,
     'staging': 5,
     'publish': 5,
     'robustbench': 5,

@@ -67,6 +67,14 @@ print(timm.create_model('resnet18_pssilu', pretrained=True).pretrained_cfg['tag'
     assert python('-c', code).split() == ['fgsm_cifar10_linf']
 
 
+def test_the_page_finds_its_models_and_pictures(python):
+    code = """
+from timm_robust.app import Shown, default_models, load_models
+print(Shown(load_models(default_models())).attack(None, 'cat', 'Linf', 8, 'FGSM, 1 step', '').count('<img'))
+"""
+    assert python('-c', code).split() == ['6']
+
+
 @pytest.mark.slow
 def test_a_recipe_by_its_name_is_trained_measured_and_staged(python, tmp_path):
     run = python('-m', 'timm_robust.cli', 'train', NAME, *TINY, '--output', 'runs', '--experiment', 'run')

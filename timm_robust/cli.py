@@ -23,6 +23,7 @@ COMMANDS = {
     'publish': ('publish', (), 'publish staged releases to the Hugging Face Hub'),
     'robustbench': ('robustbench.__main__', (), 'load, benchmark, convert, compare, submit'),
     'demo': ('demo', (), 'all of it in two minutes, on digits'),
+    'app': ('app', (), 'a page to play with: attack a picture on a robust and a standard network'),
 }
 """Subcommand -> module, the words that come first there, and what it does."""
 

@@ -9,12 +9,13 @@ from .extra import ExtraImages
 from .fingerprints import fingerprint
 from .memory import ImageData, TrainBatches, split_holdout
 from .mixed import MixedBatches
-from .readers import DATASETS, SPLITS, load_dataset
+from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, load_dataset
 from .sources import has_split, is_stream
 from .stream_batches import StreamBatches
 from .stream_data import StreamData, reader_fault
 
 __all__ = [
+    'CIFAR10_CLASSES',
     'DATASETS',
     'SPLITS',
     'ExtraImages',

@@ -18,7 +18,7 @@ from .memory import ImageData, number_classes, split_holdout
 
 SPLITS = ('train', 'test', 'validation')
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100}
-_CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 _PARQUET_FOLDERS = ('.', 'data', 'plain_text', 'cifar100', 'default')  # Hugging Face names the folder after the config
 _IMAGE_COLUMNS = ('img', 'image')
 _LABEL_COLUMNS = ('label', 'fine_label')
@@ -164,7 +164,7 @@ def _load_parquet(name: str, files: list[Path]) -> ImageData:
     known = _NUM_CLASSES.get(name)
     if not classes:
         numbers = tuple(map(str, range(known))) if known else number_classes(labels, files[0])
-        classes = _CIFAR10_CLASSES if known == 10 else numbers
+        classes = CIFAR10_CLASSES if known == 10 else numbers
     if known and len(classes) != known:
         raise ValueError(f'{files[0]} has {len(classes)} classes, {name} has {known}; to use it, say --dataset parquet')
     return ImageData(_decode(encoded, len(labels)), torch.tensor(labels), classes, name)
