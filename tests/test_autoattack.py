@@ -294,7 +294,27 @@ def test_few_classes_are_attacked_and_said_so(num_classes):
     result = autoattack(model, x, y, ThreatModel('Linf', 0.05))
     assert not result.robust.all()
     assert f'{num_classes} classes: {num_classes - 1} target classes instead of 9' in result.warnings
-    assert ('apgd-t' in result.per_attack) == (num_classes > 3)
+    assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
+    assert any('apgd-t climbs' in text for text in result.warnings) == (num_classes < 4)
+
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+@pytest.mark.parametrize('num_classes', [2, 3])
+def test_apgd_t_breaks_what_is_breakable_where_cross_entropy_of_few_classes_underflows(num_classes, norm):
+    model = linear_net(num_classes).requires_grad_(False)
+    for value in model.parameters():
+        value *= 1e5
+    x, y = images(model, n=40, lo=0.45, hi=0.55)
+    weight, rows = model[1].weight, torch.arange(len(x))
+    gaps = model(x)[rows, y][:, None] - model(x)
+    slopes = (weight[y][:, None] - weight).norm(p=1 if norm == 'Linf' else 2, dim=2)
+    gaps[rows, y] = torch.inf
+    radius = (gaps / slopes).amin(1)  # the exact minimal one, as no pixel comes near 0 or 1
+    eps = radius.median().item()
+    result = autoattack(model, x, y, ThreatModel(norm, eps), version='apgd')
+    assert result.per_attack['apgd-ce'] > 0.8
+    clear = (radius / eps - 1).abs() > 0.02
+    assert clear.sum() > 30 and torch.equal(result.robust[clear], (radius > eps)[clear])
 
 
 def test_progress_reports_batches_and_time_left(monkeypatch):

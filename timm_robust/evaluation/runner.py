@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..threat_model import ThreatModel
 
 VERSIONS = {'standard': ('apgd-ce', 'apgd-t', 'fab-t', 'square'), 'apgd': ('apgd-ce', 'apgd-t')}
 _TARGETS = 9  # target classes of AutoAttack's targeted attacks
+_DLR_CLASSES = 4  # the targeted DLR loss divides by z_1 - (z_3 + z_4) / 2, of the logits in falling order
 _REPORT_EVERY_S = 10.0
 
 
@@ -43,6 +45,8 @@ class Runner:
         norm, eps = threat_model.norm, threat_model.eps
         runner = library.AutoAttack(self.logits, norm=norm, eps=eps, seed=seed, device=self.device, version='standard')
         runner.apgd_targeted.n_target_classes = runner.fab.n_target_classes = self.targets
+        if self.num_classes < _DLR_CLASSES:
+            runner.apgd_targeted.dlr_loss_targeted = partial(_targeted_loss_of_few, runner.apgd_targeted)
         runner.square.random_int = _random_int_on_host
         runner.logger = runner.apgd.logger = runner.apgd_targeted.logger = report.logger
         self.runner = runner
@@ -54,12 +58,11 @@ class Runner:
             raise ValueError(f'the model has {classes} output; AutoAttack needs logits of at least 2 classes')
         if targets < _TARGETS:
             self.report.messages.append(f'{classes} classes: {targets} target classes instead of {_TARGETS}')
+        if classes < _DLR_CLASSES:
+            loss = 'the difference of the two logits' if classes == 2 else 'the DLR loss over the third largest logit'
+            self.report.messages.append(f'{classes} classes: apgd-t climbs {loss}, for its own needs {_DLR_CLASSES}')
         work = {'apgd-ce': 303, 'apgd-t': 304 * targets, 'fab-t': 403 * targets, 'square': 5000}
-        plan = {attack: work[attack] for attack in VERSIONS[version]}
-        if classes < 4:
-            self.report.messages.append(f'{classes} classes: no apgd-t, for its DLR loss needs at least 4')
-            del plan['apgd-t']
-        return plan
+        return {attack: work[attack] for attack in VERSIONS[version]}
 
     def run(self, attack: str, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images that one attack returns, [N, C, H, W], and which of them it claims to be adversarial, [N]."""
@@ -144,6 +147,19 @@ class Fp32Logits(nn.Module):
         if x.requires_grad and torch.is_grad_enabled() and not output.requires_grad:
             output = output + 0 * x.flatten(1).sum(1, keepdim=True)  # cut off from the pixels: gradient 0, no crash
         return output
+
+
+def _targeted_loss_of_few(attack: Any, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """What APGD-T climbs for 2 and 3 classes, where the targeted DLR loss is undefined: [B] of logits [B, classes].
+
+    z_t - z_y for two, to which the sorted logits add nothing; (z_t - z_y) / (z_1 - z_3) for three, the denominator of
+    the DLR loss without target (Croce and Hein 2020, equation 6). Neither vanishes where cross-entropy underflows.
+    """
+    rows = torch.arange(len(y), device=y.device)
+    margin = logits[rows, attack.y_target] - logits[rows, y]
+    if logits.shape[1] == 2:
+        return margin
+    return margin / (logits.amax(1) - logits.amin(1) + 1e-12)
 
 
 def _random_int_on_host(low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> torch.Tensor:
