@@ -17,6 +17,7 @@ from timm_robust.data import ImageData, load_dataset
 from timm_robust.evaluate import main
 from timm_robust.evaluation import measure as module
 from timm_robust.evaluation.measure import SeededStart, evaluate
+from timm_robust.evaluation.split import default_batch_size
 from timm_robust.pixels import PixelInput, pixel_input
 from timm_robust.release.record import attack_title, robust_acc
 from timm_robust.results import RobustnessResult
@@ -103,6 +104,12 @@ def test_pgd_depends_on_the_seed_and_not_on_the_batches_or_on_n():
     assert not torch.allclose(x_adv(seed=4), reference, atol=1e-6)
 
 
+@pytest.mark.parametrize(('side', 'size'), [(8, 250), (64, 250), (224, 20), (2000, 1)])
+def test_batches_of_large_images_are_smaller(side, size):
+    images = torch.zeros(1, 3, side, side, dtype=torch.uint8)
+    assert default_batch_size(ImageData(images, torch.zeros(1, dtype=torch.long), ('a', 'b'), 'x')) == size
+
+
 def test_restarts_only_break_more():
     model = nn.Sequential(linear_net(), nn.Hardtanh(-0.05, 0.05))  # flat nearly everywhere: the start decides
     data = fitted(model, 32)
@@ -173,15 +180,15 @@ def test_doubts_that_do_not_fit_into_memory_end_it_before_the_long_attack(monkey
         evaluate(linear_net(), fitted(linear_net()), LINF, attack='autoattack')
 
 
-def test_with_two_classes_apgd_is_not_called_apgd_t():
+def test_two_classes_meet_both_attacks_of_apgd():
     torch.manual_seed(5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     data = image_data(num_classes=2)
     data = dataclasses.replace(data, labels=model(data.pixels()).argmax(1))
     result, _ = evaluate(model, data, LINF, attack='apgd')
     record = dataclasses.asdict(result)
-    assert result.apgd_acc is None and attack_title(record) == 'APGD-CE'
-    assert robust_acc(record) == result.per_attack['apgd-ce'] < 1
+    assert attack_title(record) == 'APGD-CE + APGD-T'
+    assert robust_acc(record) == result.apgd_acc == result.per_attack['apgd-t'] < 1
 
 
 def test_the_model_is_left_as_it_was():

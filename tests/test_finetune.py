@@ -6,13 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from tiny_runs import tiny
 
 from timm_robust import cli
+from timm_robust.training import builder
 from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
+from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import fit, out_of_patience
 
 
@@ -27,6 +30,21 @@ def draw_pictures(folder, classes=('ant', 'bee', 'cat'), n=10, side=32):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     return folder
+
+
+def in_grey(folder):
+    """The same pictures without their colours."""
+    for path in folder.glob('*/*.png'):
+        Image.open(path).convert('L').save(path)
+    return folder
+
+
+def save_robust(folder):
+    """A network of ten classes in colour, as a run leaves it."""
+    robust = timm.create_model('resnet18_pssilu', width=4)
+    state = {'arch': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'num_classes': 10}
+    save_checkpoint(folder / 'model_best.pth.tar', state | {'state_dict': robust.state_dict()})
+    return robust
 
 
 SMALL = ['--img-size', '32', '--batch-size', '6', '--max-steps', '4', '--workers', '0', '--device', 'cpu', '--no-amp']
@@ -102,6 +120,30 @@ def test_names_that_are_no_text_are_written_down(tmp_path):
 
 def test_a_share_is_one_image_at_least(tmp_path):
     assert tiny(tmp_path, val_size=0.01).held_out_of(10) == 1
+
+
+def test_a_grey_network_learns_grey_pictures_from_the_weights_of_one_in_colour(tmp_path, caplog):
+    robust = save_robust(tmp_path / 'robust')
+    settings = {'model_kwargs': {'width': 4, 'in_chans': 1}, 'initial_checkpoint': str(tmp_path / 'robust')}
+    settings |= {'dataset': 'folder', 'val_size': 0.2, 'img_size': 32, 'workers': 0, 'batch_size': 6, 'max_steps': 2}
+    colours, grey = draw_pictures(tmp_path / 'colours'), in_grey(draw_pictures(tmp_path / 'grey'))
+    with caplog.at_level('INFO', 'timm_robust'):
+        run = build(tiny(tmp_path, data_dir=str(grey), **settings))
+    assert 'conv1.weight is adapted to 1' in caplog.text
+    torch.testing.assert_close(run.model.conv1.weight, robust.conv1.weight.sum(1, keepdim=True))
+    assert run.batches[0][0].shape == (6, 1, 32, 32) and fit(run)['steps'] == 2
+    assert cli.main(['evaluate', str(run.folder), '--split', 'held_out', '--attack', 'pgd']) == 0
+    with pytest.raises(ValueError, match='has images in colour, the model takes 1 channel'):
+        fit(build(tiny(tmp_path, data_dir=str(colours), experiment='colours', **settings)))
+
+
+def test_initial_weights_are_taken_instead_of_pretrained_ones(tmp_path, monkeypatch):
+    save_robust(tmp_path / 'robust')
+    asked = []
+    make = builder.make_model
+    monkeypatch.setattr(builder, 'make_model', lambda *args, **kw: asked.append(kw['pretrained']) or make(*args, **kw))
+    build(tiny(tmp_path, pretrained=True, initial_checkpoint=str(tmp_path / 'robust')))
+    assert asked == [False]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from torch import nn
 from .command_line import KeyValue, Parser, command, count, keep_freed_memory, say, whole_number
 from .data import DATASETS, SPLITS, ImageData, is_stream
 from .distributed import World
-from .evaluation import DEFAULT_N, evaluate, evenly, fit_channels, read_split
+from .evaluation import DEFAULT_N, default_batch_size, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
 from .models import BEST, check_model_kwargs, load_model
 from .results import ATTACKS, SCREENS, RobustnessResult, is_record
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         world.leave()
     except torch.cuda.OutOfMemoryError:
-        raise MemoryError(f'out of memory; type --batch-size {max(args.batch_size // 2, 1)}') from None
+        size = args.batch_size or default_batch_size(data)
+        raise MemoryError(f'out of memory; type --batch-size {max(size // 2, 1)}') from None
     if world.rank:
         return 0
     if failures := _hand_out(args, result, tensors):
@@ -262,7 +263,11 @@ def _parser() -> Parser:
         metavar='EPS',
         help='step of PGD; 2.5 eps / steps if not given',
     )
-    add('--batch-size', type=count, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add(
+        '--batch-size',
+        type=count,
+        help="images a batch; AutoAttack's random numbers depend on it (default: 250, fewer above 64 pixels a side)",
+    )
     add('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N', help='seed of all attacks')
     add(
         '--img-size',

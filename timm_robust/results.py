@@ -163,8 +163,6 @@ class RobustnessResult:
     @property
     def robust_acc(self) -> float | None:
         """Share of images that resist the strongest attack; None where none ran."""
-        if self.attack == 'apgd' and self.apgd_acc is None:  # 2 or 3 classes: APGD-CE alone
-            return list(self.per_attack.values())[-1] if self.per_attack else None
         return {'autoattack': self.autoattack_acc, 'apgd': self.apgd_acc, 'pgd': self.pgd_acc}.get(self.attack)
 
     def check_verdicts(self, path: Path) -> None:

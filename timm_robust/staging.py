@@ -94,7 +94,11 @@ def _parser() -> Parser:
     add('--run', type=Path, help='measure on what this run, that of the weights, had held out; for data without a test')
     add('-n', type=count, help='number of images, the first of the split; all if not given')
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
-    add('--batch-size', type=count, default=250, help="images a batch; AutoAttack's random numbers depend on it")
+    add(
+        '--batch-size',
+        type=count,
+        help="images a batch; AutoAttack's random numbers depend on it (default: 250, fewer above 64 pixels a side)",
+    )
     add('--eps', help='radius, such as 8/255; that of the measurements before, or else of training')
     add('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N', help='seed of all attacks')
     add('--state-dir', help="keep AutoAttack's finds there; type the same again to go on after a kill")

@@ -75,7 +75,7 @@ class StreamData:
     ) -> None:
         """Open the data set and learn its size and classes; no image is read."""
         self._options: dict[str, Any] = {'name': name, 'root': root, 'split': split, 'download': download, **reader}
-        self.img_size, self.workers, self.device = img_size, workers, torch.device('cpu')
+        self.img_size, self.workers, self.device, self.channels = img_size, workers, torch.device('cpu'), 3
         self.transform = eval_transform(img_size, crop_pct, interpolation)
         self.dataset = open_dataset(**self._options)
         self.iterable = isinstance(self.dataset, IterableDataset)
@@ -144,6 +144,16 @@ class StreamData:
         if not 0 < n <= len(self):
             raise ValueError(f'cannot take the first {n} images of {self.name}; allowed: 1..{len(self)}')
         return self._with(_size=n, workers=min(self.workers, 1)) if self.iterable else self.subset(range(n))
+
+    def with_channels(self, n: int) -> StreamData:
+        """The same images with n channels; for 1 they must be grey, and the first of another kind ends the reading.
+
+        Raises:
+            ValueError: for n other than 1 and 3.
+        """
+        if n not in (1, 3):
+            raise ValueError(f'{self.name} has images of 3 channels, the model takes {n}; allowed: 1 for grey, and 3')
+        return self._with(channels=n)
 
     def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Every image once, in order: (x float32 in [0, 1], y); the last batch (of each worker) may be smaller.
@@ -219,6 +229,10 @@ class StreamData:
     def _place(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A batch on the device: float32 in [0, 1] and labels."""
         y = self._relabelled(y)
+        if self.channels == 1:
+            if not torch.equal(x, x[:, :1].expand_as(x)):
+                raise ValueError(f'{self.name} has images in colour, the model takes 1 channel; use others, or it')
+            x = x[:, :1]
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
         return x.float().div_(255), y
 

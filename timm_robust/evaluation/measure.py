@@ -26,6 +26,7 @@ from .autoattack import autoattack, predict, recheck, share, undisturbed
 from .runner import Fp32Logits, device_of, dtype_of, upstream
 from .sanity_checks import find_problems
 from .search_network import Bf16, search_model
+from .split import default_batch_size
 
 _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
@@ -57,7 +58,7 @@ def evaluate(
     pgd_steps: int = 10,
     pgd_step_size: float | None = None,
     pgd_restarts: int = 1,
-    batch_size: int = 250,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
     name: str | None = None,
@@ -80,7 +81,8 @@ def evaluate(
         pgd_steps: steps of PGD on the cross-entropy.
         pgd_step_size: step in pixels; 2.5 eps / pgd_steps if None.
         pgd_restarts: random starts; an image that falls to one of them is broken.
-        batch_size: images a batch. PGD's random starts do not depend on it, AutoAttack's do.
+        batch_size: images a batch; None: 250, or of images above 64 pixels a side as many pixels. PGD's random starts
+            do not depend on it, AutoAttack's do.
         seed: seed of all attacks.
         progress: called with lines of text.
         name: the model's name in the record; by default what its pretrained_cfg says.
@@ -102,6 +104,7 @@ def evaluate(
             data with a class that the model was not trained on, where its classes have names.
     """
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
+    batch_size = default_batch_size(data) if batch_size is None else batch_size
     counts = {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}
     _check_settings(attack, screen, counts, pgd_step_size, threat_model.eps, img_size)
     data = data if n is None else data.first(n)

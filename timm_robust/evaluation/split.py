@@ -53,6 +53,12 @@ def fit_channels(model: nn.Module, data: ImageData) -> ImageData:
     return data.with_channels(channels) if channels else data
 
 
+def default_batch_size(data: ImageData) -> int:
+    """250 images of up to 64 pixels a side; of larger ones as many pixels, which is 20 of 224."""
+    height, width = data.images.shape[-2:]
+    return max(1, min(250, 250 * 64 * 64 // (height * width)))
+
+
 def evenly(data: Data, n: int | None) -> Data:
     """So many images from first to last, evenly, or all: those of a folder come class by class.
 

@@ -118,8 +118,12 @@ def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, A
 
 
 def input_channels(model: nn.Module) -> int | None:
-    """Channels of the images that a model takes: those of its first convolution; None without one."""
-    return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    """Channels of the images that a model takes, 1 or 3: those of its first convolution; None if it has others or none.
+
+    A first convolution may see pixels that were moved into channels, as TResNet's 48.
+    """
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first if first in (1, 3) else None
 
 
 def _takes(name: str) -> str:

@@ -108,15 +108,13 @@ def strongest(record: dict[str, Any]) -> dict[str, Any] | None:
 def robust_acc(result: dict[str, Any]) -> float | None:
     """Share of images that resist the strongest attack of a measurement; None where none ran."""
     keys = {'autoattack': 'autoattack_acc', 'apgd': 'apgd_acc', 'pgd': 'pgd_acc'}
-    if result['attack'] == 'apgd' and result['apgd_acc'] is None:
-        return float(list(result['per_attack'].values())[-1])
     return result[keys[result['attack']]] if result['attack'] in keys else None
 
 
 def attack_title(result: dict[str, Any]) -> str:
     """What the strongest attack of a measurement is called; the first two of AutoAttack are never called AutoAttack."""
-    pgd, apgd = f'PGD-{result.get("steps")}', 'APGD-CE' if result.get('apgd_acc') is None else 'APGD-CE + APGD-T'
-    return {'autoattack': 'AutoAttack', 'apgd': apgd, 'pgd': pgd, 'none': 'clean'}[result['attack']]
+    titles = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': f'PGD-{result.get("steps")}'}
+    return {**titles, 'none': 'clean'}[result['attack']]
 
 
 def measurement_notes(record: dict[str, Any]) -> list[str]:

@@ -131,6 +131,6 @@ def image_shape(data: Any) -> tuple[int, int, int]:
     """Channels, height and width of a data set's images, as training batches hold them."""
     if isinstance(data, StreamData):
         size = data.img_size
-        return (3, size, size) if isinstance(size, int) else (3, *size)
+        return (data.channels, size, size) if isinstance(size, int) else (data.channels, *size)
     channels, height, width = data.images.shape[1:]
     return channels, height, width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import torch.nn as nn
 from timm.data import Mixup
 from timm.layers import convert_sync_batchnorm
+from timm.models import adapt_input_conv
 from timm.optim import create_optimizer_v2, get_optimizer_class
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -22,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attacks import FoldedNet
 from ..data import StreamData, fingerprint
 from ..distributed import World
-from ..models import class_list, load_checkpoint, load_model, make_model, read_weights
+from ..models import class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
@@ -71,6 +73,8 @@ def build(recipe: Recipe) -> Run:
         held_out = held_out.to(world.device)
     train = train.to(world.device)
     model = create_model(recipe, train.num_classes).to(world.device)
+    if channels := input_channels(model):
+        train, held_out = train.with_channels(channels), held_out and held_out.with_channels(channels)
     example = check_fit(model, recipe, train)
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -191,7 +195,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
             f'num_classes {max(num_classes, 2)} and more (leave it out for as many as the data has)'
         )
     arch, kwargs = architecture(recipe)
-    model = make_model(arch, kwargs, pretrained=recipe.pretrained, num_classes=classes)
+    pretrained = recipe.pretrained and not recipe.initial_checkpoint  # which would replace what was downloaded
+    model = make_model(arch, kwargs, pretrained=pretrained, num_classes=classes)
     if recipe.initial_checkpoint:
         load_initial(model, recipe.initial_checkpoint)
     if recipe.bn_momentum is not None:
@@ -203,6 +208,8 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
 
 def load_initial(model: nn.Module, where: str) -> None:
     """Load the weights that a run starts from; a classifier of another number of classes stays new.
+
+    A first convolution in colour is adapted to other channels as timm does it for pretrained weights: summed for grey.
 
     Args:
         model: gets the weights.
@@ -218,9 +225,13 @@ def load_initial(model: nn.Module, where: str) -> None:
     if named and '.' not in where:
         raise ValueError(f'initial_checkpoint {where!r} names a network, not its weights; add the tag, or name a file')
     weights = dict(load_model(where).state_dict() if named or path.is_dir() else read_weights(where))
-    heads = (getattr(model, 'pretrained_cfg', None) or {}).get('classifier') or ()
-    heads = tuple(f'{head}.' for head in ([heads] if isinstance(heads, str) else heads))
-    own = model.state_dict()
+    config, own = getattr(model, 'pretrained_cfg', None) or {}, model.state_dict()
+    for stem in _names(config.get('first_conv')):
+        key = f'{stem}.weight'
+        if key in weights and key in own and weights[key].shape[1:2] == (3,) != own[key].shape[1:2]:
+            weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
+            logger.info('%s takes other channels: %s is adapted to %d', where, key, own[key].shape[1])
+    heads = tuple(f'{head}.' for head in _names(config.get('classifier')))
     new = [key for key in weights.keys() & own.keys() if key.startswith(heads) and weights[key].shape != own[key].shape]
     if new:
         logger.info('%s has another number of classes: %s begin anew', where, ', '.join(sorted(new)))
@@ -229,6 +240,11 @@ def load_initial(model: nn.Module, where: str) -> None:
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from None
+
+
+def _names(value: str | Sequence[str] | None) -> Sequence[str]:
+    """The layers that an entry of timm's pretrained_cfg names: one, several or none."""
+    return [value] if isinstance(value, str) else value or ()
 
 
 def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
