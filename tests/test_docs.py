@@ -43,7 +43,7 @@ def commands():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """What the pages suppose: CIFAR-10 in data/, pictures in IMAGES/, a study, and a run of the first recipe."""
+    """What the pages suppose: CIFAR-10 in data/, pictures in IMAGES/, a study, and runs of two recipes, staged."""
     pytest.importorskip('pyarrow')
     import pyarrow
     import pyarrow.parquet
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
             rows.append({'bytes': picture.getvalue(), 'path': None})
         table = pyarrow.table({'img': rows, 'label': [number % 10 for number in range(40)]})
         pyarrow.parquet.write_table(table, folder / f'data/{split}.parquet')
-    for split in ('train', 'val'):
+    for split in ('train', 'val', 'test'):
         for number in range(20):
             path = folder / 'IMAGES' / split / f'class{number % 2}' / f'{number}.png'
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,15 +71,21 @@ def folder(tmp_path_factory):
         for name in ('first', 'second'):
             shutil.copytree('output/train/RUN', f'output/train/{name}')
         assert cli.main(['stage', 'output/train/RUN', 'resnet18_pssilu.at_cifar10_linf', '--cards', 'model_cards']) == 0
+        finetune = ['train', 'finetune_folder', '--model', 'test_resnet', '--no-pretrained', '--img-size', '32']
+        assert cli.main([*finetune, '--data-dir', 'IMAGES', *SMALL, '--experiment', 'mine']) == 0
+        assert cli.main(['stage', 'output/train/mine', 'test_resnet.fgsm_images_linf', '--cards', 'model_cards']) == 0
     return folder
 
 
 def toy(words):
     """A command of a page as small as it can be: names of places and sizes change, and what needs a network goes."""
     places = {'IMAGENET': 'IMAGES', 'train/studies/digits.yaml': 'study.yaml', 'resnet50': 'test_resnet'}
+    places |= {'vit_small_patch16_224': 'test_vit', 'resnet50.fgsm_images_linf': 'test_resnet.fgsm_images_linf'}
     small = {'1000': '4', '200': '2', '224': '32', 'autoattack': 'pgd'}
     words = [{**places, **small}.get(word, word) for word in words]
     words = [word for word in words if word not in ('--dataset-download', '--pretrained')]
+    if any(word.startswith('finetune_folder') for word in words) and '--initial-checkpoint' not in words:
+        words.append('--no-pretrained')
     if '...' in words:
         words = [word for word in words if word != '...'] + ['--data-dir', 'data', '--eps', '8/255']
     return words

@@ -1,8 +1,11 @@
 """From a folder of pictures to a robust, measured classifier: what the recipes finetune_folder* promise."""
 
+import csv
 import json
 import os
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from PIL import Image
 from tiny_runs import tiny
 
 from timm_robust import cli
+from timm_robust.data import CIFAR10_CLASSES
 from timm_robust.training import builder
 from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
@@ -179,3 +183,26 @@ def test_a_folder_of_pictures_becomes_a_measured_release(tmp_path, capsys, recip
     assert 'trained adversarially on insects against Linf 4/255' in card
     assert f'timm-robust measure {name} --run RUN --data-dir DIR --attack pgd -n 6' in card
     assert '20% of the training images, held out' in card
+
+
+@pytest.mark.slow
+def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was(tmp_path, capsys):
+    pa = pytest.importorskip('pyarrow')
+    import pyarrow.parquet as pq
+
+    for split in ('train', 'test'):
+        draw_pictures(tmp_path / split, CIFAR10_CLASSES, n=20)
+        files = [(tmp_path / split / name / f'{n}.png') for n in range(20) for name in CIFAR10_CLASSES]
+        rows = [{'bytes': file.read_bytes(), 'path': None} for file in files]
+        pq.write_table(pa.table({'img': rows, 'label': [*range(10)] * 20}), tmp_path / f'{split}.parquet')
+    study = runpy.run_path(str(Path(__file__).parents[1] / 'train/studies/finetune/run.py'))['main']
+    settings = ['--data-dir', str(tmp_path), '-o', str(tmp_path / 'out'), '--images', '20', '--seeds', '1', '-n', '4']
+    settings += ['--max-steps', '1', '--jobs', '1']
+    assert study(settings) == 0
+    out, said = tmp_path / 'out', capsys.readouterr()
+    assert (out / 'source/classes.txt').read_text().split() == [*CIFAR10_CLASSES[:1], *CIFAR10_CLASSES[2:9]]
+    assert sorted(path.name for path in (out / 'own-20-s0').iterdir()) == ['automobile', 'truck']
+    rows = [*csv.DictReader((out / 'results.csv').read_text().splitlines())]
+    assert [row['start'] for row in rows] == ['random', 'ordinary', 'robust'] and {row['n'] for row in rows} == {'4'}
+    assert (out / 'findings.md').read_text() in said.out and (out / 'accuracy.png').stat().st_size > 5000
+    assert study(settings) == 0 and 'timm-robust evaluate' not in capsys.readouterr().out

@@ -24,6 +24,29 @@ SCREENS = (None, 'bf16')
 _ACCURACIES = {'clean_acc': 'clean', 'pgd_acc': 'PGD', 'apgd_acc': 'APGD-CE + APGD-T', 'autoattack_acc': 'AutoAttack'}
 
 
+def mean_interval(values: np.ndarray, resamples: int = 4000) -> tuple[float, float, float]:
+    """Mean over trainings and images, and its 95 % interval by a hierarchical bootstrap (percentiles, seed 0).
+
+    Trainings and images are drawn again, each with replacement; for a difference give that of paired values. Of few
+    trainings the interval is too narrow: the variance of S of them counts as (S - 1) / S of itself.
+
+    Args:
+        values: [S, N], one row a training, one column an image that all of them were measured on.
+        resamples: how often they are drawn.
+
+    Raises:
+        ValueError: for values of another shape, or none.
+    """
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f'values of shape {list(values.shape)} are not [trainings, images]')
+    rng, (trainings, images) = np.random.default_rng(0), values.shape
+    rows = rng.multinomial(trainings, [1 / trainings] * trainings, size=resamples) / trainings
+    columns = rng.multinomial(images, [1 / images] * images, size=resamples) / images
+    means = ((rows @ values) * columns).sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(values.mean()), float(low), float(high)
+
+
 @dataclass(frozen=True)
 class RobustnessResult:
     """What was measured, how, on what, and what came out.
