@@ -105,7 +105,17 @@ def write_folder(data: ImageData, folder: Path, classes: Sequence[int], n: int |
 
 def learn_source(output: Path, start: str, brief: Sequence[str]) -> None:
     """Train a network on the eight classes."""
-    settings = ['--loss', LOSSES[start], '--data-dir', str(output / 'source'), '--val-interval', '3', *brief]
+    settings = [
+        '--loss',
+        LOSSES[start],
+        '--data-dir',
+        str(output / 'source'),
+        '--val-size',
+        '0.025',
+        '--val-interval',
+        '3',
+        *brief,
+    ]
     run('train', *NETWORK, *SOURCE, *settings, '--output', str(output), '--experiment', start, '--resume', 'auto')
 
 
