@@ -228,7 +228,7 @@ def load_initial(model: nn.Module, where: str) -> None:
     config, own = getattr(model, 'pretrained_cfg', None) or {}, model.state_dict()
     for stem in _names(config.get('first_conv')):
         key = f'{stem}.weight'
-        if key in weights and key in own and weights[key].shape[1:2] == (3,) != own[key].shape[1:2]:
+        if key in weights and key in own and weights[key].shape[1] == 3 and own[key].shape[1] != 3:
             weights[key] = adapt_input_conv(own[key].shape[1], weights[key])
             logger.info('%s takes other channels: %s is adapted to %d', where, key, own[key].shape[1])
     heads = tuple(f'{head}.' for head in _names(config.get('classifier')))
