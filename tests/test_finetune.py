@@ -206,3 +206,5 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
     assert [row['start'] for row in rows] == ['random', 'ordinary', 'robust'] and {row['n'] for row in rows} == {'4'}
     assert (out / 'findings.md').read_text() in said.out and (out / 'accuracy.png').stat().st_size > 5000
     assert study(settings) == 0 and 'timm-robust evaluate' not in capsys.readouterr().out
+    (out / 'records/robust-20-s0.npz').unlink()  # as after a kill between the two files of a measurement
+    assert study(settings) == 0 and capsys.readouterr().out.count('timm-robust evaluate') == 1

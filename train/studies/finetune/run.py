@@ -27,6 +27,7 @@ from PIL import Image
 
 from timm_robust.command_line import Parser, command, count
 from timm_robust.data import ImageData, load_dataset
+from timm_robust.files import atomic_file
 from timm_robust.plots import read_run
 from timm_robust.results import RobustnessResult, mean_interval
 
@@ -100,7 +101,8 @@ def write_folder(data: ImageData, folder: Path, classes: Sequence[int], n: int |
         place.mkdir(parents=True, exist_ok=True)
         for row in rows:
             if not (path := place / f'{row}.png').exists():
-                Image.fromarray(data.images[row].permute(1, 2, 0).numpy()).save(path)
+                with atomic_file(path) as file:
+                    Image.fromarray(data.images[row].permute(1, 2, 0).numpy()).save(file, 'png')
 
 
 def learn_source(output: Path, start: str, brief: Sequence[str]) -> None:
@@ -122,7 +124,8 @@ def learn_source(output: Path, start: str, brief: Sequence[str]) -> None:
 def measure(output: Path, arm: Arm, n: int, brief: Sequence[str]) -> None:
     """Train a classifier of the two classes and attack it."""
     folder, record = output / 'runs' / arm.name, output / 'records' / f'{arm.name}.json'
-    if record.exists():
+    flags = record.with_suffix('.npz')
+    if record.exists() and flags.exists():  # a kill may come between the two
         return
     record.parent.mkdir(parents=True, exist_ok=True)
     pictures = str(output / f'own-{arm.images}-s{arm.seed}')
@@ -131,7 +134,7 @@ def measure(output: Path, arm: Arm, n: int, brief: Sequence[str]) -> None:
     place = ['--output', str(folder.parent), '--experiment', folder.name, '--resume', 'auto']
     run('train', 'finetune_folder', *NETWORK, '--data-dir', pictures, *weights, *settings, *place)
     test = ['--dataset', 'folder', '--data-dir', str(output / 'test'), '--split', 'test', '-n', str(n)]
-    files = ['--flags-file', str(record.with_suffix('.npz')), '--results-file', str(record)]
+    files = ['--flags-file', str(flags), '--results-file', str(record)]
     run('evaluate', str(folder), *test, '--attack', 'apgd', '--eps', '8/255', '--quiet', *files)
 
 
