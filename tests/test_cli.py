@@ -82,8 +82,8 @@ def test_a_plan_and_a_training_by_the_command(tmp_path):
         assert (tmp_path / 'run/last.pth.tar').is_file() == (command == 'train')
 
 
-@pytest.mark.parametrize('script', ['train/adv_train.py', 'train/shape_study.py', 'train/demo.py', 'hub_upload.py'])
+@pytest.mark.parametrize('script', ['train/adv_train.py', 'train/demo.py', 'hub_upload.py'])
 def test_the_scripts_are_the_same_commands(script):
     text = (ROOT / script).read_text()
-    module = {'adv_train': 'train', 'shape_study': 'study', 'demo': 'demo', 'hub_upload': 'publish'}[Path(script).stem]
+    module = {'adv_train': 'train', 'demo': 'demo', 'hub_upload': 'publish'}[Path(script).stem]
     assert f'from timm_robust.{module} import main' in text and len(text.splitlines()) < 12

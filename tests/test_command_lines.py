@@ -141,51 +141,6 @@ def test_bad_input_is_one_line_and_status_2(entry, argv, match, folder, monkeypa
     assert re.search(match, error[-1]), error[-1]
 
 
-STUDY = {
-    'recipe': '{model: resnet18, model_kwargs: {width: 2}, dataset: digits, eps: 0.1}',
-    'measure': '{n: 2, attack: pgd}',
-    'seeds': '[0]',
-    'sweeps': '[{act: psilu, parameter: alpha, values: [2]}]',
-}
-
-
-@pytest.mark.parametrize(
-    ('key', 'value', 'match'),
-    [
-        ('recipe', 'null', 'lacks recipe'),
-        ('recipe', '[1]', 'it needs model'),
-        ('recipe', '{model: null}', 'it needs model'),
-        ('recipe', '{model: nobody}', "'nobody_psilu' is no model in the timm registry"),
-        ('recipe', '{model: resnet18, esp: 0.1}', "unknown key 'esp'; did you mean 'eps'"),
-        ('recipe', '{model: resnet18, eps: null}', 'eps None is of the wrong kind'),
-        ('recipe', '{model: resnet18, seed: 3}', 'seed is set by the study itself'),
-        ('measure', 'null', 'None is no mapping of n, attack'),
-        ('measure', '{n: null}', 'n None is not allowed; allowed: whole numbers, 1 and more'),
-        ('measure', '{attack: [1]}', r'attack \[1\] is unknown'),
-        ('measure', '{split: 3}', 'split 3 is not allowed; allowed: test, validation'),
-        ('seeds', '3', r'seeds 3 is no list; write seeds: \[...\]'),
-        ('seeds', '[null]', 'seed None is of the wrong kind'),
-        ('seeds', '[0, 0]', 'psilu-alpha2-frozen-pgd_at-s0 is given twice'),
-        ('sweeps', '[null]', 'sweep None is not of the form'),
-        ('sweeps', '[{act: [relu]}]', 'needs act'),
-        ('sweeps', '[{act: psilu, parameter: alpha, values: [x]}]', 'a list of finite numbers'),
-        ('sweeps', '[{act: psilu, parameter: alpha, values: 3}]', 'a list of finite numbers'),
-        ('sweeps', '[{act: psilu, parameter: [alpha], values: [1]}]', r"no parameter \['alpha'\]; it has alpha"),
-        ('sweeps', '[{act: relu, loss: null}]', 'loss None is of the wrong kind'),
-        ('sweeps', '[{act: relu, learned: 3}]', 'learned 3 is not allowed; allowed: true, false'),
-        ('sweeps', '[{act: psilu, parameter: alpha, values: []}]', 'hold no point'),
-    ],
-)
-def test_what_a_study_cannot_mean_is_one_line(key, value, match, tmp_path, capsys):
-    lines = {**STUDY, key: value}
-    (tmp_path / 'study.yaml').write_text(''.join(f'{name}: {text}\n' for name, text in lines.items()))
-    study = load('study').main
-    assert study([str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]) == 2
-    error = capsys.readouterr().err
-    assert error.count('\n') == 1 and error.startswith('error: ') and not (tmp_path / 'out').exists()
-    assert re.search(match, error), error
-
-
 def test_a_fault_of_ours_shows_its_traceback_and_a_users_does_not(capsys):
     def fails(argv):
         raise argv[0]

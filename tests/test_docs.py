@@ -16,6 +16,7 @@ from timm_robust.publish import parse as parse_publish
 from timm_robust.release.record import read_results
 from timm_robust.release.results_page import README_END, README_START, weights_table
 from timm_robust.robustbench.__main__ import _parser as robustbench_parser
+from timm_robust.study.design import read_study
 from timm_robust.training.flags import parse_recipe
 from timm_robust.training.recipe import find_recipe
 from timm_robust.weights import STAGED
@@ -27,7 +28,7 @@ STUDY = """
 recipe: {model: resnet18, model_kwargs: {width: 2}, dataset: digits, eps: 0.1, steps: 1, max_steps: 1, val_size: 20}
 measure: {n: 2, attack: pgd, square_queries: 2}
 seeds: [0]
-sweeps: [{act: psilu, parameter: alpha, values: [1.0]}]
+sweeps: [{act: psilu, alpha: [1.0]}]
 """
 
 
@@ -89,6 +90,16 @@ def toy(words):
     if '...' in words:
         words = [word for word in words if word != '...'] + ['--data-dir', 'data', '--eps', '8/255']
     return words
+
+
+def test_the_study_of_the_page_is_one(tmp_path):
+    [text] = re.findall(r'```yaml\n(recipe.*?)```', (ROOT / 'docs/training.md').read_text(), re.S)
+    (tmp_path / 'study.yaml').write_text(text)
+    study = read_study(tmp_path / 'study.yaml')
+    assert [arm.name for arm in study.arms] == [
+        'relu', 'pssilu-alpha1-beta0.1-frozen-pgd_at', 'pssilu-alpha4-beta0.3-frozen-pgd_at', 'long',
+    ]  # fmt: skip
+    assert len(study.points) == 12 and study.claims
 
 
 @pytest.mark.parametrize('words', list(commands()))

@@ -16,7 +16,7 @@ COMMANDS = {
     'evaluate': ('evaluate', (), 'clean, PGD and AutoAttack accuracy of a model'),
     'report': ('report', (), 'what a run learned, class by class, with a picture'),
     'plot': ('plots', (), 'draw the course of runs side by side'),
-    'study': ('study', (), "what an activation's shape does to robustness"),
+    'study': ('study', (), 'test claims: arms, seeds, the same images, intervals'),
     'stage': ('staging', ('stage',), 'make a release out of a finished run'),
     'measure': ('staging', ('measure',), 'measure a staged release as it is stored'),
     'render': ('staging', ('render',), 'write cards, check sums, the table of releases and RESULTS.md anew'),

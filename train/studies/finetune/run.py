@@ -30,6 +30,7 @@ from timm_robust.data import ImageData, load_dataset
 from timm_robust.files import atomic_file
 from timm_robust.plots import read_run
 from timm_robust.results import RobustnessResult, mean_interval
+from timm_robust.study import percent
 
 OWN = ('automobile', 'truck')
 NETWORK = ['--model', 'resnet18_pssilu', '--model-kwargs', 'width=16', '--eps', '8/255']
@@ -173,12 +174,12 @@ def report(output: Path, arms: Sequence[Arm]) -> None:
     lines = ['| pictures a class | start | clean | APGD-CE + APGD-T |', '|---|---|---|---|']
     for n in sizes:
         for start in RATES:
-            cells = [interval(verdicts(of, start, n)) for of in (clean, robust)]
+            cells = [percent(verdicts(of, start, n)) for of in (clean, robust)]
             lines.append(f'| {n} | {start} | {cells[0]} | {cells[1]} |')
     lines += ['', '| pictures a class | difference | clean | APGD-CE + APGD-T |', '|---|---|---|---|']
     for n in sizes:
         for a, b in (('robust', 'ordinary'), ('robust', 'random'), ('ordinary', 'random')):
-            cells = [interval(verdicts(of, a, n) - verdicts(of, b, n), sign='+') for of in (clean, robust)]
+            cells = [percent(verdicts(of, a, n) - verdicts(of, b, n), sign='+') for of in (clean, robust)]
             lines.append(f'| {n} | {a} - {b} | {cells[0]} | {cells[1]} |')
     (output / 'findings.md').write_text('\n'.join(lines) + '\n')
     print('\n'.join(lines))
@@ -187,12 +188,6 @@ def report(output: Path, arms: Sequence[Arm]) -> None:
         sizes,
         {(s, n): (verdicts(clean, s, n), verdicts(robust, s, n)) for s in RATES for n in sizes},
     )
-
-
-def interval(values: np.ndarray, sign: str = '') -> str:
-    """A mean in percent with its 95 % interval over seeds and pictures."""
-    mean, low, high = (100 * value for value in mean_interval(values))
-    return f'{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})'
 
 
 def draw(path: Path, sizes: Sequence[int], found: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]) -> None:

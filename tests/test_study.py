@@ -1,0 +1,264 @@
+"""Studies: what their files mean, what they train and measure, and what they say was found."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from timm_robust.study import command, plots, points
+from timm_robust.study.design import read_study
+from timm_robust.study.findings import findings
+from timm_robust.training.watchdog import Diverged
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, '-m', 'timm_robust.cli', 'study']
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'train/studies').glob('*.yaml')), ids=lambda path: path.stem)
+def test_the_studies_that_we_ship_are_read(path):
+    study = read_study(path)
+    assert len(study.points) >= 15 and len(study.seeds) >= 2
+
+
+STUDY = """
+recipe: {model: resnet18, model_kwargs: {width: 2}, dataset: digits, val_size: 20, eps: 0.1,
+  steps: 1, eval_steps: 1, epochs: 2, max_steps: 3, batch_size: 700, checkpoint_hist: 1}
+measure: {n: 6, attack: pgd, square_queries: 5}
+seeds: [0]
+sweeps:
+  - {act: psilu, alpha: [2, 8]}
+  - {act: pssilu, alpha: [1.5], learned: true}
+  - {act: relu, loss: [clean, pgd_at]}
+"""
+
+
+@pytest.mark.slow
+def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(tmp_path, capsys):
+    (tmp_path / 'study.yaml').write_text(STUDY)
+    arguments = [str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out'), '--publish', str(tmp_path / 'published')]
+    assert command.main(arguments) == 0
+    rows = list(csv.DictReader((tmp_path / 'published/results.csv').open()))
+    assert [row['arm'] for row in rows] == [
+        'psilu-alpha2-frozen-pgd_at', 'psilu-alpha8-frozen-pgd_at', 'pssilu-alpha1.5-learned-pgd_at',
+        'relu-frozen-clean', 'relu-frozen-pgd_at',
+    ]  # fmt: skip
+    assert [row['max_curvature'] for row in rows[:2]] == ['1.0', '4.0'] and rows[3]['max_curvature'] == ''
+    assert [row['final_alpha'] for row in rows[:2]] == ['2.0', '8.0']  # frozen
+    learned = json.loads((tmp_path / 'out/pssilu-alpha1.5-learned-pgd_at-s0.json').read_text())
+    assert learned['final_alpha'] != 1.5 and len(learned['path']['alpha']) == 2
+    names = {path.name for path in (tmp_path / 'published').iterdir()}
+    assert names == {'results.csv', 'verdicts.npz', 'findings.md', 'environment.json', 'accuracy.png', 'curves.png',
+                     'curvature.png', 'paths.png'}  # fmt: skip
+    with np.load(tmp_path / 'published/verdicts.npz') as verdicts:
+        robust, clean = verdicts['relu-frozen-pgd_at/robust'], verdicts['relu-frozen-pgd_at/clean_correct']
+    assert robust.shape == clean.shape == (1, 6) and robust.mean() == pytest.approx(float(rows[4]['pgd_acc']))
+    assert (robust <= clean).all()
+    assert json.loads((tmp_path / 'published/environment.json').read_text())['hardware']
+    kept = tmp_path / 'out/psilu-alpha2-frozen-pgd_at-s0.json'
+    before = kept.stat().st_mtime_ns
+    (tmp_path / 'out/relu-frozen-clean-s0.json').unlink()
+    assert command.main(arguments) == 0
+    assert kept.stat().st_mtime_ns == before and (tmp_path / 'out/relu-frozen-clean-s0.json').is_file()
+    assert capsys.readouterr().err.count('5/5 ') == 2
+
+
+def test_lines_and_kinks_have_places_of_their_own(tmp_path, monkeypatch):
+    def row(act, curvature, seed=0):
+        key = {'arm': act, 'act': act, 'learned': act == 'pssilu', 'loss': 'clean', 'seed': seed}
+        return {**key, 'max_curvature': curvature, 'radius': 0.1}
+
+    plots.plot_curvature([row('relu', None)], tmp_path / 'kinks.png')  # no curvature that is finite
+    figures = []
+    monkeypatch.setattr(plots, 'save', lambda figure, path: figures.append(figure))
+    rows = [row('relu', None), row('psilu', 0.0), row('pssilu', 0.5), row('pssilu', 2.0, seed=1)]
+    plots.plot_curvature(rows, tmp_path / 'all.png')
+    [axis] = figures[0].axes
+    places = {c.get_label(): c.lines[0].get_xdata()[0] for c in axis.containers}
+    assert places['psilu'] < 0.5 and places['pssilu'] == pytest.approx(1.0) and places['relu'] > 2.0
+
+
+@pytest.mark.slow
+def test_two_points_at_a_time_give_the_same_table(tmp_path):
+    (tmp_path / 'study.yaml').write_text(STUDY)
+    tables = []
+    for jobs in ('1', '2'):
+        out = tmp_path / jobs
+        words = [*SCRIPT, str(tmp_path / 'study.yaml'), '-o', str(out), '--jobs', jobs]
+        run = subprocess.run(words, capture_output=True, text=True, timeout=500)
+        assert run.returncode == 0, run.stderr
+        assert '5/5 relu-frozen-pgd_at-s0: clean' in run.stderr
+        rows = list(csv.DictReader((out / 'results.csv').open()))
+        tables.append([[row[key] for key in ('arm', 'loss', 'n', 'f(-1)', 'max_curvature')] for row in rows])
+    assert tables[0] == tables[1] and len(tables[0]) == 5
+
+
+@pytest.mark.slow
+def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(tmp_path, capsys, monkeypatch):
+    train = points.train
+
+    def diverge(arm, *args):
+        if arm.name == 'psilu-alpha8-frozen-pgd_at':
+            raise Diverged('the loss is nan at step 1; the run stops')
+        return train(arm, *args)
+
+    monkeypatch.setattr(points, 'train', diverge)
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('[clean, pgd_at]', 'pgd_at'))
+    arguments = [str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]
+    assert command.main(arguments) == 0
+    assert '2/4 psilu-alpha8-frozen-pgd_at-s0: diverged' in capsys.readouterr().err
+    rows = list(csv.DictReader((tmp_path / 'out/results.csv').open()))
+    assert [row['clean_acc'] != '' for row in rows] == [True, False, True, True]
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('eps: 0.1', 'eps: 0.2'))
+    assert command.main(arguments) == 2
+    assert 'was measured with other settings; name another folder with -o' in capsys.readouterr().err
+
+
+SMALL = {
+    'recipe': '{model: resnet18, model_kwargs: {width: 2}, dataset: digits, eps: 0.1}',
+    'measure': '{n: 2, attack: pgd}',
+    'seeds': '[0, 1]',
+    'sweeps': '[{act: psilu, alpha: [2]}, {act: relu, name: plain, settings: {epochs: 3}}]',
+    'claims': '[{claim: it helps, more: psilu-alpha2-frozen-pgd_at, than: plain}]',
+}
+
+
+def small(tmp_path, **changes):
+    path = tmp_path / 'study.yaml'
+    path.write_text(''.join(f'{name}: {text}\n' for name, text in (SMALL | changes).items()))
+    return path
+
+
+def test_values_of_two_parameters_go_together(tmp_path):
+    study = read_study(small(tmp_path, sweeps='[{act: pssilu, alpha: [1, 0.9], beta: [0.3, 0.1]}]', claims='[]'))
+    assert [arm.shape for arm in study.arms] == [{'alpha': 1, 'beta': 0.3}, {'alpha': 0.9, 'beta': 0.1}]
+    assert study.arms[1].name == 'pssilu-alpha0.9-beta0.1-frozen-pgd_at'
+
+
+def test_a_seed_is_finished_before_the_next_and_an_arm_has_settings_of_its_own(tmp_path):
+    study = read_study(small(tmp_path), 'elsewhere')
+    names = [f'{arm.name}-s{seed}' for arm, seed in study.points]
+    psilu = 'psilu-alpha2-frozen-pgd_at'
+    assert names == [f'{psilu}-s0', 'plain-s0', f'{psilu}-s1', 'plain-s1']
+    other, plain = study.arms
+    assert plain.recipe == {**other.recipe, 'model': 'resnet18_relu', 'epochs': 3}
+    assert plain.recipe['data_dir'] == 'elsewhere'
+    same = read_study(small(tmp_path, seeds='[0]', claims='[]'))
+    assert [same.digest(arm) for arm in same.arms] == [study.digest(arm) for arm in study.arms]
+    changed = read_study(small(tmp_path, measure='{n: 3, attack: pgd}'))
+    assert changed.digest(changed.arms[0]) != study.digest(other)
+
+
+def test_findings_pair_by_seed_and_image(tmp_path):
+    study = read_study(small(tmp_path, measure='{n: 1000, attack: apgd}'))
+    rng, rows = np.random.default_rng(0), []
+
+    def row(arm, seed, robust):
+        return {'arm': arm, 'seed': seed, 'clean_correct': '1' * 1000, 'robust': ''.join('01'[bit] for bit in robust)}
+
+    for seed in (0, 1):
+        plain = rng.random(1000) < 0.4 + 0.1 * seed  # seeds differ by much more than the arms
+        better = plain | (rng.random(1000) < 0.03)
+        rows += [row('plain', seed, plain * 1), row('psilu-alpha2-frozen-pgd_at', seed, better * 1)]
+    rows.append({'arm': 'plain', 'seed': 2, 'diverged': 'the loss is nan'})
+    text = '\n'.join(findings(study, rows))
+    effect = np.mean(
+        [int(a != b) for i in (0, 2) for a, b in zip(rows[i]['robust'], rows[i + 1]['robust'], strict=True)]
+    )
+    assert f'| it helps | psilu-alpha2-frozen-pgd_at - plain | +{100 * effect:.1f} (' in text
+    assert text.endswith('| shown |') and 'Diverged: plain-s2.' in text and '| plain | 2 | 100.0 (' in text
+    turned = [{**r, 'arm': {'plain': 'psilu-alpha2-frozen-pgd_at'}.get(r['arm'], 'plain')} for r in rows[:4]]
+    assert '\n'.join(findings(study, turned)).endswith('| contradicted |')
+    alone = '\n'.join(findings(study, rows[:1]))
+    assert alone.endswith('|  | not measured |') and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
+    both = [{**rows[0], 'arm': arm} for arm in ('plain', 'psilu-alpha2-frozen-pgd_at')]
+    assert '\n'.join(findings(study, both)).endswith('| +0.0 (+0.0 to +0.0) | not shown |')
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'match'),
+    [
+        ('seed', '[0]', 'unknown key seed; allowed: recipe, measure, seeds, sweeps, claims'),
+        ('recipe', 'null', 'lacks recipe'),
+        ('recipe', '[1]', 'it needs model'),
+        ('recipe', '{model: null}', 'it needs model'),
+        ('recipe', '{model: nobody}', "'nobody_psilu' is no model in the timm registry"),
+        ('recipe', '{model: resnet18, esp: 0.1}', "unknown key 'esp'; did you mean 'eps'"),
+        ('recipe', '{model: resnet18, eps: null}', 'eps None is of the wrong kind'),
+        ('recipe', '{model: resnet18, seed: 3}', 'seed is set by the study itself'),
+        ('measure', 'null', 'None is no mapping of n, attack'),
+        ('measure', '{n: null}', 'n None is not allowed; allowed: whole numbers, 1 and more'),
+        ('measure', '{attack: fab}', "attack 'fab' is unknown; allowed: autoattack, apgd, pgd"),
+        ('measure', '{attack: [1]}', r'attack \[1\] is unknown'),
+        ('measure', '{split: 3}', 'split 3 is not allowed; allowed: test, validation'),
+        ('measure', '{landscape: 3}', 'landscape 3 is not allowed; allowed: true, false'),
+        ('seeds', '3', r'seeds 3 is no list; write seeds: \[...\]'),
+        ('seeds', '[null]', 'seed None is of the wrong kind'),
+        ('seeds', '[0, 0]', 'seed 0 is given twice'),
+        ('sweeps', '[null]', 'sweep None is not of the form'),
+        ('sweeps', '[{act: [relu]}]', 'needs act'),
+        ('sweeps', '[{act: relu, los: clean}]', 'sweep of relu: unknown key los; allowed: act, learned'),
+        ('sweeps', '[{act: relu}, {act: relu}]', 'arm relu-frozen-pgd_at is given twice'),
+        ('sweeps', '[{act: psilu, gamma: [2]}]', 'sweep of psilu: unknown key gamma; allowed: act, .*, name, alpha'),
+        ('sweeps', '[{act: psilu, alpha: [x]}]', 'allowed: finite numbers, as a list'),
+        ('sweeps', '[{act: psilu, alpha: []}]', 'allowed: finite numbers, as a list'),
+        ('sweeps', '[{act: pssilu, alpha: [1, 2], beta: [0.1]}]', 'alpha and beta of pssilu go together'),
+        ('sweeps', '[{act: relu, loss: null}]', 'loss None is of the wrong kind'),
+        ('sweeps', '[{act: relu, learned: 3}]', 'learned 3 is not allowed; allowed: true, false'),
+        ('sweeps', '[{act: relu, settings: 3}]', 'settings 3 is no mapping of settings of the recipe'),
+        ('sweeps', '[{act: relu, settings: {seed: 3}}]', 'seed is no setting of a sweep; leave it out'),
+        ('sweeps', '[{act: relu, settings: {esp: 3}}]', "unknown key 'esp'; did you mean 'eps'"),
+        ('sweeps', '[{act: relu, name: ../up}]', "name '../up' is not allowed; allowed: letters, digits"),
+        ('sweeps', '[{act: relu, name: two, learned: [true, false]}]', 'for a sweep of one arm'),
+        ('sweeps', '[{act: relu, loss: []}]', 'hold no point'),
+        ('claims', '[3]', 'a claim: 3 is no mapping of claim, more, than'),
+        ('claims', '[{claim: x, more: plain}]', 'a claim lacks than; write {claim: TEXT, more: ARM, than: ARM}'),
+        ('claims', '[{claim: x, more: plain, than: silu}]', "no arm is called 'silu'; there are psilu-alpha2-frozen"),
+    ],
+)
+def test_what_a_study_cannot_mean_is_one_line(key, value, match, tmp_path, capsys):
+    assert command.main([str(small(tmp_path, **{key: value})), '-o', str(tmp_path / 'out')]) == 2
+    error = capsys.readouterr().err
+    assert error.count('\n') == 1 and error.startswith('error: ') and not (tmp_path / 'out').exists()
+    assert re.search(match, error), error
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(f'/proc/self/task/{os.getpid()}/children').is_file(), reason='needs /proc/PID/task/PID/children'
+)
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    (tmp_path / 'study.yaml').write_text(STUDY.replace('epochs: 2, max_steps: 3', 'epochs: 10000'))
+    words = [*SCRIPT, str(tmp_path / 'study.yaml'), '--jobs', '2', '-o', str(tmp_path / 'out')]
+    with (tmp_path / 'log').open('w') as log:
+        run = subprocess.Popen(words, stderr=log)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob('out/*/args.yaml'))) == 2, run)
+    finally:
+        workers = Path(f'/proc/{run.pid}/task/{run.pid}/children').read_text().split()
+        run.kill()
+        run.wait()
+    assert len(workers) >= 2
+    wait_for(lambda: not any(alive(pid) for pid in workers))
+
+
+def wait_for(happened, run=None):
+    for _ in range(1200):
+        if happened():
+            return
+        assert run is None or run.poll() is None, 'the study ended'
+        time.sleep(0.1)
+    raise AssertionError('it did not happen in two minutes')
+
+
+def alive(pid):
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,97 @@
+"""What a study found: a row a point, verdicts, a table of the arms, and every claim with its interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import atomic_file
+from ..provenance import __version__, environment, git_commit
+from ..results import mean_interval
+from .design import Arm, Study
+from .points import write_json
+
+_ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
+_LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust')
+
+
+def write_findings(study: Study, rows: list[dict[str, Any]], source: str, folder: Path) -> None:
+    """Write results.csv, verdicts.npz, findings.md and environment.json of the points that are done.
+
+    Args:
+        study: as read.
+        rows: of points, in any order.
+        source: name of the study's file.
+        folder: they go to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _LEFT_OUT]
+    lines = [','.join(columns)]
+    lines += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
+    with atomic_file(folder / 'results.csv') as file:
+        file.write(('\n'.join(lines) + '\n').encode())
+    with atomic_file(folder / 'findings.md') as file:
+        file.write(('\n'.join(findings(study, rows)) + '\n').encode())
+    arms = [arm.name for arm in study.arms if by_seed(arm.name, rows, 'robust')]
+    kinds = ('clean_correct', 'robust')
+    arrays: dict[str, Any] = {f'{name}/{kind}': verdicts(name, rows, kind) for name in arms for kind in kinds}
+    with atomic_file(folder / 'verdicts.npz') as file:
+        np.savez_compressed(file, **arrays)
+    facts = {'study': source, 'timm_robust': __version__, 'commit': git_commit()}
+    write_json(folder / 'environment.json', facts | environment())
+
+
+def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
+    """The lines of findings.md: arms, then claims; accuracies in percent with 95 % intervals (`mean_interval`)."""
+    attack = _ATTACKS[study.measurement.attack]
+    lines = [f'| arm | seeds | clean (%) | {attack} (%) | learned |', '|---|---|---|---|---|']
+    for arm in study.arms:
+        clean, robust = (verdicts(arm.name, rows, key) for key in ('clean_correct', 'robust'))
+        cells = [percent(clean), percent(robust)] if len(robust) else ['', '']
+        lines.append(f'| {arm.name} | {len(robust)} | {" | ".join(cells)} | {_learned(arm, rows)} |')
+    lost = [f'{row["arm"]}-s{row["seed"]}' for row in rows if 'diverged' in row]
+    if lost:
+        lines += ['', f'Diverged: {", ".join(lost)}.']
+    if study.claims:
+        lines += ['', '| claim | arms | effect (points) | |', '|---|---|---|---|']
+    for claim in study.claims:
+        more, than = (by_seed(name, rows, 'robust') for name in (claim.more, claim.than))
+        both = sorted(more.keys() & than.keys())
+        effect, word = '', 'not measured'
+        if both:
+            differences = np.stack([more[seed].astype(float) - than[seed] for seed in both])
+            effect, word = percent(differences, sign='+'), judge(differences)
+        lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {effect} | {word} |')
+    return lines
+
+
+def judge(differences: np.ndarray) -> str:
+    """'shown' or 'contradicted' if the 95 % interval of the mean lies above or below 0, else 'not shown'."""
+    _, low, high = mean_interval(differences)
+    return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
+
+
+def percent(values: np.ndarray, sign: str = '') -> str:
+    """A mean in percent with its 95 % interval over trainings and images; values [trainings, images]."""
+    mean, low, high = (100 * value for value in mean_interval(values.astype(float)))
+    return f'{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})'
+
+
+def by_seed(name: str, rows: list[dict[str, Any]], key: str) -> dict[int, np.ndarray]:
+    """The verdicts [images] of an arm under each seed."""
+    return {row['seed']: np.array(list(row[key])) == '1' for row in rows if row['arm'] == name and key in row}
+
+
+def verdicts(name: str, rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """The verdicts of an arm, [seeds, images]."""
+    found = by_seed(name, rows, key)
+    return np.stack([found[seed] for seed in sorted(found)]) if found else np.zeros((0, 0), bool)
+
+
+def _learned(arm: Arm, rows: list[dict[str, Any]]) -> str:
+    """The parameters that an arm's trainings ended with: 'alpha 1.42, 1.68; beta 0.0004, 0.0003'."""
+    own = [row for row in rows if arm.learned and row['arm'] == arm.name and 'robust' in row]
+    names = [key for key in (own[0] if own else {}) if key.startswith('final_')]
+    return '; '.join(f'{key.removeprefix("final_")} ' + ', '.join(f'{row[key]:.2g}' for row in own) for key in names)
