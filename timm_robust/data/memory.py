@@ -14,12 +14,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from ..threat_model import MAX_CLASSES
+
+if TYPE_CHECKING:
+    from .stream_data import StreamData
+
+Data = TypeVar('Data', 'ImageData', 'StreamData')
 
 
 @dataclass(frozen=True)
@@ -73,14 +78,12 @@ class ImageData:
     def with_classes(self, classes: Sequence[str]) -> ImageData:
         """The same images with their labels among these classes; raises as `new_labels`."""
         table = new_labels(self.classes, classes, self.name)
-        if table is None:
-            return self if len(classes) == self.num_classes else replace(self, classes=tuple(classes))
-        labels = torch.tensor(table, device=self.labels.device)[self.labels]
+        labels = self.labels if table is None else torch.tensor(table, device=self.device)[self.labels]
         return replace(self, labels=labels, classes=tuple(classes))
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageData:
         """The images with these indices, in this order (a copy)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def first(self, n: int) -> ImageData:
@@ -149,6 +152,11 @@ class EpochOrder:
             self._last = epoch, order
         return order
 
+    def batch(self, step: int, size: int) -> tuple[int, torch.Tensor]:
+        """The epoch of batch `step`, counted from 0 through all epochs, and which images it holds, [size] of int64."""
+        epoch, position = divmod(step, self.n // size)
+        return epoch, self(epoch)[position * size :][:size]
+
 
 def number_classes(labels: Any, where: object) -> tuple[str, ...]:
     """Numbers as names of the classes: as many as the largest label, of an array or a list, says.
@@ -207,14 +215,18 @@ class TrainBatches:
         """Batch number `step` of the run, counted from 0 through all epochs: (x [B, C, H, W] in [0, 1], y [B])."""
         if step < 0:
             raise IndexError(f'step {step} is negative; steps count from 0')
-        indices = self.indices(step)
-        x = self._augment(self.data.images[indices], step)
-        return x[self.own].float().div_(255), self.data.labels[indices[self.own]]
+        images, labels = self._draw(step)
+        x = self._augment(images, step)
+        return x[self.own].float().div_(255), labels[self.own]
 
     def indices(self, step: int) -> torch.Tensor:
         """Which images batch `step` holds, [B]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[position * self.batch_size :][: self.batch_size]
+        return self._order.batch(step, self.batch_size)[1]
+
+    def _draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images of the batch as they are, uint8, and their labels."""
+        indices = self.indices(step)
+        return self.data.images[indices], self.data.labels[indices]
 
     def _augment(self, images: torch.Tensor, step: int) -> torch.Tensor:
         """Crop and flip by one gather: pixel (i, j) comes from padded pixel (dy + i, dx + j), j mirrored in a flip."""
@@ -253,10 +265,8 @@ def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[in
     if tuple(theirs) == tuple(ours[: len(theirs)]):
         return None
     unknown = [c for number, c in enumerate(theirs) if c not in ours and c != str(number)]
-    numbers = [str(number) for number in range(max(len(theirs), len(ours)))]
-    if all(c in ours for c in theirs):
-        return [ours.index(c) for c in theirs]
-    if list(theirs) == numbers[: len(theirs)] or list(ours) == numbers[: len(ours)]:
+    nameless = any(list(names) == [str(number) for number in range(len(names))] for names in (theirs, ours))
+    if nameless and not set(theirs) <= set(ours):
         unknown = list(theirs[len(ours) :])
     if unknown:
         raise ValueError(
@@ -270,31 +280,6 @@ def _few(names: Sequence[str]) -> str:
     """The first names, and how many there are more."""
     more = f' and {len(names) - 8} more' if len(names) > 8 else ''
     return ', '.join(names[:8]) + more
-
-
-class Labelled(Protocol):
-    """What `split_holdout` can split: ImageData in memory and StreamData on disk."""
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """The label of each image, [N] of int64."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-
-    def subset(self, indices: torch.Tensor) -> Any:
-        """The images with these indices, of the same type."""
-
-
-Data = TypeVar('Data', bound=Labelled)
 
 
 def split_holdout(data: Data, n: int, seed: int) -> tuple[Data, Data]:
