@@ -350,7 +350,6 @@ def test_unknown_names(args, text):
     [
         ('digits', 'sklearn.datasets', 'demo'),
         ('cifar10', 'pyarrow.parquet', 'train'),
-        ('cifar10', 'PIL.Image', 'train'),
     ],
 )
 def test_missing_library_says_what_to_install(tmp_path, monkeypatch, name, module, extra):
