@@ -29,7 +29,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = 'run.lock'
-_TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
+_TEMPORARY = re.compile(
+    r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|(?:held_out|wandb_id)\.txt)\.\w+)'
+)
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 
 
