@@ -81,14 +81,6 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def broadcast(self, value: float) -> float:
-        """The first process's number; over the CPU, so that the device is not waited for."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(tensor, 0, group=self.cpu_group)
-        return tensor.item()
-
     def max(self, value: float) -> float:
         """The largest of the processes' numbers; over the CPU, so that the device is not waited for."""
         if self.size == 1:
@@ -98,7 +90,7 @@ class World:
         return tensor.item()
 
     def broadcast_object(self, value: T) -> T:
-        """The first process's value, of any type."""
+        """The first process's value, of any type; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
         values = [value]
@@ -114,10 +106,6 @@ class World:
         yield
         if wanted and not self.local_rank:
             dist.barrier(group=self.cpu_group)
-
-    def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """This process's part of rows that are dealt out in turn."""
-        return rows[self.rank :: self.size]
 
     def gather(self, items: dict[int, T]) -> dict[int, T]:
         """The entries of all processes' dictionaries, in the order of their keys; tensors in them are on the CPU."""
