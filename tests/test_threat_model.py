@@ -103,15 +103,18 @@ def test_the_text_is_read_back_as_the_same_radius(norm, eps):
     assert parse_eps(ThreatModel(norm, eps).eps_text) == eps
 
 
+ONE = torch.zeros(1, dtype=torch.long)
+
+
 @pytest.mark.parametrize(
     ('x', 'y', 'match'),
     [
-        (torch.rand(3, 8, 8), None, r'\[B, C, H, W\]'),
-        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), None, r'x\.float\(\) / 255'),
-        (torch.rand(1, 3, 8, 8) * 255, None, r'divide 8-bit images by 255'),
-        (torch.rand(1, 3, 8, 8) - 0.5, None, r'\[0, 1\]'),
-        (torch.full((1, 3, 8, 8), float('nan')), None, r'\[0, 1\]'),
-        (torch.rand(2, 3, 8, 8), torch.zeros(1, dtype=torch.long), 'labels'),
+        (torch.rand(3, 8, 8), ONE, r'\[B, C, H, W\]'),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ONE, r'x\.float\(\) / 255'),
+        (torch.rand(1, 3, 8, 8) * 255, ONE, r'divide 8-bit images by 255'),
+        (torch.rand(1, 3, 8, 8) - 0.5, ONE, r'\[0, 1\]'),
+        (torch.full((1, 3, 8, 8), float('nan')), ONE, r'\[0, 1\]'),
+        (torch.rand(2, 3, 8, 8), ONE, 'labels'),
         (torch.rand(2, 3, 8, 8), torch.zeros(2), 'whole numbers'),
         (torch.rand(2, 3, 8, 8), torch.tensor([0, 10]), r'0\.\.9'),
     ],
