@@ -80,7 +80,7 @@ class StreamData:
         self._own, self._labels = len(own), None if table is None else torch.tensor(table)
         self.unreadable: dict[int, str] = {}
         self._size = len(self.dataset)
-        self._rows: torch.Tensor | None = None
+        self.rows = torch.arange(0 if self.iterable else self._size)  # of the data set as timm reads it
         self._all_labels: torch.Tensor | None = None
         if not self._size:
             raise ValueError(
@@ -108,11 +108,6 @@ class StreamData:
             self._all_labels = self._relabelled(labels)
         return self._all_labels[self.rows]
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The number of each image in the data set as timm reads it, [N]."""
-        return torch.arange(len(self)) if self._rows is None else self._rows
-
     def names(self) -> list[str]:
         """The file of each image, relative to the folder, or its number where the reader has no names."""
         return [self._file_name(row) for row in self.rows.tolist()]
@@ -126,7 +121,7 @@ class StreamData:
         if self.iterable:
             raise ValueError(f'{self.name} has an order, not numbers; validate on its own split, with --val-size 0')
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
-        return self._with(_rows=rows, _size=len(rows), unreadable={})
+        return self._with(rows=rows, _size=len(rows), unreadable={})
 
     def first(self, n: int) -> StreamData:
         """The first n images.
