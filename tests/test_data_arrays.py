@@ -178,17 +178,6 @@ def test_archives_of_something_else(tmp_path):
                 read()
 
 
-def test_missing_arrays_say_what_was_looked_for(tmp_path):
-    for kind, text in (('npz', 'looked for train.npz'), ('npy', 'train_image.npy and train_label.npy')):
-        for folder in (tmp_path, tmp_path / 'absent'):
-            with pytest.raises(FileNotFoundError, match=rf'no train split of {kind}; .*{text}.*--data-dir$'):
-                load_dataset(kind, folder)
-        with pytest.raises(FileNotFoundError, match=r'needs a folder: add --data-dir FOLDER$'):
-            load_dataset(kind)
-        with pytest.raises(ValueError, match=r"split 'val' of .* is unknown; allowed: train, test, validation"):
-            load_dataset(kind, tmp_path, 'val')
-
-
 def test_missing_extra_images(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'must hold one .npz or one pair .* it holds neither'):
         ExtraImages(tmp_path, 3)

@@ -40,13 +40,6 @@ def test_projection_is_allowed_idempotent_and_keeps_what_is_allowed(threat_model
     torch.testing.assert_close(threat_model.project(x, x), x)
 
 
-def test_l2_projection_scales_the_perturbation():
-    x = torch.full((1, 1, 1, 2), 0.5)
-    delta = torch.tensor([0.3, 0.4]).view(1, 1, 1, 2)  # length 0.5
-    projected = ThreatModel('L2', 0.25).project(x + delta, x)
-    torch.testing.assert_close(projected, x + delta / 2)
-
-
 def test_linf_projects_to_the_nearest_allowed_point_l2_where_no_pixel_is_clipped():
     x, far = torch.tensor([0.0, 0.5]).view(1, 1, 1, 2), torch.tensor([-0.4, 0.8]).view(1, 1, 1, 2)
     linf = ThreatModel('Linf', 0.25).project(far, x)
