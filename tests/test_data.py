@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from timm_robust.data import ImageData, TrainBatches, load_dataset, split_holdout
-from timm_robust.data.memory import seed_of
+from timm_robust.data.batches import seed_of
 
 CIFAR = Path(__file__).parents[2] / 'shared/data/cifar10'
 needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason='shared/data/cifar10 is not on this machine')

@@ -20,7 +20,7 @@ from timm_robust.data import (
     reader_fault,
     split_holdout,
 )
-from timm_robust.data.memory import new_labels
+from timm_robust.data.classes import new_labels
 from timm_robust.training.batches import read_data
 from timm_robust.training.recipe import Recipe
 

@@ -18,7 +18,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from .memory import ImageData, number_classes
+from .classes import number_classes
+from .memory import ImageData
 
 SPLITS = ('train', 'test', 'validation')
 _SHAPES = '[N, H, W, 3], [N, 3, H, W] or, grey, [N, H, W], [N, H, W, 1], [N, 1, H, W]'

@@ -6,8 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from .batches import EpochOrder, TrainBatches, seed_of
 from .extra import ExtraImages
-from .memory import EpochOrder, ImageData, TrainBatches, seed_of
+from .memory import ImageData
 
 
 class MixedBatches(TrainBatches):

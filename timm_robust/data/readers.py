@@ -17,7 +17,8 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
 from .arrays import SPLITS, find_arrays, load_arrays
-from .memory import ImageData, number_classes, split_holdout
+from .classes import number_classes
+from .memory import ImageData, split_holdout
 
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 _CLASSES = {'cifar10': CIFAR10_CLASSES, 'cifar100': tuple(map(str, range(100)))}

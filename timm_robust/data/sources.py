@@ -1,16 +1,13 @@
-"""timm's data sets behind one door: what may be named, where it lies, its classes and its labels."""
+"""timm's data sets behind one door: what may be named, and where it lies."""
 
 from __future__ import annotations
 
 import importlib.util
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
-
-from ..threat_model import MAX_CLASSES
 
 _FOLDER = ('', 'folder')
 _LIBRARIES = {
@@ -99,39 +96,3 @@ def source_name(name: str, root: str | None) -> str:
     path = Path(str(root)).resolve()
     path = path.with_suffix('') if path.is_file() else path
     return path.parent.name if path.name in _SPLIT_NAMES else path.name
-
-
-def class_names(dataset: Any, num_classes: int | None, name: str, fill: bool) -> tuple[str, ...]:
-    """Names of the classes; numbers where the reader has none, and up to num_classes if they are to be filled up.
-
-    Raises:
-        ValueError: if the number is not known, or smaller than what the reader knows.
-    """
-    reader = getattr(dataset, 'reader', dataset)
-    index = getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or {}
-    named = {number: str(key) for key, number in reversed(index.items())}
-    known = max(named, default=-1) + 1
-    count = known if known and not fill else num_classes or known
-    if not count:
-        raise ValueError(f'{name}: the reader does not know the number of classes; add --num-classes N')
-    if count > MAX_CLASSES:
-        raise ValueError(f'{name}: {count} classes are too many; allowed: up to {MAX_CLASSES}')
-    if count < known:
-        raise ValueError(f'{name} has {known} classes, so num_classes {count} is too small')
-    return tuple(named.get(number, str(number)) for number in range(count))
-
-
-def read_labels(dataset: Any, name: str) -> Sequence[int]:
-    """The label of each image of a map-style data set, without decoding the images.
-
-    Raises:
-        ValueError: if the reader cannot tell them.
-    """
-    reader = getattr(dataset, 'reader', dataset)
-    if hasattr(reader, 'iter_targets'):
-        return list(reader.iter_targets())
-    if hasattr(reader, 'targets'):
-        return [int(target) for target in reader.targets]
-    if hasattr(reader, 'samples'):
-        return [int(sample[1]) for sample in reader.samples]
-    raise ValueError(f'{name}: its reader cannot tell the labels alone; validate on its own split, with --val-size 0')

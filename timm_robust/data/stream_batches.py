@@ -7,7 +7,7 @@ from itertools import count
 
 import torch
 
-from .memory import EpochOrder, seed_of
+from .batches import EpochOrder, seed_of
 from .stream_data import StreamData
 from .transforms import Samples, SampleStream, train_transform
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .memory import ImageData, new_labels
-from .sources import class_names, open_dataset, read_labels, source_name
+from .classes import class_names, new_labels, read_labels
+from .memory import ImageData
+from .sources import open_dataset, source_name
 from .transforms import Samples, SampleStream, eval_transform, read_sample
 
 MOST_UNREADABLE = 0.01

@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .memory import seed_of
+from .batches import seed_of
 
 
 def train_transform(img_size: int, hflip: float) -> Callable[[Any], torch.Tensor]:
