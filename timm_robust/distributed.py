@@ -61,15 +61,16 @@ class World:
         if dist.is_initialized():
             ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
             return cls(torch.device(device or 'cpu'), *ranks, _cpu_group())
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         tasks = os.environ.get('SLURM_NTASKS', '1')
         steps = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
         if tasks != '1' and steps == '1' and 'WORLD_SIZE' not in os.environ:  # in an allocation, without srun
             logger.warning('SLURM_NTASKS is %s, but neither srun nor torchrun started this: it runs alone', tasks)
-            alone = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+            alone = torch.device(device)
             if alone.type == 'cuda' and alone.index is not None:
                 torch.cuda.set_device(alone)
             return cls(alone)
-        info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        info = init_distributed_device_so(device)
         group = _cpu_group() if info['world_size'] > 1 else None
         ranks = info['global_rank'], info['world_size'], info['local_rank']
         return cls(torch.device(info['device']), *ranks, group)
@@ -113,7 +114,7 @@ class World:
         if self.size > 1:
             every = [{} for _ in range(self.size)]
             dist.all_gather_object(every, items, group=self.cpu_group)
-        return dict(sorted((entry for part in every for entry in part.items()), key=lambda entry: entry[0]))
+        return dict(sorted({key: item for part in every for key, item in part.items()}.items()))
 
     def leave(self) -> None:
         """Part from the others, at the end of the program."""
