@@ -66,6 +66,10 @@ def in_order(n=30):
     return [number for label in range(3) for number in range(label, n, 3)]
 
 
+def stream(root, split='train', **settings):
+    return StreamData('', root, split, **{'img_size': 16, 'workers': 0, **settings})
+
+
 @pytest.fixture
 def folder(tmp_path):
     return write_folder(tmp_path)
@@ -102,12 +106,12 @@ def test_the_centre_is_cropped_after_resizing(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 30:50] = 255  # of the 35 pixels in the middle, 0.875 of the shorter side, that a square shows
     Image.fromarray(pixels).save(write_folder(tmp_path, n=3) / 'train/ant/000.png')
-    x, _ = next(StreamData('', tmp_path, img_size=28, workers=0).first(1).batches(1))
+    x, _ = next(stream(tmp_path, img_size=28).first(1).batches(1))
     assert x.shape == (1, 3, 28, 28) and x.mean() == pytest.approx(20 / 35, abs=0.01)
 
 
 def test_subset_first_holdout_and_memory(folder):
-    data = StreamData('', folder, img_size=16, workers=0)
+    data = stream(folder)
     assert numbers(next(data.subset([29, 3]).batches(5))[0]) == [in_order()[29], in_order()[3]]
     first = data.first(4)
     assert len(first) == 4 and numbers(next(first.batches(5))[0]) == in_order()[:4] and len(data) == 30
@@ -189,7 +193,7 @@ def test_a_split_that_lacks_a_class_keeps_its_labels(tmp_path):
     write_folder(tmp_path)
     shutil.copytree(tmp_path / 'train', tmp_path / 'val')
     shutil.rmtree(tmp_path / 'val/ant')
-    held = StreamData('', tmp_path, 'val', img_size=16, workers=0, classes=CLASSES)
+    held = stream(tmp_path, 'val', classes=CLASSES)
     assert held.classes == CLASSES and set(held.labels.tolist()) == {1, 2}
     x, y = next(held.batches(20))
     assert y.tolist() == [number % 3 for number in numbers(x)] == held.labels.tolist()
@@ -240,7 +244,7 @@ def spoil(root, count, n=400, split='train'):
 
 def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(tmp_path, caplog):
     names = spoil(tmp_path, 3)
-    data = StreamData('', tmp_path, img_size=16, workers=0)
+    data = stream(tmp_path)
     memory = data.in_memory()
     assert len(memory) == 397 and sorted(data.unreadable.values()) == sorted(names)
     assert [number % 256 for number in in_order(400) if number > 2] == numbers(memory.pixels())
@@ -255,7 +259,7 @@ def test_pictures_that_cannot_be_read_are_left_out_counted_and_named(tmp_path, c
 @pytest.mark.parametrize('workers', [0, 2])
 def test_training_puts_others_of_the_batch_in_their_place_and_refuses_many(tmp_path, workers):
     spoil(tmp_path, 3)
-    data = StreamData('', tmp_path, img_size=16, workers=workers)
+    data = stream(tmp_path, workers=workers)
     batches = plain(StreamBatches(data, 100, 0))
     for step in range(4):
         x, y = batches[step]
@@ -275,7 +279,7 @@ def test_training_puts_others_of_the_batch_in_their_place_and_refuses_many(tmp_p
 
 
 def make_batches(root, workers=0, seed=0):
-    return StreamBatches(StreamData('', root, img_size=16, workers=workers), 7, seed)
+    return StreamBatches(stream(root, workers=workers), 7, seed)
 
 
 def plain(batches):
@@ -299,7 +303,7 @@ def test_an_epoch_is_a_permutation_and_drops_the_rest(folder):
 
 
 def test_the_rows_of_a_subset(folder):
-    data = StreamData('', folder, img_size=16, workers=0).subset([28, 0, 15, 7])
+    data = stream(folder).subset([28, 0, 15, 7])
     batches = plain(StreamBatches(data, 4, 0))
     x, y = batches[0]
     picked = [in_order()[[28, 0, 15, 7][index]] for index in batches.indices(0).tolist()]
@@ -332,7 +336,7 @@ def test_the_callers_random_numbers_are_left_alone(folder):
 
 
 def test_an_image_is_augmented_anew_in_each_epoch(tmp_path):
-    batches = StreamBatches(StreamData('', write_folder(tmp_path, noisy, n=3), img_size=16, workers=0), 3, 0)
+    batches = StreamBatches(stream(write_folder(tmp_path, noisy, n=3)), 3, 0)
     pairs = [dict(zip(batches.indices(step).tolist(), batches[step][0], strict=True)) for step in (0, 1)]
     assert all(not torch.equal(pairs[0][index], pairs[1][index]) for index in range(3))
 
@@ -450,14 +454,8 @@ def test_web_data_says_what_it_cannot(tmp_path):
 
 
 def test_processes_read_their_own_rows_of_a_batch(folder):
-    settings = {'img_size': 16, 'workers': 0}
-    whole, parts = (
-        StreamBatches(StreamData('folder', str(folder), **settings), 8, 3),
-        [
-            StreamBatches(StreamData('folder', str(folder), **settings), 8, 3, own=slice(4 * rank, 4 * rank + 4))
-            for rank in (0, 1)
-        ],
-    )
+    whole = StreamBatches(stream(folder), 8, 3)
+    parts = [StreamBatches(stream(folder), 8, 3, own=slice(start, start + 4)) for start in (0, 4)]
     for step in (0, 1, whole.steps_per_epoch):
         x, y = whole[step]
         own = [part[step] for part in parts]
