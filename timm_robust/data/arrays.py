@@ -127,7 +127,7 @@ def _map(file: Path, key: str) -> np.ndarray:
         if entry is not None and entry.compress_type != zipfile.ZIP_STORED:
             folder = file.with_suffix('')
             raise ValueError(
-                f'it is compressed, so its rows cannot be read one by one; unpack it once with '
+                'it is compressed, so its rows cannot be read one by one; unpack it once with '
                 f'`python -m zipfile -e {file} {folder}` and name the folder {folder} instead'
             )
         if np.lib.format.read_magic(stream) != (1, 0):  # as numpy writes every array of numbers
@@ -166,10 +166,10 @@ def _opened(file: Path, key: str) -> Iterator[tuple[IO[bytes], zipfile.ZipInfo |
     try:
         if key:
             with zipfile.ZipFile(file) as archive:
-                entry = archive.NameToInfo.get(f'{key}.npy')
-                if entry is None:
-                    held = ', '.join(name.removesuffix('.npy') for name in archive.namelist()) or 'nothing'
-                    raise ValueError(f'the file holds {held}; needed: image, label')
+                held = archive.namelist()
+                if f'{key}.npy' not in held:
+                    raise ValueError(f'the file holds {", ".join(held) or "nothing"}; needed: image.npy, label.npy')
+                entry = archive.getinfo(f'{key}.npy')
                 with archive.open(entry) as stream:
                     yield stream, entry
         else:
