@@ -23,11 +23,7 @@ class MixedBatches(TrainBatches):
         data: the real images, on the training device.
         extra: the generated images.
         fraction: share of generated images in a batch, in [0, 1].
-        batch_size: images a batch, at most len(data).
-        seed: any whole number.
-        crop_padding: zero pixels added on each side before the crop; 0 for no crop.
-        hflip: probability of a flip, in [0, 1].
-        own: the rows of each batch that this process trains on; every process draws the whole batch alike.
+        batch_size, seed, crop_padding, hflip, own: as of `TrainBatches`.
     """
 
     def __init__(

@@ -72,14 +72,6 @@ class StreamBatches:
         self._next = step + 1
         return self.data.place(*batch)
 
-    def indices(self, step: int) -> torch.Tensor:
-        """Which images of `data` batch `step` holds, [B] on the CPU (for map-style data)."""
-        if self.data.iterable:
-            raise ValueError(
-                f'{self.data.name} has an order, not numbers: its reader does not say which images it reads'
-            )
-        return self._order.batch(step, self.batch_size)[1][self.own]
-
     def _open(self, step: int) -> Iterator[list[torch.Tensor]]:
         """All batches of map-style data from a step on; the workers go on from epoch to epoch."""
         keys = _keys(self._order, self._rows, self.batch_size, step, self.own)
