@@ -12,7 +12,7 @@ import timm_robust
 from timm_robust import ThreatModel, attack
 
 MODULES = (
-    *('', 'activations.modules', 'data.memory', 'evaluation.images', 'models.load', 'threat_model', 'training.recipe'),
+    *('', 'activations.modules', 'data.batches', 'evaluation.images', 'models.load', 'threat_model', 'training.recipe'),
 )
 
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-_INPUT = (ValueError, OSError, ImportError, MemoryError, torch.cuda.OutOfMemoryError)
+_INPUT = (ValueError, OSError, ImportError, MemoryError)
 
 
 def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[..., int]:
@@ -51,14 +51,16 @@ def command(main: Callable[[Sequence[str] | None], int | None]) -> Callable[...,
 
 
 def is_input_error(error: Exception) -> bool:
-    """Whether what was given, or the machine, is at fault; torch says in a RuntimeError that there is no memory."""
-    return isinstance(error, _INPUT) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    """Whether what was given, or the machine, is at fault; torch says in RuntimeErrors that there is no memory."""
+    known = isinstance(error, (*_INPUT, torch.cuda.OutOfMemoryError))
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def _one_line(error: Exception) -> str:
-    if not isinstance(error, _INPUT[:4]) or (isinstance(error, MemoryError) and not str(error)):
+    text = ' '.join(str(error).split())
+    if not isinstance(error, _INPUT) or (isinstance(error, MemoryError) and not text):
         return 'out of memory; type a smaller --batch-size, or name a smaller model'
-    return ' '.join(str(error).split()) or type(error).__name__
+    return text or type(error).__name__
 
 
 class Parser(argparse.ArgumentParser):

@@ -61,15 +61,16 @@ class World:
         if dist.is_initialized():
             ranks = dist.get_rank(), dist.get_world_size(), int(os.environ.get('LOCAL_RANK', dist.get_rank()))
             return cls(torch.device(device or 'cpu'), *ranks, _cpu_group())
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         tasks = os.environ.get('SLURM_NTASKS', '1')
         steps = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
         if tasks != '1' and steps == '1' and 'WORLD_SIZE' not in os.environ:  # in an allocation, without srun
             logger.warning('SLURM_NTASKS is %s, but neither srun nor torchrun started this: it runs alone', tasks)
-            alone = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+            alone = torch.device(device)
             if alone.type == 'cuda' and alone.index is not None:
                 torch.cuda.set_device(alone)
             return cls(alone)
-        info = init_distributed_device_so(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        info = init_distributed_device_so(device)
         group = _cpu_group() if info['world_size'] > 1 else None
         ranks = info['global_rank'], info['world_size'], info['local_rank']
         return cls(torch.device(info['device']), *ranks, group)
@@ -81,14 +82,6 @@ class World:
             dist.all_reduce(value)
         return value
 
-    def broadcast(self, value: float) -> float:
-        """The first process's number; over the CPU, so that the device is not waited for."""
-        if self.size == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(tensor, 0, group=self.cpu_group)
-        return tensor.item()
-
     def max(self, value: float) -> float:
         """The largest of the processes' numbers; over the CPU, so that the device is not waited for."""
         if self.size == 1:
@@ -98,7 +91,7 @@ class World:
         return tensor.item()
 
     def broadcast_object(self, value: T) -> T:
-        """The first process's value, of any type."""
+        """The first process's value, of any type; over the CPU, so that the device is not waited for."""
         if self.size == 1:
             return value
         values = [value]
@@ -115,17 +108,13 @@ class World:
         if wanted and not self.local_rank:
             dist.barrier(group=self.cpu_group)
 
-    def share(self, rows: torch.Tensor) -> torch.Tensor:
-        """This process's part of rows that are dealt out in turn."""
-        return rows[self.rank :: self.size]
-
     def gather(self, items: dict[int, T]) -> dict[int, T]:
         """The entries of all processes' dictionaries, in the order of their keys; tensors in them are on the CPU."""
         every = [items]
         if self.size > 1:
             every = [{} for _ in range(self.size)]
             dist.all_gather_object(every, items, group=self.cpu_group)
-        return dict(sorted((entry for part in every for entry in part.items()), key=lambda entry: entry[0]))
+        return dict(sorted({key: item for part in every for key, item in part.items()}.items()))
 
     def leave(self) -> None:
         """Part from the others, at the end of the program."""

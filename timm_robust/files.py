@@ -10,12 +10,12 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,7 +29,9 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = 'run.lock'
-_TEMPORARY = re.compile(r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|wandb_id\.txt)\.\w+)')
+_TEMPORARY = re.compile(
+    r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|(?:held_out|wandb_id)\.txt)\.\w+)'
+)
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 
 
@@ -106,12 +108,14 @@ def _check_nodes(root: yaml.Node | None) -> dict[str, int]:
 
 def new_folder(path: Path) -> Path:
     """Make a folder of this name; where there is one already, whoever made it, another with -2, -3, ... behind it."""
-    for suffix in chain([''], (f'-{number}' for number in count(2))):
-        folder = path.with_name(path.name + suffix)
-        with contextlib.suppress(FileExistsError):
+    folder, number = path, 1
+    while True:
+        try:
             folder.mkdir(parents=True)
             return folder
-    raise AssertionError('count has no end')
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f'{path.name}-{number}')
 
 
 def lock_folder(folder: Path) -> IO[str] | None:
@@ -176,21 +180,16 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def sweep_temporaries(folder: str | Path) -> list[Path]:
+def sweep_temporaries(folder: Path) -> None:
     """Delete the hidden files that killed processes left in a run's folder, half written.
 
-    Returns:
-        What was deleted; files of a process that lives on this machine stay.
+    Files of a process that lives on this machine stay.
     """
-    removed = []
-    for path in Path(folder).glob('.*'):
+    for path in folder.glob('.*'):
         match = _TEMPORARY.fullmatch(path.name)
-        if match is None or (match[1] and _is_alive(int(match[1]))):
-            continue
-        with contextlib.suppress(OSError):
-            path.unlink()
-            removed.append(path)
-    return removed
+        if match and not (match[1] and _is_alive(int(match[1]))):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -247,18 +246,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f'folder {str(target.parent)!r} does not exist; type: mkdir -p {target.parent}')
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f'.{target.name}.')
+    temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}')
     try:
-        with os.fdopen(handle, 'wb') as file:
+        with open(temporary, 'xb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, target)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:  # a write that failed does not know its file
             free = shutil.disk_usage(target.parent).free
             raise OSError(f'cannot write {target}: {error}; {free:,} bytes are free') from error

@@ -21,8 +21,6 @@ NORMS = ('Linf', 'L2')
 MAX_CLASSES = 100_000
 """More than any set of images has: a larger label is a damaged file, and room for its classes would fill the memory."""
 _TINY = 1e-12
-
-
 LEADERBOARD_EPS = {'Linf': '8/255', 'L2': '0.5'}
 """The radii of RobustBench's CIFAR-10 leaderboards."""
 
@@ -48,17 +46,19 @@ def parse_eps(eps: float | str) -> float:
     return value
 
 
-def check_step_size(step_size: float | str | None, eps: float, name: str = 'step_size') -> None:
+def check_step_size(step_size: float | str | None, eps: float, name: str) -> None:
     """Refuse a step that is no positive number, or wider than the ball of radius eps; None stands for a default.
 
     Raises:
         ValueError: saying what is allowed.
     """
+    if step_size is None:
+        return
     try:
-        value = eps if step_size is None else parse_eps(step_size)
+        value = parse_eps(step_size)
     except ValueError:
         value = 0.0
-    if step_size is not None and not value > 0:
+    if not value:
         raise ValueError(f"{name} {step_size!r} is not a positive number; write for example '2/255' or 0.0078")
     if value > 2 * eps * (1 + 1e-6):
         raise ValueError(
@@ -188,7 +188,7 @@ class ThreatModel:
         return exact[0] if exact else repr(self.eps)
 
 
-def check_images(x: torch.Tensor, y: torch.Tensor | None = None, num_classes: int | None = None) -> None:
+def check_images(x: torch.Tensor, y: torch.Tensor, num_classes: int | None = None) -> None:
     """Refuse tensors that are not a batch of images in [0, 1] with matching labels.
 
     Raises:
@@ -206,8 +206,6 @@ def check_images(x: torch.Tensor, y: torch.Tensor | None = None, num_classes: in
             f'pixels must lie in [0, 1], got [{lo.item():.4g}, {hi.item():.4g}]; divide 8-bit images by 255, and leave '
             'normalisation to the model (eps is in pixels)'
         )
-    if y is None:
-        return
     if y.shape != x.shape[:1] or y.is_floating_point():
         raise ValueError(f'labels must be whole numbers [B] = [{len(x)}], got shape {list(y.shape)} of {y.dtype}')
     if num_classes is not None and not (y.min() >= 0 and y.max() < num_classes):

@@ -5,9 +5,10 @@ file of any size; `StreamData` and `StreamBatches` read what fits no memory. Bat
 on the seed and the step alone, so a resumed run needs no state of its data (web data sets: see `StreamBatches`).
 """
 
+from .batches import TrainBatches
 from .extra import ExtraImages
 from .fingerprints import fingerprint
-from .memory import ImageData, TrainBatches, split_holdout
+from .memory import ImageData, split_holdout
 from .mixed import MixedBatches
 from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, load_dataset
 from .sources import has_split, is_stream

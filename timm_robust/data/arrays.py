@@ -5,23 +5,24 @@ They are read whole (`load_arrays`) or mapped from the disk row by row (`map_arr
 
 from __future__ import annotations
 
-import math
+import contextlib
 import mmap
 import os
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 
-from .memory import ImageData, number_classes
+from .classes import number_classes
+from .memory import ImageData
 
+SPLITS = ('train', 'test', 'validation')
 _SHAPES = '[N, H, W, 3], [N, 3, H, W] or, grey, [N, H, W], [N, H, W, 1], [N, 1, H, W]'
-_UNREADABLE = (ValueError, OSError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_SPLIT_NAMES = ('train', 'test', 'validation')
 
 
 def find_pair(folder: Path, prefix: str) -> tuple[Path, Path] | None:
@@ -43,7 +44,7 @@ def find_arrays(name: str, folder: Path, split: str) -> tuple[Path, ...]:
         return find_pair(folder, f'{split}_') or ()
     if not folder.is_file():
         return (folder / f'{split}.npz',) if (folder / f'{split}.npz').is_file() else ()
-    if folder.stem in _SPLIT_NAMES and folder.stem != split:
+    if folder.stem in SPLITS and folder.stem != split:
         raise ValueError(f'{folder} is not the {split} split; name its folder with --data-dir, or type {folder.stem!r}')
     return (folder,)
 
@@ -54,18 +55,14 @@ def load_arrays(files: tuple[Path, ...]) -> ImageData:
     Raises:
         ValueError: naming the file and what is wrong with it.
     """
-    folder = files[0].resolve().parent
-    if len(files) == 1:
-        images, labels = (_read_member(files[0], key) for key in ('image', 'label'))
-        name = folder.name if files[0].stem in _SPLIT_NAMES else files[0].stem
-    else:
-        images, labels = (_read_file(file) for file in files)
-        name = folder.name
+    images, labels = (_read(*place) for place in _places(files))
     layout = check_arrays(images, labels, str(files[0]))
+    folder = files[0].resolve().parent
     names = folder / 'classes.txt'
-    classes = tuple(names.read_text(encoding='utf-8').split('\n')) if names.is_file() else ()
-    classes = tuple(line.strip() for line in classes if line.strip()) or number_classes(labels, files[-1])
+    lines = names.read_text(encoding='utf-8').split('\n') if names.is_file() else []
+    classes = tuple(line.strip() for line in lines if line.strip()) or number_classes(labels, files[-1])
     pixels = channels_first(torch.from_numpy(images), layout).contiguous()
+    name = folder.name if len(files) == 2 or files[0].stem in SPLITS else files[0].stem
     return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), classes, name)
 
 
@@ -75,10 +72,7 @@ def map_arrays(files: tuple[Path, ...]) -> tuple[np.ndarray, np.ndarray, str]:
     Raises:
         ValueError: naming the file and what is wrong with it; for a compressed `.npz`, with what unpacks it.
     """
-    if len(files) == 1:
-        images, labels = (_map_member(files[0], key) for key in ('image', 'label'))
-    else:
-        images, labels = (_map_file(file) for file in files)
+    images, labels = (_map(*place) for place in _places(files))
     return images, labels, check_arrays(images, labels, str(files[0]))
 
 
@@ -116,105 +110,74 @@ def channels_first(images: torch.Tensor, layout: str) -> torch.Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
-def _read_file(file: Path) -> np.ndarray:
-    """A `.npy` file, in memory."""
-    try:
-        with open(file, 'rb') as stream:
-            return np.lib.format.read_array(stream, allow_pickle=False)
-    except _UNREADABLE as error:
-        raise _unreadable(str(file), error) from error
+def _places(files: tuple[Path, ...]) -> list[tuple[Path, str]]:
+    """Where images and labels are: a file each, and the name of the array where one `.npz` holds both."""
+    return [(files[0], 'image'), (files[0], 'label')] if len(files) == 1 else [(file, '') for file in files]
 
 
-def _read_member(file: Path, key: str) -> np.ndarray:
-    """One array of an `.npz` file, compressed or not, in memory."""
-    with _open_zip(file) as archive:
-        member = _member(file, archive, key)
-        try:
-            with archive.open(member) as stream:
-                return np.lib.format.read_array(stream, allow_pickle=False)
-        except _UNREADABLE as error:
-            raise _unreadable(f'{file}, array {key!r}', error) from error
+def _read(file: Path, key: str) -> np.ndarray:
+    """An array, in memory."""
+    with _opened(file, key) as (stream, _):
+        return np.lib.format.read_array(stream, allow_pickle=False)
 
 
-def _map_member(file: Path, key: str) -> np.ndarray:
-    """One uncompressed array of an `.npz` file, mapped at its place inside the archive."""
-    where = f'{file}, array {key!r}'
-    with _open_zip(file) as archive:
-        member = _member(file, archive, key)
-        if member.compress_type != zipfile.ZIP_STORED:
+def _map(file: Path, key: str) -> np.ndarray:
+    """An array that stays on the disk, read-only; one of an `.npz` at its place inside the archive."""
+    with _opened(file, key) as (stream, entry):
+        if entry is not None and entry.compress_type != zipfile.ZIP_STORED:
             folder = file.with_suffix('')
             raise ValueError(
-                f'{file} is compressed, so its rows cannot be read one by one; unpack it once with '
+                'it is compressed, so its rows cannot be read one by one; unpack it once with '
                 f'`python -m zipfile -e {file} {folder}` and name the folder {folder} instead'
             )
-        try:
-            with archive.open(member) as stream:
-                header = _read_header(stream)
-        except _UNREADABLE as error:
-            raise _unreadable(where, error) from error
-    with open(file, 'rb') as raw:  # the local header repeats the name, and its extra field may differ in length
-        raw.seek(member.header_offset + 26)
+        if np.lib.format.read_magic(stream) != (1, 0):  # as numpy writes every array of numbers
+            raise ValueError('its version of the format is not 1.0; save it again with numpy.save')
+        shape, by_column, dtype = np.lib.format.read_array_header_1_0(stream)
+        if dtype.hasobject:
+            raise ValueError('it holds Python objects; save plain arrays of numbers')
+        if by_column and len(shape) > 1:
+            raise ValueError('it is stored column by column; save numpy.ascontiguousarray(...) of it')
+        if 0 in shape:
+            return np.empty(shape, dtype)
+        start = stream.tell() + (0 if entry is None else _start(file, entry))
+        mapped = np.memmap(file, dtype, 'r', start, shape)
+    memory: Any = mapped.base
+    if hasattr(mmap, 'MADV_RANDOM') and len(memory) > os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2:
+        memory.madvise(mmap.MADV_RANDOM)  # larger than the cache can be: what is read around a row is in vain
+    return mapped
+
+
+def _start(file: Path, entry: zipfile.ZipInfo) -> int:
+    """Where the content of an entry begins: its local header repeats the name, and has an extra field of its own."""
+    with open(file, 'rb') as raw:
+        raw.seek(entry.header_offset + 26)
         name, extra = struct.unpack('<HH', raw.read(4))
-    return _map(file, where, member.header_offset + 30 + name + extra, *header)
+    return entry.header_offset + 30 + name + extra
 
 
-def _map_file(file: Path) -> np.ndarray:
-    """A `.npy` file, mapped."""
+@contextlib.contextmanager
+def _opened(file: Path, key: str) -> Iterator[tuple[IO[bytes], zipfile.ZipInfo | None]]:
+    """A `.npy` file, or the one of this name in an `.npz` and its entry there.
+
+    Raises:
+        ValueError: naming the file, for whatever goes wrong in reading it, here or in the body.
+    """
+    where = f'{file}, array {key!r}' if key else str(file)
     try:
-        with open(file, 'rb') as stream:
-            header = _read_header(stream)
-    except _UNREADABLE as error:
-        raise _unreadable(str(file), error) from error
-    return _map(file, str(file), 0, *header)
-
-
-def _read_header(stream: IO[bytes]) -> tuple[int, tuple[int, ...], bool, np.dtype]:
-    """Length of the header of a `.npy` file, and the shape, column order and type of the array."""
-    version = np.lib.format.read_magic(stream)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f'version {version} of the format is not supported')
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, columns, dtype = read(stream)
-    return stream.tell(), shape, columns, dtype
-
-
-def _map(file: Path, where: str, start: int, header: int, shape: tuple[int, ...], columns: bool, dtype: Any) -> Any:
-    """The array whose `.npy` file begins at byte `start`, read-only."""
-    if dtype.hasobject:
-        raise _unreadable(where, 'it holds Python objects')
-    if columns and len(shape) > 1:
-        raise ValueError(f'{where} is stored column by column; save numpy.ascontiguousarray(...) of it')
-    count, start = math.prod(shape), start + header
-    if start + count * dtype.itemsize > file.stat().st_size:
-        raise _unreadable(where, f'it is cut off: {count} values of {dtype} end after the file')
-    if not count:
-        return np.empty(shape, dtype)
-    with open(file, 'rb') as stream:
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, 'MADV_RANDOM') and len(mapped) > os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 2:
-        mapped.madvise(mmap.MADV_RANDOM)  # larger than the cache can be: what is read around a row is in vain
-    return np.frombuffer(mapped, dtype, count, start).reshape(shape)
-
-
-def _open_zip(file: Path) -> zipfile.ZipFile:
-    """The archive that an `.npz` file is."""
-    try:
-        return zipfile.ZipFile(file)
-    except _UNREADABLE as error:
+        if key:
+            with zipfile.ZipFile(file) as archive:
+                held = archive.namelist()
+                if f'{key}.npy' not in held:
+                    raise ValueError(f'the file holds {", ".join(held) or "nothing"}; needed: image.npy, label.npy')
+                entry = archive.getinfo(f'{key}.npy')
+                with archive.open(entry) as stream:
+                    yield stream, entry
+        else:
+            with open(file, 'rb') as stream:
+                yield stream, None
+    except zipfile.BadZipFile as error:
         raise ValueError(f'{file} is no whole .npz file (or a Git LFS pointer to one): {error}') from error
-
-
-def _member(file: Path, archive: zipfile.ZipFile, key: str) -> zipfile.ZipInfo:
-    """The entry of one array."""
-    try:
-        return archive.getinfo(f'{key}.npy')
-    except KeyError:
-        held = ', '.join(name.removesuffix('.npy') for name in archive.namelist()) or 'nothing'
-        raise ValueError(f'{file} has no array {key!r}; it holds {held}; needed: image, label') from None
-
-
-def _unreadable(where: str, error: object) -> ValueError:
-    """What to say of an array that cannot be read."""
-    if 'object' in str(error).lower():
-        error = 'it holds Python objects, which only unpickling could read; save plain arrays of numbers'
-    return ValueError(f'{where} is no readable array: {error}')
+    except (ValueError, OverflowError, OSError, EOFError, RuntimeError, zlib.error) as error:
+        objects = 'Object arrays' in str(error)  # numpy's words
+        reason = 'it holds Python objects; save plain arrays of numbers' if objects else error
+        raise ValueError(f'{where} cannot be read: {reason}') from error

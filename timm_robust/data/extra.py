@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from .arrays import channels_first, find_pair, map_arrays
 
 _IMAGES = re.compile(r'(.*_)?images?\.npy')
-_CHUNK = 1 << 22  # labels checked at a time
 
 
 class ExtraImages:
@@ -32,26 +30,18 @@ class ExtraImages:
     def __init__(self, path: str | Path, num_classes: int) -> None:
         """Map the file and check everything but the pixels."""
         files = _find(Path(path))
-        self._images, labels, self._layout = map_arrays(files)
-        self._labels, self.num_classes, self.name = labels, num_classes, str(files[0])
-        for start in range(0, len(labels), _CHUNK):
-            part = labels[start : start + _CHUNK]
-            wrong = (part < 0) | (part >= num_classes)
-            if wrong.any():
-                row = int(wrong.argmax())
-                raise ValueError(
-                    f'{files[-1]}, row {start + row}: label {part[row]} is not in 0..{num_classes - 1}, the classes of '
-                    'the data; is it unlabelled, or of another data set?'
-                )
+        self._images, self.labels, self._layout = map_arrays(files)
+        self.num_classes, self.name = num_classes, str(files[0])
+        if self.labels.min() < 0 or self.labels.max() >= num_classes:
+            row = int(((self.labels < 0) | (self.labels >= num_classes)).argmax())
+            raise ValueError(
+                f'{files[-1]}, row {row}: label {self.labels[row]} is not in 0..{num_classes - 1}, the classes of the '
+                'data; is it unlabelled, or of another data set?'
+            )
 
     def __len__(self) -> int:
         """Number of images."""
-        return len(self._labels)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """The label of each image, [N], mapped."""
-        return self._labels
+        return len(self.labels)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,7 +51,7 @@ class ExtraImages:
     def __getitem__(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The images [B, 3, H, W] of uint8 (a view of rows as stored) and labels [B] of int64 with these indices."""
         rows = indices.numpy()
-        images, labels = torch.from_numpy(self._images[rows]), torch.from_numpy(self._labels[rows].astype('int64'))
+        images, labels = torch.from_numpy(self._images[rows]), torch.from_numpy(self.labels[rows].astype('int64'))
         return channels_first(images, self._layout), labels
 
 

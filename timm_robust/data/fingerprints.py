@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,9 @@ def _hash_stream(data: StreamData, digest: Any) -> tuple[int, bool]:
         digest.update('\n'.join([*files, *_sizes(Path(reader.root), files)]).encode() if files else b'')
         return getattr(info, 'num_samples', None) or len(data), bool(files)  # len is rounded to processes and workers
     known = False
-    try:
+    with contextlib.suppress(ValueError):  # the reader cannot tell them
         digest.update(data.labels.numpy().astype('<i8').data)
         known = True
-    except ValueError:  # the reader cannot tell them
-        pass
     if hasattr(reader, 'samples') and hasattr(reader, 'root'):  # folders and tar files of images
         entries = [reader.samples[row][0] for row in data.rows.tolist()]  # paths, or entries of tar files
         names = [str(getattr(entry, 'name', entry)).removeprefix(str(reader.root)).lstrip('/') for entry in entries]

@@ -1,25 +1,20 @@
-"""Image data sets held in memory: uint8 on the training device, handed out as float32 in [0, 1].
-
-CIFAR-10 takes 150 MB, so it is decoded once, then cropped and flipped on the device: no worker processes, no disk
-cache, and nothing to restore on resume, because batch number `step` depends on the seed and the step alone.
-
->>> data = ImageData(torch.zeros(8, 3, 32, 32, dtype=torch.uint8), torch.arange(8) % 2, ('cat', 'dog'), 'pets')
->>> x, y = TrainBatches(data, 4, seed=0)[5]  # batch 5 of the run, whatever was asked before
->>> x.shape, len(y)
-(torch.Size([4, 3, 32, 32]), 4)
-"""
+"""Image data sets held in memory, as uint8: CIFAR-10 takes 150 MB, so it is decoded once and lies on the device."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-import torch.nn.functional as F
 
-from ..threat_model import MAX_CLASSES
+from .classes import new_labels
+
+if TYPE_CHECKING:
+    from .stream_data import StreamData
+
+Data = TypeVar('Data', 'ImageData', 'StreamData')
 
 
 @dataclass(frozen=True)
@@ -73,14 +68,12 @@ class ImageData:
     def with_classes(self, classes: Sequence[str]) -> ImageData:
         """The same images with their labels among these classes; raises as `new_labels`."""
         table = new_labels(self.classes, classes, self.name)
-        if table is None:
-            return self if len(classes) == self.num_classes else replace(self, classes=tuple(classes))
-        labels = torch.tensor(table, device=self.labels.device)[self.labels]
+        labels = self.labels if table is None else torch.tensor(table, device=self.device)[self.labels]
         return replace(self, labels=labels, classes=tuple(classes))
 
     def subset(self, indices: torch.Tensor | Sequence[int]) -> ImageData:
         """The images with these indices, in this order (a copy)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.labels.device)
+        indices = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
         return replace(self, images=self.images[indices], labels=self.labels[indices])
 
     def first(self, n: int) -> ImageData:
@@ -123,178 +116,6 @@ class ImageData:
         for start in range(0, len(self), batch_size):
             part = slice(start, start + batch_size)
             yield self.pixels(part), self.labels[part]
-
-
-class EpochOrder:
-    """The order in which each epoch visits n images: a permutation that follows from (seed, epoch); the last is kept.
-
-    Args:
-        n: how many images; 20 million take 160 MB and two seconds.
-        seed: any whole number or text.
-        device: where the order is drawn; CPU and GPU draw others.
-    """
-
-    def __init__(self, n: int, seed: int | str, device: torch.device | str = 'cpu') -> None:
-        """Nothing is drawn yet."""
-        self.n, self.seed = n, seed
-        self._generator = torch.Generator(device)
-        self._last = -1, torch.empty(0)
-
-    def __call__(self, epoch: int) -> torch.Tensor:
-        """The permutation of an epoch, [n] of int64."""
-        last, order = self._last
-        if last != epoch:
-            generator = self._generator.manual_seed(seed_of(self.seed, 'epoch', epoch))
-            order = torch.randperm(self.n, generator=generator, device=generator.device)
-            self._last = epoch, order
-        return order
-
-
-def number_classes(labels: Any, where: object) -> tuple[str, ...]:
-    """Numbers as names of the classes: as many as the largest label, of an array or a list, says.
-
-    Raises:
-        ValueError: for a label that no set of images has.
-    """
-    largest = int(max(labels))
-    if largest >= MAX_CLASSES:
-        raise ValueError(f'{where}: label {largest} is too large, allowed: up to {MAX_CLASSES - 1}; are these labels?')
-    return tuple(map(str, range(largest + 1)))
-
-
-class TrainBatches:
-    """An endless stream of augmented training batches; batch `step` is a pure function of (seed, step).
-
-    Each epoch visits the images in a new random order and drops the incomplete last batch. Augmentation: a random crop
-    out of the zero-padded image, then a random horizontal flip, each drawn per image. All of it runs on the data's
-    device; the random numbers of a CPU and of a GPU differ.
-
-    Args:
-        data: the training images.
-        batch_size: images a batch, at most len(data).
-        seed: any whole number.
-        crop_padding: zero pixels added on each side before the crop; 0 for no crop.
-        hflip: probability of a flip, in [0, 1].
-        own: the rows of each batch that this process trains on; every process draws the whole batch alike.
-    """
-
-    def __init__(
-        self,
-        data: ImageData,
-        batch_size: int,
-        seed: int,
-        *,
-        crop_padding: int = 4,
-        hflip: float = 0.5,
-        own: slice = slice(None),
-    ) -> None:
-        """Check the sizes; nothing is drawn yet."""
-        if not 0 < batch_size <= len(data):
-            raise ValueError(f'batch_size {batch_size} must lie in 1..{len(data)}, the number of training images')
-        side = min(data.images.shape[2:])
-        if not 0 <= crop_padding <= side or not 0 <= hflip <= 1:
-            raise ValueError(
-                f'crop_padding must be 0 to {side} for images of {side} pixels a side, and hflip in [0, 1], got '
-                f'{crop_padding} and {hflip}'
-            )
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.crop_padding, self.hflip, self.own = crop_padding, hflip, own
-        self.steps_per_epoch = len(data) // batch_size
-        self._generator = torch.Generator(data.images.device)
-        self._order = EpochOrder(len(data), seed, data.images.device)
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch number `step` of the run, counted from 0 through all epochs: (x [B, C, H, W] in [0, 1], y [B])."""
-        if step < 0:
-            raise IndexError(f'step {step} is negative; steps count from 0')
-        indices = self.indices(step)
-        x = self._augment(self.data.images[indices], step)
-        return x[self.own].float().div_(255), self.data.labels[indices[self.own]]
-
-    def indices(self, step: int) -> torch.Tensor:
-        """Which images batch `step` holds, [B]."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[position * self.batch_size :][: self.batch_size]
-
-    def _augment(self, images: torch.Tensor, step: int) -> torch.Tensor:
-        """Crop and flip by one gather: pixel (i, j) comes from padded pixel (dy + i, dx + j), j mirrored in a flip."""
-        size, channels, height, width = images.shape
-        device, pad = images.device, self.crop_padding
-        generator = self._generator.manual_seed(seed_of(self.seed, 'step', step))
-        offsets = torch.randint(2 * pad + 1, (2, size, 1), generator=generator, device=device)
-        flip = torch.rand(size, 1, generator=generator, device=device) < self.hflip
-        columns = torch.arange(width, device=device)
-        columns = offsets[1] + torch.where(flip, width - 1 - columns, columns)
-        rows = offsets[0] + torch.arange(height, device=device)
-        index = (rows[:, :, None] * (width + 2 * pad) + columns[:, None]).view(size, 1, -1).expand(-1, channels, -1)
-        return F.pad(images, (pad,) * 4).flatten(2).gather(2, index).view_as(images)
-
-
-def seed_of(*parts: Any) -> int:
-    """A seed in 0..2^63 - 1 for each stream of random numbers, hashed from its name: neighbours share nothing."""
-    digest = hashlib.blake2b('/'.join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') >> 1
-
-
-def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[int] | None:
-    """The label of each class of a data set among the classes of training, by name; None where labels stay.
-
-    Classes that are called by their numbers, '0', '1', ..., on either side have no names and keep their labels, unless
-    all of theirs are found among ours.
-
-    Args:
-        theirs: the classes of the data set; it may lack some of ours.
-        ours: those that a network was trained on.
-        name: of the data set, for the message.
-
-    Raises:
-        ValueError: naming the classes that training did not have.
-    """
-    if tuple(theirs) == tuple(ours[: len(theirs)]):
-        return None
-    unknown = [c for number, c in enumerate(theirs) if c not in ours and c != str(number)]
-    numbers = [str(number) for number in range(max(len(theirs), len(ours)))]
-    if all(c in ours for c in theirs):
-        return [ours.index(c) for c in theirs]
-    if list(theirs) == numbers[: len(theirs)] or list(ours) == numbers[: len(ours)]:
-        unknown = list(theirs[len(ours) :])
-    if unknown:
-        raise ValueError(
-            f'{name} has classes that training did not have: {_few(unknown)}; those of training are {_few(ours)}; '
-            'take these folders away, or name them as in training'
-        )
-    return [ours.index(c) if c in ours else number for number, c in enumerate(theirs)]
-
-
-def _few(names: Sequence[str]) -> str:
-    """The first names, and how many there are more."""
-    more = f' and {len(names) - 8} more' if len(names) > 8 else ''
-    return ', '.join(names[:8]) + more
-
-
-class Labelled(Protocol):
-    """What `split_holdout` can split: ImageData in memory and StreamData on disk."""
-
-    @property
-    def labels(self) -> torch.Tensor:
-        """The label of each image, [N] of int64."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-
-    def __len__(self) -> int:
-        """Number of images."""
-
-    def subset(self, indices: torch.Tensor) -> Any:
-        """The images with these indices, of the same type."""
-
-
-Data = TypeVar('Data', bound=Labelled)
 
 
 def split_holdout(data: Data, n: int, seed: int) -> tuple[Data, Data]:

@@ -6,8 +6,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from .batches import EpochOrder, TrainBatches, seed_of
 from .extra import ExtraImages
-from .memory import EpochOrder, ImageData, TrainBatches, seed_of
+from .memory import ImageData
 
 
 class MixedBatches(TrainBatches):
@@ -22,12 +23,7 @@ class MixedBatches(TrainBatches):
         data: the real images, on the training device.
         extra: the generated images.
         fraction: share of generated images in a batch, in [0, 1].
-        batch_size: images a batch, at most len(data).
-        seed: any whole number.
-        crop_padding: zero pixels added on each side before the crop; 0 for no crop.
-        hflip: probability of a flip, in [0, 1].
-        augment_extra: whether generated images are cropped and flipped too.
-        own: the rows of each batch that this process trains on; every process draws the whole batch alike.
+        batch_size, seed, crop_padding, hflip, own: as of `TrainBatches`.
     """
 
     def __init__(
@@ -40,7 +36,6 @@ class MixedBatches(TrainBatches):
         *,
         crop_padding: int = 4,
         hflip: float = 0.5,
-        augment_extra: bool = True,
         own: slice = slice(None),
     ) -> None:
         """Check that the two kinds of images go together; nothing is drawn yet."""
@@ -54,7 +49,7 @@ class MixedBatches(TrainBatches):
             raise ValueError(
                 f'images of {extra.name} are {list(extra.shape)}, of {data.name} {ours}; resize one of them'
             )
-        self.extra, self.fraction, self.augment_extra = extra, fraction, augment_extra
+        self.extra, self.fraction = extra, fraction
         self.extra_rows = round(batch_size * fraction)
         if (self.extra_rows in (0, batch_size)) != (fraction in (0, 1)):
             raise ValueError(
@@ -65,28 +60,21 @@ class MixedBatches(TrainBatches):
         self._thread = ThreadPoolExecutor(1, 'MixedBatches')
         self._next: tuple[int, Future[list[torch.Tensor]]] | None = None
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Batch number `step` of the run, counted from 0 through all epochs: (x [B, C, H, W] in [0, 1], y [B])."""
-        if step < 0:
-            raise IndexError(f'step {step} is negative; steps count from 0')
+    def indices(self, step: int) -> torch.Tensor:
+        """Which images batch `step` holds, [B] on the CPU: row i of the data is i, row i of extra is len(data) + i."""
+        rows, extra_rows, shuffle = self._rows(step)
+        return torch.cat([rows, extra_rows + len(self.data)])[shuffle]
+
+    def _draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The images of the batch as they are, uint8, and their labels; a thread begins to fetch the next ones."""
         ahead, self._next = self._next, None
         fetched = ahead[1].result() if ahead is not None and ahead[0] == step else self._fetch(step)
         self._next = step + 1, self._thread.submit(self._fetch, step + 1)
-        device = self.data.images.device
-        rows, shuffle, images, labels = (item.to(device, non_blocking=True) for item in fetched)
-        plain = torch.cat([self.data.images[rows], images])[shuffle]
-        x = self._augment(plain, step)
-        if not self.augment_extra:
-            x = torch.where((shuffle < len(rows))[:, None, None, None], x, plain)
-        y = torch.cat([self.data.labels[rows], labels])[shuffle]
-        return x[self.own].float().div_(255), y[self.own]
+        rows, shuffle, images, labels = (item.to(self.data.device, non_blocking=True) for item in fetched)
+        images = torch.cat([self.data.images[rows], images])[shuffle]
+        return images, torch.cat([self.data.labels[rows], labels])[shuffle]
 
-    def indices(self, step: int) -> torch.Tensor:
-        """Which images batch `step` holds, [B] on the CPU: row i of the data is i, row i of extra is len(data) + i."""
-        rows, extra_rows, shuffle = self._draw(step)
-        return torch.cat([rows, extra_rows + len(self.data)])[shuffle]
-
-    def _draw(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _rows(self, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows of the data, rows of extra, and the order of both together in the batch."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, 'shuffle', step))
         shuffle = torch.randperm(self.batch_size, generator=generator)
@@ -99,7 +87,7 @@ class MixedBatches(TrainBatches):
 
     def _fetch(self, step: int) -> list[torch.Tensor]:
         """What the device needs for a batch, in pinned memory for a GPU: rows, order, extra images, their labels."""
-        rows, extra_rows, shuffle = self._draw(step)
+        rows, extra_rows, shuffle = self._rows(step)
         fetched = [rows, shuffle, *self.extra[extra_rows]]
         return [item.contiguous().pin_memory() for item in fetched] if self.data.images.is_cuda else fetched
 

@@ -12,13 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
 
-from .arrays import find_arrays, load_arrays
-from .memory import ImageData, number_classes, split_holdout
+from .arrays import SPLITS, find_arrays, load_arrays
+from .classes import number_classes
+from .memory import ImageData, split_holdout
 
-SPLITS = ('train', 'test', 'validation')
-_NUM_CLASSES = {'cifar10': 10, 'cifar100': 100}
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_CLASSES = {'cifar10': CIFAR10_CLASSES, 'cifar100': tuple(map(str, range(100)))}
+_TORCHVISION = {'cifar10': CIFAR10, 'cifar100': CIFAR100, 'torch/cifar10': CIFAR10, 'torch/cifar100': CIFAR100}
 _PARQUET_FOLDERS = ('.', 'data', 'plain_text', 'cifar100', 'default')  # Hugging Face names the folder after the config
 _IMAGE_COLUMNS = ('img', 'image')
 _LABEL_COLUMNS = ('label', 'fine_label')
@@ -76,7 +80,7 @@ def _arrays(name: str, folder: Path, split: str, download: bool) -> ImageData | 
 
 
 def _torchvision(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
-    kind = _cifar_class(name)
+    kind = _TORCHVISION[name]
     if (folder / kind.base_folder).is_dir() or (folder / kind.filename).is_file():
         return _load_torchvision(name, folder, split, download)
     return f'{kind.base_folder}/ or {kind.filename} (torchvision)'
@@ -96,7 +100,7 @@ def _digits(name: str, folder: Path, split: str, download: bool) -> ImageData | 
     grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     grey = F.interpolate(grey, size=(32, 32), mode='bilinear', align_corners=False).round_().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
-    data = ImageData(grey.repeat(1, 3, 1, 1), labels, tuple(str(i) for i in range(10)), 'digits')
+    data = ImageData(grey.repeat(1, 3, 1, 1), labels, tuple(map(str, range(10))), 'digits')
     return split_holdout(data, _DIGITS_TEST, seed=0)[split == 'test']
 
 
@@ -126,18 +130,9 @@ DATASETS = {
 """Every data set in memory, by the name that --dataset takes."""
 
 
-def _cifar_class(name: str) -> Any:
-    """The torchvision class that reads 'cifar10' or 'cifar100', with 'torch/' before it or not."""
-    from torchvision import datasets
-
-    return {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name.removeprefix('torch/')]
-
-
 def _load_torchvision(name: str, folder: Path, split: str, download: bool) -> ImageData:
     """CIFAR by torchvision, which checks every file's MD5; an intact archive is unpacked without the network."""
-    from torchvision.datasets.utils import check_integrity
-
-    name, kind = name.removeprefix('torch/'), _cifar_class(name)
+    kind, name = _TORCHVISION[name], name.removeprefix('torch/')
     unpack = check_integrity(str(folder / kind.filename), kind.tgz_md5)
     try:
         data = kind(str(folder), train=split == 'train', download=download or unpack)
@@ -153,21 +148,21 @@ def _load_torchvision(name: str, folder: Path, split: str, download: bool) -> Im
 
 def _load_parquet(name: str, files: list[Path]) -> ImageData:
     """Decode files of rows (image {bytes, path}, label) into RGB; the Hugging Face schema names the classes, if any."""
-    encoded, labels, classes = [], [], tuple[str, ...]()
+    rows, labels, classes = [], [], tuple[str, ...]()
     for file in files:
-        file_images, file_labels, file_classes = _read_parquet(file)
-        encoded.append((file, file_images))
+        encoded, file_labels, file_classes = _read_parquet(file)
+        rows += [(file, row, item) for row, item in enumerate(encoded)]
         labels += file_labels
         classes = classes or file_classes
     if not labels:
         raise ValueError(f'{files[0]} holds no rows')
-    known = _NUM_CLASSES.get(name)
-    if not classes:
-        numbers = tuple(map(str, range(known))) if known else number_classes(labels, files[0])
-        classes = CIFAR10_CLASSES if known == 10 else numbers
-    if known and len(classes) != known:
-        raise ValueError(f'{files[0]} has {len(classes)} classes, {name} has {known}; to use it, say --dataset parquet')
-    return ImageData(_decode(encoded, len(labels)), torch.tensor(labels), classes, name)
+    known = _CLASSES.get(name, ())
+    classes = classes or known or number_classes(labels, files[0])
+    if known and len(classes) != len(known):
+        raise ValueError(
+            f'{files[0]} has {len(classes)} classes, {name} has {len(known)}; to use it, say --dataset parquet'
+        )
+    return ImageData(_decode(rows), torch.tensor(labels), classes, name)
 
 
 def _read_parquet(file: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
@@ -200,27 +195,27 @@ def _column(file: Path, table: Any, allowed: tuple[str, ...]) -> str:
     raise ValueError(f'{file} has no column {" or ".join(allowed)}; it has {", ".join(table.column_names)}')
 
 
-def _decode(encoded: list[tuple[Path, list[bytes]]], count: int) -> torch.Tensor:
+def _decode(rows: list[tuple[Path, int, bytes]]) -> torch.Tensor:
     """PNG or JPEG bytes to one [N, 3, H, W] of uint8; threads gain nothing on small images (measured on CIFAR)."""
-    pil = _optional('PIL.Image', 'train')
-    images: torch.Tensor | None = None
-    for number, (file, row, item) in enumerate((file, *entry) for file, rows in encoded for entry in enumerate(rows)):
+    images: np.ndarray = np.empty(0)
+    for number, (file, row, item) in enumerate(rows):
         try:
-            with pil.open(io.BytesIO(item)) as image:
+            with Image.open(io.BytesIO(item)) as image:
                 pixels = np.asarray(image.convert('RGB'))
         except MemoryError:
             raise
         except Exception as error:  # also no bytes at all, or a picture of a million pixels a side
             raise ValueError(f'{file}, row {row}: no readable image: {error}') from error
-        if images is None:
-            images = torch.empty(count, 3, *pixels.shape[:2], dtype=torch.uint8)
-            target = images.numpy()
-        if pixels.shape[:2] != target.shape[2:]:
-            sizes = '{}x{}, others are {}x{}'.format(*pixels.shape[:2], *target.shape[2:])
-            raise ValueError(f'{file}, row {row}: the image is {sizes}; resize all to one size first')
-        target[number] = pixels.transpose(2, 0, 1)
-    assert images is not None
-    return images
+        height, width = pixels.shape[:2]
+        if number == 0:
+            images = np.empty((len(rows), 3, height, width), np.uint8)
+        if (height, width) != images.shape[2:]:
+            others = '{}x{}'.format(*images.shape[2:])
+            raise ValueError(
+                f'{file}, row {row}: the image is {height}x{width}, others are {others}; resize all to one size first'
+            )
+        images[number] = pixels.transpose(2, 0, 1)
+    return torch.from_numpy(images)
 
 
 def _optional(module: str, extra: str) -> Any:

@@ -1,52 +1,58 @@
-"""timm's data sets behind one door: what may be named, where it lies, its classes and its labels."""
+"""timm's data sets behind one door: what may be named, and where it lies."""
 
 from __future__ import annotations
 
 import importlib.util
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
 
-from ..threat_model import MAX_CLASSES
-
-STREAMS = ('', 'folder', 'torch/', 'hfds/', 'wds/', 'hfids/', 'tfds/')
-_LIBRARIES = {'hfds': 'datasets', 'wds': 'webdataset', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets'}
+_FOLDER = ('', 'folder')
+_LIBRARIES = {
+    'torch': 'torchvision',
+    'hfds': 'datasets',
+    'wds': 'webdataset',
+    'hfids': 'datasets',
+    'tfds': 'tensorflow_datasets',
+}
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
 
 
 def is_stream(name: str) -> bool:
     """Whether `StreamData` reads a data set of this name, rather than `load_dataset`."""
-    if name in ('torch/cifar10', 'torch/cifar100'):
-        return False
-    return name in STREAMS[:2] or f'{name.partition("/")[0].lower()}/' in STREAMS[2:]
+    return name in _FOLDER or (_reader(name) in _LIBRARIES and name not in ('torch/cifar10', 'torch/cifar100'))
 
 
-def open_dataset(name: str, root: str | None, split: str, **options: Any) -> Any:
+def _reader(name: str) -> str:
+    return name.partition('/')[0].lower()
+
+
+def open_dataset(name: str, root: str | None, split: str, download: bool, **options: Any) -> Any:
     """A data set as timm opens it, without a transform.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: as `StreamData` says.
     """
-    prefix = name.partition('/')[0].lower()
-    if name not in STREAMS[:2] and f'{prefix}/' not in STREAMS[2:]:
+    folder, reader = name in _FOLDER, _reader(name)
+    if not folder and reader not in _LIBRARIES:
         raise ValueError(
-            f'dataset {name!r} is unknown; allowed: folder, {", ".join(f"{p}<name>" for p in STREAMS[2:])}'
+            f'dataset {name!r} is unknown; allowed: folder, {", ".join(f"{r}/<name>" for r in _LIBRARIES)}'
         )
-    library = _LIBRARIES.get(prefix, '')
+    library = _LIBRARIES.get(reader)
     if library and importlib.util.find_spec(library) is None:
         raise ImportError(f'{library} is not installed; dataset {name!r} needs it; type: pip install {library}')
-    if root is None and prefix not in ('hfds', 'hfids', 'tfds'):
+    if root is None and reader not in ('hfds', 'hfids', 'tfds'):
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')
-    if name in STREAMS[:2]:
+    if folder:
         root = str(_locate(Path(str(root)), split))
-        options = {key: value for key, value in options.items() if key != 'download'}
-        if root.endswith('.tar'):
-            options['cache_tarfiles'] = False  # an open file shared by worker processes would share its position
+        # an open file shared by worker processes would share its position
+        options = {'cache_tarfiles': False} if root.endswith('.tar') else {}
+    else:
+        options['download'] = download
     try:
-        return create_dataset(name, root, split, search_split=name not in STREAMS[:2], **options)
+        return create_dataset(name, root, split, search_split=not folder, **options)
     except pickle.UnpicklingError as error:  # timm keeps an index beside tars of more than 10 GB, and reads it back
         index = Path(str(root)).with_name(f'_{Path(str(root)).stem}_tarinfos.pickle')
         raise ValueError(f'{index} is no index that timm wrote ({error}); delete it') from None
@@ -75,7 +81,7 @@ def _locate(root: Path, split: str) -> Path:
 
 def has_split(name: str, root: str | None, split: str) -> bool:
     """Whether a folder of pictures holds a folder or `.tar` for this split, rather than the classes themselves."""
-    if name not in STREAMS[:2] or root is None or not Path(root).is_dir():
+    if name not in _FOLDER or root is None or not Path(root).is_dir():
         return False
     try:
         return _locate(Path(root), split) != Path(root)
@@ -85,45 +91,8 @@ def has_split(name: str, root: str | None, split: str) -> bool:
 
 def source_name(name: str, root: str | None) -> str:
     """The data set as model tags spell it: the last part of its name, or the name of its folder."""
-    if name not in STREAMS[:2]:
+    if name not in _FOLDER:
         return name.rstrip('/').rpartition('/')[2]
     path = Path(str(root)).resolve()
     path = path.with_suffix('') if path.is_file() else path
     return path.parent.name if path.name in _SPLIT_NAMES else path.name
-
-
-def class_names(dataset: Any, num_classes: int | None, name: str, fill: bool = True) -> tuple[str, ...]:
-    """Names of the classes; numbers where the reader has none, and up to num_classes if they are to be filled up.
-
-    Raises:
-        ValueError: if the number is not known, or smaller than what the reader knows.
-    """
-    index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-    index = index or getattr(getattr(dataset, 'reader', None), 'class_name_to_idx', None)
-    named = {number: str(key) for key, number in reversed((index or {}).items())}
-    known = max(named, default=-1) + 1 or len(getattr(dataset, 'classes', ()))
-    if max(known, num_classes or 0) > MAX_CLASSES:
-        raise ValueError(f'{name}: {max(known, num_classes or 0)} classes are too many; allowed: up to {MAX_CLASSES}')
-    if not known and not num_classes:
-        raise ValueError(f'{name}: the reader does not know the number of classes; add --num-classes N')
-    if known and not fill:
-        num_classes = known
-    if num_classes and num_classes < known:
-        raise ValueError(f'{name} has {known} classes, so num_classes {num_classes} is too small')
-    return tuple(named.get(number, str(number)) for number in range(num_classes or known))
-
-
-def read_labels(dataset: Any, name: str) -> Sequence[int]:
-    """The label of each image of a map-style data set, without decoding the images.
-
-    Raises:
-        ValueError: if the reader cannot tell them.
-    """
-    reader = getattr(dataset, 'reader', dataset)
-    if hasattr(reader, 'iter_targets'):
-        return list(reader.iter_targets())
-    if hasattr(reader, 'targets'):
-        return [int(target) for target in reader.targets]
-    if hasattr(reader, 'samples'):
-        return [int(sample[1]) for sample in reader.samples]
-    raise ValueError(f'{name}: its reader cannot tell the labels alone; validate on its own split, with --val-size 0')

@@ -7,7 +7,7 @@ from itertools import count
 
 import torch
 
-from .memory import EpochOrder, seed_of
+from .batches import EpochOrder, seed_of
 from .stream_data import StreamData
 from .transforms import Samples, SampleStream, train_transform
 
@@ -72,14 +72,6 @@ class StreamBatches:
         self._next = step + 1
         return self.data.place(*batch)
 
-    def indices(self, step: int) -> torch.Tensor:
-        """Which images of `data` batch `step` holds, [B] on the CPU (for map-style data)."""
-        if self.data.iterable:
-            raise ValueError(
-                f'{self.data.name} has an order, not numbers: its reader does not say which images it reads'
-            )
-        return _batch(self._order, self.batch_size, step)[1][self.own]
-
     def _open(self, step: int) -> Iterator[list[torch.Tensor]]:
         """All batches of map-style data from a step on; the workers go on from epoch to epoch."""
         keys = _keys(self._order, self._rows, self.batch_size, step, self.own)
@@ -97,12 +89,6 @@ class StreamBatches:
         return batches
 
 
-def _batch(order: EpochOrder, batch_size: int, step: int) -> tuple[int, torch.Tensor]:
-    """The epoch of a step, and which images its batch holds."""
-    epoch, position = divmod(step, order.n // batch_size)
-    return epoch, order(epoch)[position * batch_size :][:batch_size]
-
-
 def _keys(
     order: EpochOrder, rows: torch.Tensor, batch_size: int, first: int, own: slice
 ) -> Iterator[list[tuple[int, int]]]:
@@ -111,5 +97,5 @@ def _keys(
     It does not know the StreamBatches: a loader in a reference cycle takes seconds to end each worker.
     """
     for step in count(first):
-        epoch, indices = _batch(order, batch_size, step)
+        epoch, indices = order.batch(step, batch_size)
         yield [(epoch, row) for row in rows[indices[own]].tolist()]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from .memory import ImageData, new_labels
-from .sources import class_names, open_dataset, read_labels, source_name
-from .transforms import Samples, SampleStream, Size, eval_transform, read_sample
+from .classes import class_names, new_labels, read_labels
+from .memory import ImageData
+from .sources import open_dataset, source_name
+from .transforms import Samples, SampleStream, eval_transform, read_sample
 
 MOST_UNREADABLE = 0.01
 """Of the pictures of a split: with more, neither training nor a measurement is what it says it is."""
@@ -43,14 +44,11 @@ class StreamData:
         root: the folder or the `.tar` file; a folder may hold a folder or a `.tar` for each split.
         split: as the reader names it; for 'wds/' without an `_info.json` 'x-{0000..0009}.tar|10000', the number of
             images last.
-        img_size: size of the images, or (height, width).
-        crop_pct: the part of the resized image's side that the crop keeps.
-        interpolation: 'bilinear', 'bicubic', ... of the resizing.
+        img_size: pixels a side: the shorter one is resized to img_size / 0.875, bilinearly, then the centre cropped.
         workers: processes that read and decode; 0: this one.
         num_classes: needed where the reader does not know the classes ('wds/'); elsewhere at least as many.
         classes: those of training: the labels are theirs, by name, and this split may lack some; see `new_labels`.
         download: whether torchvision, Hugging Face or TensorFlow may fetch the data.
-        **reader: further arguments of timm's reader, such as class_map, input_key and target_key.
 
     Raises:
         FileNotFoundError: if there are no such files.
@@ -63,20 +61,17 @@ class StreamData:
         name: str,
         root: str | None,
         split: str = 'train',
-        img_size: Size = 224,
+        img_size: int = 224,
         *,
-        crop_pct: float = 0.875,
-        interpolation: str = 'bilinear',
         workers: int = 4,
         num_classes: int | None = None,
         classes: Sequence[str] | None = None,
         download: bool = False,
-        **reader: Any,
     ) -> None:
         """Open the data set and learn its size and classes; no image is read."""
-        self._options: dict[str, Any] = {'name': name, 'root': root, 'split': split, 'download': download, **reader}
+        self._options: dict[str, Any] = {'name': name, 'root': root, 'split': split, 'download': download}
         self.img_size, self.workers, self.device, self.channels = img_size, workers, torch.device('cpu'), 3
-        self.transform = eval_transform(img_size, crop_pct, interpolation)
+        self.transform = eval_transform(img_size)
         self.dataset = open_dataset(**self._options)
         self.iterable = isinstance(self.dataset, IterableDataset)
         self.name = source_name(name, root)
@@ -85,14 +80,13 @@ class StreamData:
         self.classes = tuple(classes or own)
         self._own, self._labels = len(own), None if table is None else torch.tensor(table)
         self.unreadable: dict[int, str] = {}
-        self._size, self._rows, self._all_labels = len(self.dataset), None, None
+        self._size = len(self.dataset)
+        self.rows = torch.arange(0 if self.iterable else self._size)  # of the data set as timm reads it
+        self._all_labels: torch.Tensor | None = None
         if not self._size:
             raise ValueError(
                 f'{self.name}: the reader knows no number of images; type it, as in --split "{split}|10000"'
             )
-
-    _rows: torch.Tensor | None
-    _all_labels: torch.Tensor | None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -115,11 +109,6 @@ class StreamData:
             self._all_labels = self._relabelled(labels)
         return self._all_labels[self.rows]
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The number of each image in the data set as timm reads it, [N]."""
-        return torch.arange(len(self)) if self._rows is None else self._rows
-
     def names(self) -> list[str]:
         """The file of each image, relative to the folder, or its number where the reader has no names."""
         return [self._file_name(row) for row in self.rows.tolist()]
@@ -133,7 +122,7 @@ class StreamData:
         if self.iterable:
             raise ValueError(f'{self.name} has an order, not numbers; validate on its own split, with --val-size 0')
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
-        return self._with(_rows=rows, _size=len(rows), unreadable={})
+        return self._with(rows=rows, _size=len(rows), unreadable={})
 
     def first(self, n: int) -> StreamData:
         """The first n images.

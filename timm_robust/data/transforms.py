@@ -17,13 +17,10 @@ from PIL import Image
 from timm.data import create_transform
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .memory import seed_of
-
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-Size = int | tuple[int, int]
+from .batches import seed_of
 
 
-def train_transform(img_size: Size, hflip: float) -> Callable[[Any], torch.Tensor]:
+def train_transform(img_size: int, hflip: float) -> Callable[[Any], torch.Tensor]:
     """timm's random resized crop, flip and change of colours: PIL image -> [3, H, W] of uint8.
 
     Raises:
@@ -34,13 +31,9 @@ def train_transform(img_size: Size, hflip: float) -> Callable[[Any], torch.Tenso
     return create_transform(img_size, is_training=True, hflip=hflip, interpolation='random', use_prefetcher=True)
 
 
-def eval_transform(img_size: Size, crop_pct: float, interpolation: str) -> Callable[[Any], torch.Tensor]:
-    """Resize to img_size / crop_pct, then crop the centre: PIL image -> [3, H, W] of uint8."""
-    if interpolation not in INTERPOLATIONS:
-        raise ValueError(f'interpolation {interpolation!r} is unknown; allowed: {", ".join(INTERPOLATIONS)}')
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f'crop_pct {crop_pct} must lie in (0, 1], such as 0.875')
-    return create_transform(img_size, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True)
+def eval_transform(img_size: int) -> Callable[[Any], torch.Tensor]:
+    """Resize the shorter side to img_size / 0.875, then crop the centre: PIL image -> [3, H, W] of uint8."""
+    return create_transform(img_size, crop_pct=0.875, interpolation='bilinear', use_prefetcher=True)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,6 @@ def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:
 def image_shape(data: Any) -> tuple[int, int, int]:
     """Channels, height and width of a data set's images, as training batches hold them."""
     if isinstance(data, StreamData):
-        size = data.img_size
-        return (data.channels, size, size) if isinstance(size, int) else (data.channels, *size)
+        return data.channels, data.img_size, data.img_size
     channels, height, width = data.images.shape[1:]
     return channels, height, width

@@ -69,7 +69,7 @@ def build(recipe: Recipe) -> Run:
     if held_out is not None:
         images[VALIDATION] = fingerprint(held_out)
         if not getattr(held_out, 'iterable', False):  # timm's reader shares out what has no numbers
-            held_out = held_out.subset(world.share(torch.arange(len(held_out))))
+            held_out = held_out.subset(range(world.rank, len(held_out), world.size))
         held_out = held_out.to(world.device)
     train = train.to(world.device)
     model = create_model(recipe, train.num_classes).to(world.device)

@@ -161,7 +161,7 @@ def prepare(run: Run) -> None:
 def progress(run: Run) -> float:
     """The share of the run that is done, the same in every process."""
     done = run.clock.progress(run.step)
-    return done if run.clock.budget is None else run.world.broadcast(done)
+    return done if run.clock.budget is None else run.world.broadcast_object(done)
 
 
 def out_of_patience(run: Run) -> bool:
@@ -185,7 +185,7 @@ def unsettled(run: Run) -> bool:
 
 def save_is_due(run: Run) -> bool:
     """Whether the last save was SAVE_SECONDS ago, the same in every process."""
-    return bool(run.world.broadcast(float(time.perf_counter() - run.saved_at >= SAVE_SECONDS)))
+    return run.world.broadcast_object(time.perf_counter() - run.saved_at >= SAVE_SECONDS)
 
 
 def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
