@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, tuple[Paper, ...]] = {
 METHODS: dict[str, Paper] = {
     'pgd_at': ('Madry et al. 2018', '1706.06083'),
     'trades': ('Zhang et al. 2019', '1901.08573'),
-    'mart': ('Wang et al. 2020', 'openreview rklOg6EFwS'),
+    'mart': ('Wang et al. 2020', 'https://openreview.net/forum?id=rklOg6EFwS'),
     'n_fgsm': ('de Jorge et al. 2022', '2202.01181'),
     'fgsm': ('Wong, Rice, Kolter 2020', '2001.03994'),
     'awp': ('Wu, Xia, Wang 2020', '2004.05884'),
