@@ -23,7 +23,7 @@ def write_model(
 
     Args:
         model: one of timm's registry.
-        folder: to be made.
+        folder: to be made; one that is there is replaced.
         name: '<arch>.<tag>'.
         model_args: what timm.create_model was given beside the name, for config.json; timm before 1.0.31 does not know.
         provenance: further entries of the file's metadata.
