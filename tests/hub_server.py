@@ -1,77 +1,190 @@
-"""A small stand-in for the Hugging Face Hub, on 127.0.0.1, for tests of what uploads and downloads models.
+"""A small stand-in for the Hugging Face Hub, on 127.0.0.1, for tests of what publishes and loads models.
 
     with HubServer() as hub:
         subprocess.run([...], env=hub.env(tmp_path))
-        assert hub.repo('ann/model').files()['config.json'] == b'{}'
+        assert hub.repos['ann/model'].files()['config.json'] == b'{}'
 
-It speaks the parts of the protocol that huggingface_hub needs to create a repository, upload, tag and download: large
-files by LFS, commits, pull requests, tags. Status codes and headers follow recorded answers of the real Hub.
-Models only. Not here: multipart LFS, LFS locks, .gitignore rules, merging, deleting or moving repositories.
+It speaks what huggingface_hub needs to create a repository, upload (large files by LFS), commit, tag, open a pull
+request and download. Status codes and headers follow recorded answers of the real Hub. Whoever has a token may write:
+that somebody should not is for the client to find out.
 """
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 import re
-import secrets
+import socketserver
 import threading
-from pathlib import Path
-from urllib.parse import parse_qs, quote, urlsplit
-
-
-def _sibling(name):
-    """With --import-mode=importlib tests have no package to import their neighbours from."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f'{name}.py'))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hub_http, hub_repo = _sibling('hub_http'), _sibling('hub_repo')
-Refused, Reply, as_json, ranged = hub_http.Refused, hub_http.Reply, hub_http.as_json, hub_http.ranged
-Blob, Repo, User = hub_repo.Blob, hub_repo.Repo, hub_repo.User
+import time
+import traceback
+from dataclasses import dataclass, field
+from functools import cached_property
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
 
 WRITE = 'hf_writewritewritewritewritewritewrite'
 READ = 'hf_readreadreadreadreadreadreadreadre'
 STRANGER = 'hf_strangerstrangerstrangerstranger12'
+LFS_SUFFIXES = ('.safetensors', '.npz')
 
 
-class HubServer:
-    """The Hub at `url` and its CDN at `cdn`, in threads, from `with` to the end of the block.
+@dataclass
+class User:
+    name: str
+    role: str  # 'read' or 'write', of the token
+    orgs: tuple = ()
 
-    The CDN has another origin (localhost), so that a client drops its token on the way there; it answers 400 to one
-    that does not. A bug in the server itself is raised at the end of the block.
+
+@dataclass
+class Blob:
+    """A file of a commit: in git itself, or by LFS."""
+
+    data: bytes
+    lfs: bool
+
+    @cached_property
+    def sha256(self):
+        return hashlib.sha256(self.data).hexdigest()
+
+    @cached_property
+    def oid(self):
+        return hashlib.sha1(b'blob %d\0' % len(self.data) + self.data).hexdigest()
+
+    @property
+    def etag(self):
+        return self.sha256 if self.lfs else self.oid
+
+
+@dataclass
+class Repo:
+    """A repository; a new one has, as on the Hub, a commit with .gitattributes only.
+
+    `commits` holds those of all branches and pull requests, oldest first, and their files. `objects` are the uploaded
+    large files, visible to nobody before a commit names them.
     """
 
+    name: str
+    private: bool = False
+    gated: bool = False
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.add('refs/heads/main', {'.gitattributes': Blob(b'*.safetensors filter=lfs\n', False)})
+
+    def add(self, ref, blobs):
+        oid = hashlib.sha1(f'{self.name} {len(self.commits)}'.encode()).hexdigest()
+        self.commits[oid] = blobs
+        self.refs[ref] = oid
+        return oid
+
+    def find(self, rev):
+        """The id of the commit of a branch, a tag or an id."""
+        oid = next((self.refs[r] for r in (f'refs/heads/{rev}', f'refs/tags/{rev}') if r in self.refs), rev)
+        if oid not in self.commits:
+            raise Refused(404, f'Invalid rev id: {rev}', 'RevisionNotFound')
+        return oid
+
+    def files(self):
+        return {path: blob.data for path, blob in self.commits[self.head].items()}
+
+    def names(self, kind):
+        return {ref.removeprefix(kind): oid for ref, oid in self.refs.items() if ref.startswith(kind)}
+
+    head = property(lambda self: self.refs['refs/heads/main'])
+    branches = property(lambda self: self.names('refs/heads/'))
+    tags = property(lambda self: self.names('refs/tags/'))
+
+
+@dataclass
+class Request:
+    method: str
+    path: str  # with its query, as sent
+    token: str
+    body: bytes
+
+    @property
+    def parts(self):
+        return [unquote(part) for part in urlsplit(self.path).path.split('/')[1:]]
+
+    def flag(self, name):
+        return parse_qs(urlsplit(self.path).query).get(name, [''])[-1].lower() in ('1', 'true')  # clients write all
+
+    def json(self):
+        return json.loads(self.body or b'{}')
+
+
+@dataclass
+class Reply:
+    status: int = 200
+    body: bytes = b''
+    headers: dict = field(default_factory=dict)
+
+
+def as_json(value, status=200, **headers):
+    return Reply(status, json.dumps(value).encode(), {'Content-Type': 'application/json', **headers})
+
+
+class Refused(Exception):
+    """An answer that is an error. X-Error-Code makes the exception of the client, X-Error-Message its text."""
+
+    def __init__(self, status, message, code=None, **more):
+        self.reply = as_json({'error': message, **more}, status, **{'X-Error-Message': message})
+        if code:
+            self.reply.headers['X-Error-Code'] = code
+
+
+@dataclass
+class Fault:
+    match: str = ''
+    action: str | int = ''
+    times: int = 0
+    seconds: float = 0.0
+
+
+def flipped(data):
+    """One bit of the byte in the middle is another: the same size, another hash."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+class HubServer(ThreadingHTTPServer):
+    """The Hub at `url`, in threads, from `with` to the end of the block, which raises what went wrong in it."""
+
+    daemon_threads = True
+    block_on_close = False  # or closing would wait for connections that the client keeps open
+    request_queue_size = 128
+
     def __init__(self):
-        self.tokens = {
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        self.cdn = f'http://localhost:{self.server_port}'  # another origin to a client, as the Hub's is
+        self.users = {
             WRITE: User('ann', 'write', ('timm-robust',)),
             READ: User('ann', 'read', ('timm-robust',)),
             STRANGER: User('bob', 'write'),
         }
         self.repos, self.requests, self.errors, self.faults = {}, [], [], []
-        self.lock = threading.RLock()  # a request is handled while none else is: of two commits one is the later
-        self.closing = threading.Event()
-        self._secret = secrets.token_hex(8)
-        self._servers = [hub_http.Server(self, 'hub', self._hub), hub_http.Server(self, 'cdn', self._cdn)]
-        self.url = f'http://127.0.0.1:{self._servers[0].server_port}'
-        self.cdn = f'http://localhost:{self._servers[1].server_port}'
+        self.lock = threading.Lock()  # a request is handled while none else is: of two commits one is the later
+
+    def server_bind(self):
+        socketserver.TCPServer.server_bind(self)  # HTTPServer would ask the name service for the name of this machine
+        self.server_name, self.server_port = self.server_address[:2]
 
     def __enter__(self):
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, kind, *_):
-        self.closing.set()
-        for server in self._servers:
-            server.close()
+        self.shutdown()
+        self.server_close()
         if self.errors and kind is None:
             raise RuntimeError(f'hub_server itself failed:\n{self.errors[0]}')
 
-    # What tests use.
+    def handle_error(self, request, client_address):
+        """What fails outside `answer` is a client that went away."""
 
     def env(self, home, token=WRITE):
         """Environment of a client: this server, nothing of the user's own settings, cache and login in home."""
@@ -81,438 +194,222 @@ class HubServer:
         # Clients of today do not ask whether the server knows xet: with hf_xet installed they just use it.
         return env | {'HF_HUB_DISABLE_XET': '1'} | ({'HF_TOKEN': token} if token else {})
 
-    def repo(self, name):
-        """The repository; KeyError if there is none."""
-        return self.repos[name]
-
-    def put(self, name, files, tag=None, message='put'):
-        """Commits files on main over what is there, in a repository that is made if need be; returns the oid."""
-        with self.lock:
-            repo = self.repos.setdefault(name, Repo(name))
-            blobs = dict(repo.find('main').blobs)
-            for path, data in files.items():
-                self._check_path(path)
-                blobs[path] = Blob(data, hub_repo.needs_lfs(path, len(data), data[:512]))
-                if blobs[path].lfs:
-                    repo.objects[blobs[path].sha256] = data
-            commit = repo.add('refs/heads/main', repo.head, blobs, message, name.split('/')[0])
-            if tag:
-                repo.refs[f'refs/tags/{tag}'] = commit.oid
-            return commit.oid
-
-    def writes(self):
-        return [request for request in self.requests if request.wrote]
-
     def fault(self, match, action, times=1, seconds=1.0):
-        """Does something wrong to the next `times` requests with match (text or compiled regex) in 'METHOD path?query'.
+        """Does something wrong to the next `times` requests with match in 'METHOD path?query'.
 
         'drop': closes the connection and does nothing. 'drop_after': does it, then closes without an answer. 'stall':
         waits for seconds first. A number: answers that status, 429 with seconds to wait, and does nothing. 'corrupt':
-        changes one bit in the answer to a GET of bytes. 'corrupt_body': changes one bit of an uploaded large file
-        before it is looked at. The last two leave other requests alone, also if they match.
+        changes one bit of the answer. 'corrupt_body': changes one bit of what came, before it is looked at.
         """
-        known = ('drop', 'drop_after', 'stall', 'corrupt', 'corrupt_body')
-        if action not in known and not isinstance(action, int):
-            raise ValueError(f'action must be a status or one of {known}, got {action!r}')
-        with self.lock:
-            self.faults.append(hub_http.Fault(match, action, times, seconds))
+        self.faults.append(Fault(match, action, times, seconds))
 
-    def take_fault(self, request, reply=None):
+    def take_fault(self, request):
         with self.lock:
             for fault in self.faults:
-                uploads = request.body and request.path.startswith(('/upload/', '/v1/xorbs/'))
-                content = request.path.startswith(('/cdn/', '/xorbs/', '/api/resolve-cache/'))
-                downloads = content and request.method == 'GET' and reply and reply.status in (200, 206) and reply.body
-                if fault.action == 'corrupt' if reply else fault.action != 'corrupt':
-                    fits = {'corrupt': downloads, 'corrupt_body': uploads}.get(fault.action, True)
-                    if fits and fault.fits(request):
-                        fault.times -= 1
-                        return fault
-        return hub_http.Fault('', '', 0, 0)
+                if fault.times and fault.match in f'{request.method} {request.path}':
+                    fault.times -= 1
+                    return fault
+        return Fault()
 
-    # Who may do what.
+    def answer(self, request):
+        try:
+            with self.lock:
+                return self._route(request)
+        except Refused as refused:
+            return refused.reply
+        except Exception:
+            self.errors.append(f'{request.method} {request.path}\n{traceback.format_exc()}')
+            return as_json({'error': self.errors[-1]}, 500)
 
     def _user(self, request):
-        token = (request.authorization or '').removeprefix('Bearer ')
-        if not token:
-            return None
-        if token not in self.tokens:
+        if request.token and request.token not in self.users:
             raise Refused(401, 'Invalid credentials in Authorization header')
-        return self.tokens[token]
+        return self.users.get(request.token)
 
-    def _rights(self, user, namespace):
-        return user is not None and namespace in (user.name, *user.orgs)
-
-    def _readable(self, request, name, content=False):
+    def _repo(self, request, name, content=False):
+        """The repository, if the token may read it, or even its files."""
         user, repo = self._user(request), self.repos.get(name)
-        member = self._rights(user, name.split('/')[0])
+        member = user and name.split('/')[0] in (user.name, *user.orgs)
         if repo is None or (repo.private and not member):
-            # The Hub sends a 401 without the code; the client then knows by its https:// address what it means.
-            message = 'Repository not found' if user else 'Invalid username or password.'
-            raise Refused(404 if user else 401, message, 'RepoNotFound')
+            raise Refused(404 if user else 401, 'Repository not found', 'RepoNotFound')
         if content and repo.gated and not member:
-            message = f'Access to model {name} is restricted and you are not in the authorized list.'
-            raise Refused(403 if user else 401, message, 'GatedRepo')
+            raise Refused(403 if user else 401, f'Access to model {name} is restricted', 'GatedRepo')
         return repo
 
-    def _writable(self, request, name, pr=False):
-        """The repository, if the token may write to it; anybody who can read may open a pull request."""
-        repo, user = self._readable(request, name, content=True), self._user(request)
-        if user is None:
-            raise Refused(401, 'Invalid username or password.')
-        if user.role != 'write':
-            raise Refused(403, 'This token has no write access: it has the role read')
-        if not pr and not self._rights(user, name.split('/')[0]):
-            raise Refused(403, f"You don't have the required permissions to write to {name}")
-        return repo
-
-    def _check_path(self, path):
-        if hub_repo.bad_path(path):
-            raise Refused(422, f'Invalid file path: {path!r}')
-
-    def _commit_of(self, repo, rev):
-        commit = repo.find(rev)
-        if commit is None:
-            raise Refused(404, f'Invalid rev id: {rev}', 'RevisionNotFound')
-        return commit
-
-    def _signed(self, path, **query):
-        """Address on the CDN, which knows no tokens: who has the signature may do it."""
-        query = ''.join(f'&{key}={quote(value, safe="")}' for key, value in query.items())
-        return f'{self.cdn}{path}?signature={self._signature(path)}{query}'
-
-    def _signature(self, path):
-        return hashlib.sha256(f'{self._secret} {path}'.encode()).hexdigest()[:16]
-
-    # Routes.
-
-    def _hub(self, request):
+    def _route(self, request):
         match [request.method, *request.parts]:
             case ['GET', 'api', 'whoami-v2']:
-                return self._whoami(request)
+                return self._whoami(self._user(request))
             case ['POST', 'api', 'validate-yaml']:
                 self._user(request)  # nothing works with a wrong token, also not what works with none
-                errors, warnings = hub_repo.card_errors(request.json().get('content', ''))
-                texts = {'errors': [{'message': m} for m in errors], 'warnings': [{'message': m} for m in warnings]}
-                return as_json(texts, 400 if errors else 200)
+                return as_json({'errors': [], 'warnings': []})
             case ['POST', 'api', 'repos', 'create']:
-                return self._create(request)
+                return self._create(self._user(request), request.json())
             case [_, 'api', 'models', owner, name, *rest]:
-                return self._models(request, f'{owner}/{name}', rest)
-            case ['GET' | 'HEAD', 'api', 'resolve-cache', 'models', owner, name, sha, *path]:
-                commit = self._commit_of(self._readable(request, f'{owner}/{name}', content=True), sha)
-                blob = self._blob(commit, '/'.join(path))
-                return ranged(request, blob.data, self._file_headers(commit, path[-1]) | {'ETag': f'"{blob.etag}"'})
+                return self._models(request, self._repo(request, f'{owner}/{name}'), rest)
             case ['GET' | 'HEAD', owner, name, 'resolve', rev, *path]:
-                return self._resolve(request, f'{owner}/{name}', rev, '/'.join(path))
-            case ['POST', owner, name, 'info', 'lfs', 'objects', 'batch' | 'verify' as what] if name.endswith('.git'):
-                # Whether it is for a pull request is not said here; preupload and commit have looked at the rights.
-                repo = self._writable(request, f'{owner}/{name.removesuffix(".git")}', pr=True)
-                return self._lfs_batch(request, repo) if what == 'batch' else self._lfs_verify(request, repo)
-        raise Refused(404, f'hub_server does not know {request.method} {request.path}')
-
-    def _models(self, request, name, rest):
-        match [request.method, *rest]:
-            case ['GET']:
-                return self._info(request, self._readable(request, name), 'main')
-            case ['GET', 'revision', rev]:
-                return self._info(request, self._readable(request, name), rev)
-            case ['GET', 'refs']:
-                return self._refs(request, self._readable(request, name))
-            case ['GET', 'commits', rev]:
-                return self._commits(self._readable(request, name), rev)
-            case ['GET', 'tree', rev, *path]:
-                return self._tree(request, self._readable(request, name), rev, '/'.join(path).strip('/'))
-            case ['POST', 'paths-info', rev]:
-                return self._paths_info(request, self._readable(request, name), rev)
-            case ['POST', 'preupload', rev]:
-                repo = self._writable(request, name, self._for_pr(request, rev))
-                return self._preupload(request, self._commit_of(repo, rev))
-            case ['POST', 'commit', rev]:
-                return self._commit(request, self._writable(request, name, self._for_pr(request, rev)), rev)
-            case ['POST', 'tag', rev]:
-                return self._tag(request, self._writable(request, name), rev, 'refs/tags/', request.json().get('tag'))
-            case ['POST', 'branch', branch]:
-                start = (request.json() if request.body else {}).get('startingPoint') or 'main'
-                return self._tag(request, self._writable(request, name), start, 'refs/heads/', branch)
-            case ['DELETE', 'tag' | 'branch' as kind, ref]:
-                return self._untag(request, self._writable(request, name), kind, ref)
-            case ['POST', 'discussions']:
-                return self._discuss(request, self._writable(request, name, pr=True))
-            case ['GET', 'discussions', number] if number.isdigit():
-                return self._discussion(self._readable(request, name), int(number))
-        raise Refused(404, f'hub_server does not know {request.method} {request.path}')
-
-    def _for_pr(self, request, rev):
-        return request.flag('create_pr') or rev.startswith('refs/pr/')
-
-    # Accounts and repositories.
-
-    def _whoami(self, request):
-        user = self._user(request)
-        if user is None:
-            raise Refused(401, 'Invalid username or password.')
-        orgs = [{'type': 'org', 'id': org, 'name': org, 'fullname': org, 'roleInOrg': 'write'} for org in user.orgs]
-        auth = {'type': 'access_token', 'accessToken': {'displayName': 'test', 'role': user.role}}
-        who = {'type': 'user', 'id': user.name, 'name': user.name, 'fullname': user.name, 'isPro': False}
-        return as_json({**who, 'email': f'{user.name}@example.com', 'orgs': orgs, 'auth': auth})
-
-    def _create(self, request):
-        user, wish = self._user(request), request.json()
-        if user is None:
-            raise Refused(401, 'Invalid username or password.')
-        namespace = wish.get('organization') or user.name
-        name = f'{namespace}/{wish.get("name")}'
-        if user.role != 'write':
-            raise Refused(403, 'This token has no write access: it has the role read')
-        if not self._rights(user, namespace):
-            raise Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        if wish.get('type', 'model') != 'model' or not re.fullmatch(r'[\w.-]{1,96}/[\w.-]{1,96}', name):
-            raise Refused(400, f'Invalid repo: {wish}')
-        if name in self.repos:  # the client reads url also here, with exist_ok
-            raise Refused(409, 'You already created this model repo', url=f'{self.url}/{name}')
-        private = bool(wish.get('private')) or wish.get('visibility') == 'private'
-        self.repos[name] = Repo(name, private=private)
-        request.wrote = True
-        return as_json({'url': f'{self.url}/{name}', 'name': name, 'id': name})
-
-    def _info(self, request, repo, rev):
-        commit = self._commit_of(repo, rev)
-        siblings = [{'rfilename': path} for path in sorted(commit.blobs)]
-        if request.flag('blobs'):
-            for entry in siblings:
-                blob = commit.blobs[entry['rfilename']]
-                entry |= {'size': len(blob.data), 'blobId': blob.oid}
-                if blob.lfs:
-                    sizes = {'size': len(blob.data), 'pointerSize': len(blob.pointer)}
-                    entry['lfs'] = {'sha256': blob.sha256, **sizes}
-        info = {'_id': repo.name, 'id': repo.name, 'modelId': repo.name, 'author': repo.name.split('/')[0]}
-        info |= {'sha': commit.oid, 'lastModified': commit.date, 'createdAt': repo.commits[0].date}
-        info |= {'private': repo.private, 'gated': 'manual' if repo.gated else False, 'disabled': False}
-        return as_json({**info, 'siblings': siblings, 'tags': [], 'downloads': 0, 'likes': 0, 'spaces': []})
-
-    def _refs(self, request, repo):
-        def rows(kind, start=''):
-            refs = [(ref, oid) for ref, oid in repo.refs.items() if ref.startswith(kind)]
-            return [{'name': ref.removeprefix(start or kind), 'ref': ref, 'targetCommit': oid} for ref, oid in refs]
-
-        refs = {'tags': rows('refs/tags/'), 'branches': rows('refs/heads/'), 'converts': []}
-        return as_json(refs | ({'pullRequests': rows('refs/pr/', 'refs/pr/')} if request.flag('include_prs') else {}))
-
-    def _commits(self, repo, rev):
-        commit, rows = self._commit_of(repo, rev), []
-        while commit:
-            title, _, text = commit.message.partition('\n')
-            row = {'id': commit.oid, 'title': title, 'message': text, 'date': commit.date}
-            rows.append({**row, 'authors': [{'user': commit.author}]})
-            commit = repo.find(commit.parent) if commit.parent else None
-        return as_json(rows, **{'X-Total-Count': str(len(rows))})
-
-    # Files.
-
-    def _entry(self, path, blob):
-        entry = {'type': 'file', 'oid': blob.oid, 'size': len(blob.data), 'path': path}
-        if blob.lfs:
-            entry['lfs'] = {'oid': blob.sha256, 'size': len(blob.data), 'pointerSize': len(blob.pointer)}
-        return entry
-
-    def _folders(self, commit):
-        folders = {'/'.join(path.split('/')[:n]) for path in commit.blobs for n in range(1, path.count('/') + 1)}
-        names = {folder: hashlib.sha1(f'{commit.oid} {folder}'.encode()).hexdigest() for folder in sorted(folders)}
-        return {path: {'type': 'directory', 'oid': oid, 'size': 0, 'path': path} for path, oid in names.items()}
-
-    def _tree(self, request, repo, rev, folder):
-        commit = self._commit_of(repo, rev)
-        folders = self._folders(commit)
-        if folder and folder not in folders:
-            raise Refused(404, f'{folder} does not exist on "{rev}"', 'EntryNotFound')
-        entries = list(folders.values()) + [self._entry(*item) for item in sorted(commit.blobs.items())]
-        start = f'{folder}/' if folder else ''
-        inside = [entry for entry in entries if entry['path'].startswith(start)]
-        if not request.flag('recursive'):
-            inside = [entry for entry in inside if '/' not in entry['path'].removeprefix(start)]
-        return as_json(inside)
-
-    def _paths_info(self, request, repo, rev):
-        commit = self._commit_of(repo, rev)
-        if request.headers.get('content-type', '').startswith('application/json'):
-            paths = request.json().get('paths', [])
-        else:  # the Python client sends a form
-            paths = parse_qs(request.body.decode()).get('paths', [])
-        folders = self._folders(commit)
-        known = [path for path in paths if path in commit.blobs or path in folders]  # others are left out, no error
-        return as_json([folders.get(path) or self._entry(path, commit.blobs[path]) for path in known])
-
-    def _blob(self, commit, path):
-        if path not in commit.blobs:
-            raise Refused(404, 'Entry not found', 'EntryNotFound')
-        return commit.blobs[path]
-
-    def _file_headers(self, commit, name):
-        return {
-            'X-Repo-Commit': commit.oid,
-            'Content-Type': 'text/plain; charset=utf-8',
-            'Content-Disposition': f'inline; filename*=UTF-8\'\'{quote(name)}; filename="{quote(name)}";',
-        }
-
-    def _resolve(self, request, name, rev, path):
-        commit = self._commit_of(self._readable(request, name, content=True), rev)
-        blob = self._blob(commit, path)
-        headers = {'X-Repo-Commit': commit.oid, 'X-Linked-Etag': f'"{blob.etag}"', 'Accept-Ranges': 'bytes'}
-        if not blob.lfs:
-            asked = quote(request.path.partition('?')[0], safe='')
-            headers['Location'] = (
-                f'/api/resolve-cache/models/{name}/{commit.oid}/{quote(path)}?{asked}=&etag=%22{blob.oid}%22'
-            )
-            return Reply(307, b'Temporary Redirect', self._file_headers(commit, path) | headers)
-        headers['X-Linked-Size'] = str(len(blob.data))
-        headers['Location'] = self._signed(f'/cdn/{name}/{commit.oid}/{blob.sha256}', filename=path)
-        return Reply(302, b'Found', headers)
-
-    def _cdn(self, request):
-        if request.authorization:
-            raise Refused(400, 'Only one auth mechanism allowed')
-        if request.query.get('signature') != self._signature(urlsplit(request.path).path):
-            raise Refused(403, 'The request signature does not match')
-        kind = {'Content-Type': 'application/octet-stream'}
-        match [request.method, *request.parts]:
+                return self._resolve(self._repo(request, f'{owner}/{name}', content=True), rev, '/'.join(path))
+            case ['GET', 'cdn', owner, name, oid, path]:
+                return Reply(200, self.repos[f'{owner}/{name}'].commits[oid][path].data)
+            case ['POST', owner, name, 'info', 'lfs', 'objects', 'batch']:
+                return self._lfs(self._repo(request, f'{owner}/{name.removesuffix(".git")}'), request.json())
             case ['PUT', 'upload', owner, name, sha256]:
                 if hashlib.sha256(request.body).hexdigest() != sha256:
                     raise Refused(400, 'The sha256 of the body is not the one that was announced')
-                objects = self.repos[f'{owner}/{name}'].objects
-                request.wrote = sha256 not in objects
-                objects[sha256] = request.body
-                return Reply(200, b'', {'ETag': f'"{sha256}"'})
-            case ['GET' | 'HEAD', 'cdn', owner, name, oid, sha256]:
-                blobs = self._commit_of(self.repos[f'{owner}/{name}'], oid).blobs.values()
-                data = next(blob.data for blob in blobs if blob.sha256 == sha256)
-                return ranged(request, data, {**kind, 'ETag': f'"{sha256}"'})
+                self.repos[f'{owner}/{name}'].objects[sha256] = request.body
+                return Reply()
         raise Refused(404, f'hub_server does not know {request.method} {request.path}')
 
-    # Uploads.
+    def _models(self, request, repo, rest):
+        match [request.method, *rest]:
+            case ['GET']:
+                return self._info(repo, 'main')
+            case ['GET', 'revision', rev]:
+                return self._info(repo, rev)
+            case ['GET', 'refs']:
+                kinds = {'branches': 'refs/heads/', 'tags': 'refs/tags/'}
+                rows = {
+                    key: [{'name': n, 'ref': kind + n, 'targetCommit': oid} for n, oid in repo.names(kind).items()]
+                    for key, kind in kinds.items()
+                }
+                return as_json(rows | {'converts': []})
+            case ['GET', 'tree', rev]:
+                return self._tree(repo.commits[repo.find(rev)])
+            case ['POST', 'preupload', rev]:
+                return self._preupload(request.json(), repo.commits[repo.find(rev)])
+            case ['POST', 'commit', rev]:
+                return self._commit(request, repo, rev)
+            case ['POST', 'tag', rev]:
+                return self._name(repo, 'refs/tags/' + request.json()['tag'], rev)
+            case ['POST', 'branch', branch]:
+                return self._name(repo, f'refs/heads/{branch}', request.json().get('startingPoint', 'main'))
+        raise Refused(404, f'hub_server does not know {request.method} {request.path}')
 
-    def _lfs_batch(self, request, repo):
+    def _whoami(self, user):
+        if user is None:
+            raise Refused(401, 'Invalid username or password.')
+        auth = {'type': 'access_token', 'accessToken': {'displayName': 'test', 'role': user.role}}
+        orgs = [{'type': 'org', 'name': org} for org in user.orgs]
+        return as_json({'type': 'user', 'name': user.name, 'orgs': orgs, 'auth': auth})
+
+    def _create(self, user, wish):
+        if user is None:
+            raise Refused(401, 'Invalid username or password.')
+        name = f'{wish.get("organization") or user.name}/{wish["name"]}'
+        if name in self.repos:  # the client reads url also here, with exist_ok
+            raise Refused(409, 'You already created this model repo', url=f'{self.url}/{name}')
+        self.repos[name] = Repo(name, private=bool(wish.get('private')) or wish.get('visibility') == 'private')
+        return as_json({'url': f'{self.url}/{name}', 'name': name, 'id': name})
+
+    def _info(self, repo, rev):
+        oid = repo.find(rev)
+        siblings = [{'rfilename': path} for path in sorted(repo.commits[oid])]
+        info = {'id': repo.name, 'sha': oid, 'private': repo.private, 'gated': 'manual' if repo.gated else False}
+        return as_json({**info, 'siblings': siblings, 'tags': [], 'downloads': 0, 'likes': 0, 'spaces': []})
+
+    def _tree(self, blobs):
+        folders = {'/'.join(path.split('/')[:n]) for path in blobs for n in range(1, path.count('/') + 1)}
+        entries = [{'type': 'directory', 'oid': '0' * 40, 'size': 0, 'path': folder} for folder in sorted(folders)]
+        for path, blob in sorted(blobs.items()):
+            entry = {'type': 'file', 'oid': blob.oid, 'size': len(blob.data), 'path': path}
+            if blob.lfs:
+                entry['lfs'] = {'oid': blob.sha256, 'size': len(blob.data), 'pointerSize': 134}
+            entries.append(entry)
+        return as_json(entries)
+
+    def _resolve(self, repo, rev, path):
+        oid = repo.find(rev)
+        if path not in repo.commits[oid]:
+            raise Refused(404, 'Entry not found', 'EntryNotFound')
+        blob, headers = repo.commits[oid][path], {'X-Repo-Commit': oid}
+        if not blob.lfs:
+            return Reply(200, blob.data, {**headers, 'ETag': f'"{blob.etag}"'})
+        headers |= {'X-Linked-Etag': f'"{blob.etag}"', 'X-Linked-Size': str(len(blob.data))}
+        return Reply(302, b'', {**headers, 'Location': f'{self.cdn}/cdn/{repo.name}/{oid}/{path}'})
+
+    def _lfs(self, repo, wish):
         objects = []
-        for wish in request.json().get('objects', []):
-            oid, size = wish.get('oid', ''), wish.get('size')
-            entry = {'oid': oid, 'size': size, 'authenticated': True}
-            if not re.fullmatch('[0-9a-f]{64}', oid):
-                entry['error'] = {'code': 422, 'message': f'Invalid oid {oid}'}
-            elif oid not in repo.objects:
-                verify = f'{self.url}/{repo.name}.git/info/lfs/objects/verify'
-                upload = {'href': self._signed(f'/upload/{repo.name}/{oid}'), 'header': {}}
-                entry['actions'] = {'upload': upload, 'verify': {'href': verify, 'header': {}}}
-            objects.append(entry)
+        for entry in wish['objects']:
+            href = f'{self.url}/upload/{repo.name}/{entry["oid"]}'
+            upload = {} if entry['oid'] in repo.objects else {'actions': {'upload': {'href': href, 'header': {}}}}
+            objects.append({'oid': entry['oid'], 'size': entry['size'], **upload})
         kind = {'Content-Type': 'application/vnd.git-lfs+json'}
         return as_json({'transfer': 'basic', 'objects': objects, 'hash_algo': 'sha256'}, **kind)
 
-    def _lfs_verify(self, request, repo):
-        wish = request.json()
-        if len(repo.objects.get(wish.get('oid'), b'')) != wish.get('size'):
-            raise Refused(404, f'There is no object {wish.get("oid")} of {wish.get("size")} bytes')
-        return Reply()
-
-    def _preupload(self, request, commit):
+    def _preupload(self, wish, blobs):
         files = []
-        for wish in request.json().get('files', []):
-            self._check_path(wish['path'])
-            lfs = hub_repo.needs_lfs(wish['path'], wish['size'], base64.b64decode(wish.get('sample', '')))
-            entry = {'path': wish['path'], 'uploadMode': 'lfs' if lfs else 'regular', 'shouldIgnore': False}
-            if wish['path'] in commit.blobs:  # the client compares: the same oid is not sent again
-                entry['oid'] = commit.blobs[wish['path']].etag
-            files.append(entry)
-        return as_json({'files': files, 'commitOid': commit.oid})
+        for entry in wish['files']:
+            path = entry['path']
+            mode = 'lfs' if path.endswith(LFS_SUFFIXES) else 'regular'
+            known = {'oid': blobs[path].etag} if path in blobs else {}  # the client does not send the same again
+            files.append({'path': path, 'uploadMode': mode, 'shouldIgnore': False, **known})
+        return as_json({'files': files})
 
     def _commit(self, request, repo, rev):
-        try:
-            lines = [json.loads(line) for line in request.body.splitlines() if line.strip()]
-            header = next(line['value'] for line in lines if line['key'] == 'header')
-            lines = [(line['key'], line['value']) for line in lines if line['key'] != 'header']
-        except (ValueError, KeyError, TypeError, StopIteration):
-            raise Refused(400, 'Invalid commit: lines of JSON with a header are needed') from None
-        parent, pr = header.get('parentCommit'), request.flag('create_pr')
-        base = self._commit_of(repo, parent if pr and parent else rev)
-        ref = rev if rev.startswith('refs/') else f'refs/heads/{rev}'
-        if not pr and ref not in repo.refs:
-            raise Refused(400, f'{rev} is not a branch')
-        if not pr and parent and parent != base.oid:
-            message = 'The branch was updated since you opened this page. Please refresh and try again.'
-            raise Refused(412, message)
-        blobs = self._changed(repo, dict(base.blobs), lines)
-        if blobs.get('README.md') is not base.blobs.get('README.md') and 'README.md' in blobs:
-            errors, _ = hub_repo.card_errors(blobs['README.md'].data.decode(errors='replace'))
-            if errors:
-                raise Refused(400, f'Invalid metadata in README.md: {errors[0]}')
-        user, message = self._user(request), header.get('summary', '')
-        if header.get('description'):
-            message += f'\n\n{header["description"]}'
-        if pr:
-            ref = self._open(repo, user, message, True)
-        commit = repo.add(ref, base.oid, blobs, message, user.name)
-        request.wrote = True
-        answer = {'success': True, 'commitOid': commit.oid, 'commitUrl': f'{self.url}/{repo.name}/commit/{commit.oid}'}
-        link = f'{self.url}/{repo.name}/discussions/{len(repo.discussions)}'
-        return as_json(answer | ({'pullRequestUrl': link} if pr else {}))
-
-    def _changed(self, repo, blobs, lines):
+        lines = [json.loads(line) for line in request.body.splitlines()]
+        lines = [(line['key'], line['value']) for line in lines]
+        parent, pull = dict(lines)['header'].get('parentCommit'), request.flag('create_pr')
+        base = repo.find(parent if pull else rev)
+        if not pull and parent and parent != base:
+            raise Refused(412, 'The branch was updated since you opened this page. Please refresh and try again.')
+        blobs = dict(repo.commits[base])
         for key, value in lines:
-            path = value['path']
-            self._check_path(path.rstrip('/') if key == 'deletedFolder' else path)
             if key == 'file':
-                blobs[path] = Blob(base64.b64decode(value['content']), False)
+                blobs[value['path']] = Blob(base64.b64decode(value['content']), False)
             elif key == 'lfsFile':
                 if value['oid'] not in repo.objects:
-                    raise Refused(400, f'LFS pointer pointed to a file that does not exist: {path} {value["oid"]}')
-                blobs[path] = Blob(repo.objects[value['oid']], True)
-            elif key in ('deletedFile', 'deletedFolder'):
-                gone = [
-                    p for p in blobs if p == path or (key == 'deletedFolder' and p.startswith(f'{path.rstrip("/")}/'))
-                ]
-                if not gone:
-                    raise Refused(404, f'{path} does not exist', 'EntryNotFound')
-                for p in gone:
-                    del blobs[p]
-            else:
-                raise Refused(400, f'Unknown operation {key}')
-        return blobs
+                    raise Refused(400, f'LFS pointer pointed to a file that does not exist: {value["path"]}')
+                blobs[value['path']] = Blob(repo.objects[value['oid']], True)
+            elif key == 'deletedFile':
+                del blobs[value['path']]
+        oid = repo.add('refs/pr/1' if pull else f'refs/heads/{rev}', blobs)
+        answer = {'success': True, 'commitOid': oid, 'commitUrl': f'{self.url}/{repo.name}/commit/{oid}'}
+        return as_json(answer | ({'pullRequestUrl': f'{self.url}/{repo.name}/discussions/1'} if pull else {}))
 
-    def _tag(self, request, repo, rev, kind, name):
-        commit = self._commit_of(repo, rev)
-        if not name or kind + name in repo.refs:
-            what = 'Tag' if kind == 'refs/tags/' else 'Branch'
-            raise Refused(409 if name else 400, f'{what} reference exists already')
-        repo.refs[kind + name] = commit.oid
-        request.wrote = True
+    def _name(self, repo, ref, rev):
+        if ref in repo.refs:
+            raise Refused(409, 'Reference exists already')
+        repo.refs[ref] = repo.find(rev)
         return as_json({})
 
-    def _untag(self, request, repo, kind, name):
-        ref = ('refs/tags/' if kind == 'tag' else 'refs/heads/') + name
-        if ref == 'refs/heads/main' or ref not in repo.refs:
-            raise Refused(404, f'Invalid rev id: {name}', 'RevisionNotFound')
-        del repo.refs[ref]
-        request.wrote = True
-        return as_json({})
 
-    # Pull requests.
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
 
-    def _open(self, repo, user, title, pull):
-        repo.discussions.append({'title': title, 'author': user.name, 'pull': pull, 'date': repo.commits[-1].date})
-        ref = f'refs/pr/{len(repo.discussions)}'
-        if pull:
-            repo.refs[ref] = repo.head
-        return ref
+    def log_message(self, *_):
+        pass
 
-    def _discuss(self, request, repo):
-        wish = request.json()
-        self._open(repo, self._user(request), wish.get('title', ''), bool(wish.get('pullRequest')))
-        request.wrote = True
-        return as_json({'num': len(repo.discussions), 'pullRequest': bool(wish.get('pullRequest'))})
+    def serve(self):
+        hub, size = self.server, int(self.headers.get('Content-Length') or 0)
+        body = self.rfile.read(size)
+        if len(body) != size:  # the client was killed; half of a commit can look like a smaller one
+            raise ConnectionError('the request ended too early')
+        request = Request(self.command, self.path, self.headers.get('Authorization', '').removeprefix('Bearer '), body)
+        hub.requests.append(request)
+        fault = hub.take_fault(request)
+        if fault.action == 'stall':
+            time.sleep(fault.seconds)
+        if fault.action == 'corrupt_body':
+            request.body = flipped(request.body)
+        if isinstance(fault.action, int):
+            reply = Refused(fault.action, 'A fault that the test asked for').reply
+            reply.headers |= {'Retry-After': f'{fault.seconds:.0f}'} if fault.action == 429 else {}
+        elif fault.action != 'drop':
+            reply = hub.answer(request)
+        request.body = b''  # of 73 MB
+        if fault.action in ('drop', 'drop_after'):
+            self.close_connection = True
+        else:
+            self.send(Reply(reply.status, flipped(reply.body), reply.headers) if fault.action == 'corrupt' else reply)
 
-    def _discussion(self, repo, number):
-        if not 1 <= number <= len(repo.discussions):
-            raise Refused(404, 'Discussion not found')
-        found = repo.discussions[number - 1]
-        facts = {'title': found['title'], 'num': number, 'status': 'open', 'createdAt': found['date'], 'events': []}
-        facts |= {'author': {'name': found['author']}, 'repo': {'name': repo.name, 'type': 'model'}}
-        pull = {'changes': {'base': 'refs/heads/main'}, 'filesWithConflicts': []} if found['pull'] else {}
-        return as_json({**facts, 'isPullRequest': found['pull'], **pull})
+    def send(self, reply):
+        self.send_response(reply.status)
+        for key, value in reply.headers.items():
+            self.send_header(key, value)
+        self.send_header('Content-Length', str(len(reply.body)))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(reply.body)
+
+    do_GET = do_HEAD = do_POST = do_PUT = serve

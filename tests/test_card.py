@@ -76,10 +76,7 @@ def test_results_answer_the_question_as_far_as_the_flags_go(tmp_path):
     assert '3 epochs, 2.0 hours, abacus and two abaci |' in page  # every piece of a training that was resumed
 
 
-RELEASED = [pytest.param(name, id=name) for name in RELEASES]
-
-
-@pytest.mark.parametrize('name', RELEASED)
+@pytest.mark.parametrize('name', RELEASES)
 def test_what_is_released_is_staged_described_and_has_its_recipe(name):
     folder = STAGED / name
     assert (folder / 'README.md').read_text() == model_card(folder)  # generated, never edited

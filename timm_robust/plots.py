@@ -79,7 +79,7 @@ def run_figure(path: str | Path, runs: dict[str, Rows], metrics: dict[str, str] 
     beside = len(labels) if sum(wide) <= room else max(1, room // max(wide))
     height = 2.1 * lines + 0.19 * -(-len(labels) // beside) + 0.1
     with matplotlib.rc_context(_STYLE):
-        figure = matplotlib.figure.Figure(figsize=(2.6 * max(columns, 2), height), layout='constrained')
+        figure = new_figure(2.6 * max(columns, 2), height)
         grid = figure.subplots(lines, columns, squeeze=False).flat
         for index, axis in enumerate(grid):
             if index >= len(panels):
@@ -90,8 +90,7 @@ def run_figure(path: str | Path, runs: dict[str, Rows], metrics: dict[str, str] 
             if index + columns >= len(panels):
                 axis.set_xlabel(f'training images seen{unit}')
         figure.legend(handles, labels, loc='outside lower center', ncols=beside, frameon=False)
-        with atomic_file(path) as file:
-            figure.savefig(file, format=Path(path).suffix.lstrip('.') or 'png', dpi=200)
+        save_figure(figure, path, dpi=200)
 
 
 def read_run(folder: str | Path) -> Rows:
@@ -129,10 +128,10 @@ def adversarial_figure(
     classes: Sequence[str],
     threat_model: ThreatModel,
 ) -> None:
-    """Save a PNG: a row an image, the original, then under each model's name its adversarial image and perturbation.
+    """Save a figure: a row an image, the original, then under each model's name its adversarial image and perturbation.
 
     Args:
-        path: the PNG.
+        path: the picture.
         x: original images [B, C, H, W] in [0, 1], C 1 or 3.
         y: true labels [B].
         attempts: name of a model -> (adversarial images [B, C, H, W], the model's labels of them [B]).
@@ -142,8 +141,7 @@ def adversarial_figure(
     Raises:
         ImportError: if matplotlib is missing, with what to type.
     """
-    Figure = _matplotlib().figure.Figure
-    figure = Figure(figsize=(1.7 * (1 + 2 * len(attempts)), 1.95 * len(x) + 0.7), layout='constrained')
+    figure = new_figure(1.7 * (1 + 2 * len(attempts)), 1.95 * len(x) + 0.7)
     figure.suptitle(f'{threat_model}: red labels are wrong, green ones right', fontsize=10)
     first, *others = figure.subfigures(1, 1 + len(attempts), width_ratios=[1] + [2] * len(attempts), squeeze=False)[0]
     first.suptitle('original', fontsize=9)
@@ -158,7 +156,7 @@ def adversarial_figure(
             unchanged = 'resists' if right else 'wrong unattacked'
             title = f'perturbation x {0.5 / scale:.3g}' if delta.any() else unchanged
             _show(axes[1], (0.5 + 0.5 * delta / scale).clamp(0, 1), title, 'black')
-    figure.savefig(str(path), format='png', dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def report_figure(
@@ -169,10 +167,10 @@ def report_figure(
     classes: Sequence[str],
     threat_model: ThreatModel,
 ) -> None:
-    """Save a PNG: what is taken for what, as it is and under attack, and rows of images below.
+    """Save a figure: what is taken for what, as it is and under attack, and rows of images below.
 
     Args:
-        path: the PNG.
+        path: the picture.
         clean: images of each class (row) that got each label (column), [classes, classes].
         attacked: the same for their adversarial images.
         rows: title -> (images [B, C, H, W] in [0, 1], labels [B], the model's answers [B], those under attack [B]).
@@ -184,9 +182,7 @@ def report_figure(
     """
     few = len(classes) <= 20
     side = max(4.0, 0.32 * len(classes)) if few else 6.0
-    matplotlib = _matplotlib()
-    height = side + 1.9 * len(rows) + 0.6
-    figure = matplotlib.figure.Figure(figsize=(2 * side + 1, height), layout='constrained')
+    figure = new_figure(2 * side + 1, side + 1.9 * len(rows) + 0.6)
     top, *others = figure.subfigures(1 + len(rows), 1, height_ratios=[side + 0.6] + [1.9] * len(rows))
     for axis, title, counts in zip(
         top.subplots(1, 2), ('as they are', str(threat_model)), (clean, attacked), strict=True
@@ -201,16 +197,8 @@ def report_figure(
         axis.set_xticks(list(ticks), names, rotation=90, fontsize=7)
         axis.set_yticks(list(ticks), names, fontsize=7)
         for row, column in counts.nonzero().tolist() if few else ():
-            dark = shares[row, column] > 0.5
-            axis.text(
-                column,
-                row,
-                int(counts[row, column]),
-                ha='center',
-                va='center',
-                fontsize=6,
-                color='white' if dark else 'black',
-            )
+            color = 'white' if shares[row, column] > 0.5 else 'black'
+            axis.text(column, row, int(counts[row, column]), ha='center', va='center', fontsize=6, color=color)
     for part, (title, (images, labels, answers, fooled)) in zip(others, rows.items(), strict=True):
         part.suptitle(title, fontsize=9)
         cells = part.subplots(1, len(images), squeeze=False)[0]
@@ -218,15 +206,29 @@ def report_figure(
             own, answer, under = (int(number) for number in numbers)
             text = f'{classes[own][:14]}\n-> {classes[answer][:14]}, {classes[under][:14]}'
             _show(axis, image, text, 'seagreen' if own == answer == under else 'firebrick')
+    save_figure(figure, path, dpi=110)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, whose parts make room for each other.
+
+    Raises:
+        ImportError: if matplotlib is missing, with what to type.
+    """
+    return _matplotlib().figure.Figure(figsize=(width, height), layout='constrained')
+
+
+def save_figure(figure: Any, path: str | Path, dpi: int) -> None:
+    """Write a figure whole or not at all; the suffix of the path chooses the format, PNG where there is none."""
     with atomic_file(path) as file:
-        figure.savefig(file, format='png', dpi=110)
+        figure.savefig(file, format=Path(path).suffix.lstrip('.') or 'png', dpi=dpi)
 
 
-def _show(axis: object, image: torch.Tensor, title: str, color: str) -> None:
+def _show(axis: Any, image: torch.Tensor, title: str, color: str) -> None:
     """One image with its caption, no ticks."""
-    axis.imshow(image.detach().cpu().permute(1, 2, 0).squeeze(-1).numpy(), cmap='gray', vmin=0, vmax=1)  # type: ignore[attr-defined]
-    axis.set_title(title, fontsize=8, color=color)  # type: ignore[attr-defined]
-    axis.set_axis_off()  # type: ignore[attr-defined]
+    axis.imshow(image.detach().cpu().permute(1, 2, 0).squeeze(-1).numpy(), cmap='gray', vmin=0, vmax=1)
+    axis.set_title(title, fontsize=8, color=color)
+    axis.set_axis_off()
 
 
 def _matplotlib() -> Any:

@@ -11,7 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from huggingface_hub import get_token
@@ -35,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = f'{", ".join(unknown)} is not staged; ' if unknown else ''
         there = ', '.join(staged) or 'no staged model; type: timm-robust stage RUN NAME'
         raise ValueError(f'{wrong}{args.cards} holds {there}')
-    keys = ('org', 'revision', 'tag', 'private', 'create_pr', 'overwrite', 'dry_run')
-    options = Options(**{key: getattr(args, key) for key in keys})
+    options = Options(**{field.name: getattr(args, field.name) for field in fields(Options)})
     outcomes = [attempt(args.cards / name, options, args.table) for name in args.names or staged]
     if args.json:
         print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
@@ -49,8 +48,6 @@ def attempt(folder: Path, options: Options, releases: Path) -> Outcome:
     """Publish one model; whatever goes wrong becomes one line, without the token or a password."""
     try:
         return publish(folder, options, table=releases, say=say)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:  # the edge: errors of this package and of three client libraries end here
         *_, (raised, _) = traceback.walk_tb(error.__traceback__)
         client = raised.f_globals['__name__'].partition('.')[0] in _CLIENTS
@@ -97,11 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--org', help='user or organisation on the Hub (default: as the table of releases says)')
     add('--json', action='store_true', help='print the outcomes as JSON')
     add('--cards', type=Path, default=CARDS, help='folder of staged models')
-    add(
-        '--table',
-        type=Path,
-        help='table of releases that gets the commits; by default the one beside --cards',
-    )
+    add('--table', type=Path, help='table of releases that gets the commits; by default the one beside --cards')
     return parser.parse_args(argv)
 
 

@@ -186,7 +186,14 @@ class RobustnessResult:
     @property
     def robust_acc(self) -> float | None:
         """Share of images that resist the strongest attack; None where none ran."""
-        return {'autoattack': self.autoattack_acc, 'apgd': self.apgd_acc, 'pgd': self.pgd_acc}.get(self.attack)
+        return None if self.attack == 'none' else getattr(self, f'{self.attack}_acc')
+
+    @property
+    def attack_title(self) -> str:
+        """What the strongest attack is called; the first two of AutoAttack are never called AutoAttack."""
+        if self.attack == 'pgd':
+            return f'PGD-{self.steps}'
+        return 'clean' if self.attack == 'none' else _ACCURACIES[f'{self.attack}_acc']
 
     def check_verdicts(self, path: Path) -> None:
         """Hold the record against the verdicts on every image, as --flags-file writes them.

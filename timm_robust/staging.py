@@ -108,7 +108,9 @@ def _parser() -> Parser:
         one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
         one.add_argument('--table', type=Path, help="table of releases; the package's, or that beside other --cards")
         one.add_argument('--recipes', type=Path, default=RECIPES, help='folder of recipes')
-        one.add_argument('--note', action='append', default=[], help='what the reader of the card must know')
+    for name in ('stage', 'measure'):
+        note = commands.choices[name].add_argument
+        note('--note', action='append', default=[], help='what the reader of the card must know')
     return parser
 
 

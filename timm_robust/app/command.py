@@ -16,7 +16,6 @@ import signal
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..command_line import Parser, command, count, whole_number
 from ..data import DATASETS, ImageData, load_dataset
 from ..models import load_model
 from ..provenance import public_name
-from ..release import RESULTS, attack_title, percent, read_results, robust_acc
+from ..release import RESULTS, percent, read_results, results_of
 from ..results import RobustnessResult
 from ..weights import RELEASES, STAGED
 from .page import Shown, build_page
@@ -140,21 +139,21 @@ def records_of(specs: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for spec in specs:
         if spec == str(STANDARD):
-            found[_NAMES[spec]] = [_row(asdict(RobustnessResult.from_json(STANDARD / 'record.json')))]
+            found[_NAMES[spec]] = [_row(RobustnessResult.from_json(STANDARD / 'record.json'))]
         elif spec in RELEASES and (STAGED / spec / RESULTS).is_file():
-            results = [item['result'] for item in read_results(STAGED / spec)['measurements']]
-            found[_NAMES.get(spec, spec)] = [_row(result) for result in sorted(results, key=lambda result: result['n'])]
+            results = sorted(results_of(read_results(STAGED / spec)), key=lambda result: result.n)
+            found[_NAMES.get(spec, spec)] = [_row(result) for result in results]
     return found
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
-    n, attacked = result['n'], result['attack'] != 'none'
+def _row(result: RobustnessResult) -> dict[str, Any]:
+    attacked = result.attack != 'none'
     return {
-        'attack': attack_title(result) if attacked else 'none',
-        'radius': f'{result["norm"]} {result["eps_text"]}' if attacked else '',
-        'images': n,
-        'clean, %': percent(result['clean_acc'], n),
-        'under attack, %': percent(robust_acc(result), n),
+        'attack': result.attack_title if attacked else 'none',
+        'radius': f'{result.norm} {result.eps_text}' if attacked else '',
+        'images': result.n,
+        'clean, %': percent(result.clean_acc, result.n),
+        'under attack, %': percent(result.robust_acc, result.n),
     }
 
 

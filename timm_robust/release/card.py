@@ -8,22 +8,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..data import is_stream
-from ..results import check_types, read_object
+from ..results import RobustnessResult, check_types, read_object
 from ..training import HELD_OUT
-from .papers import Paper, extra_data_of, papers_of
+from .papers import Paper, extra_data_of, paper_link, papers_of
 from .record import (
-    attack_title,
     hours,
-    limits,
     measurement_notes,
-    paper_link,
     percent,
     read_hyper,
     read_results,
-    robust_acc,
+    results_of,
     strongest,
     trained_on,
-    versions_of,
 )
 
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
@@ -48,7 +44,7 @@ def model_card(folder: Path) -> str:
     lines += ['', '## Training', '', *_training(record, hyper)]
     if (folder / 'training.png').is_file():
         lines += ['', '![course of training](training.png)']
-    lines += ['', '## Limits', '', *limits(record)]
+    lines += ['', '## Limits', '', *_limits(record)]
     lines += ['', '## Papers', '', *[f'- {who}: {paper_link(where)}' for who, where in papers]]
     lines += [
         '',
@@ -61,7 +57,7 @@ def model_card(folder: Path) -> str:
 def _input(folder: Path, hyper: dict[str, Any]) -> str:
     """What images the network takes."""
     path = folder / 'config.json'
-    config = read_object(path) if path.is_file() else {'pretrained_cfg': {}}
+    config = read_object(path)
     check_types(config, {'pretrained_cfg': dict[str, Any]}, str(path))
     statistics = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std')}
     check_types(statistics, dict.fromkeys(statistics, list[float] | None), str(path))
@@ -76,24 +72,25 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
     """The YAML at the head of the card."""
     hub_id, pretty = _HUB_DATA.get(data_set, (data_set, data_set))
     results = []
-    for item in record['measurements']:
-        result = item['result']
-        where = {
-            'task_type': 'image-classification',
-            'task_name': 'Image Classification',
-            'dataset_type': hub_id,
-            'dataset_name': pretty,
-            'dataset_split': result['split'],
-            'metric_type': 'accuracy',
-        }
-        args = {'n': result['n']}
-        robust = robust_acc(result)
-        shares = {'clean': result['clean_acc']} if robust is None else {attack_title(result): robust}
-        for title, share in shares.items():
-            if robust is not None:
-                args |= {'attack': result['attack'], 'norm': result['norm'], 'eps': result['eps_text']}
-            label = f'{title} accuracy, first {result["n"]} images'
-            results.append(EvalResult(**where, metric_name=label, metric_value=round(100 * share, 2), metric_args=args))
+    for result in results_of(record):
+        share, args = result.robust_acc, dict[str, Any](n=result.n)
+        if share is None:
+            share = result.clean_acc
+        else:
+            args |= {'attack': result.attack, 'norm': result.norm, 'eps': result.eps_text}
+        results.append(
+            EvalResult(
+                task_type='image-classification',
+                task_name='Image Classification',
+                dataset_type=hub_id,
+                dataset_name=pretty,
+                dataset_split=result.split,
+                metric_type='accuracy',
+                metric_name=f'{result.attack_title} accuracy, first {result.n} images',
+                metric_value=round(100 * share, 2),
+                metric_args=args,
+            )
+        )
     extra = extra_data_of(record['model'], hyper)
     tags = ['timm', 'image-classification', 'adversarial-robustness', 'adversarial-training', 'robustbench']
     data = ModelCardData(
@@ -111,42 +108,38 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
 
 def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     """What the model is, in two sentences."""
-    best, activation = strongest(record), record['training']['activation']
+    best, activation = strongest(results_of(record)), record['training']['activation']
     data = record['model'].split('_')[-2] if is_stream(hyper['dataset']) else hyper['dataset']
     text = f'{hyper["model"]} trained adversarially on {data} against {hyper["norm"]} {hyper["eps"]}.'
     if activation:
         shape = ', '.join(f'{key} {value:.4g}' for key, value in activation.items() if key != 'max_curvature')
         text += f' One activation serves the whole network; it learned {shape}.'
     if best is not None:
-        result = best['result']
         text += (
-            f' {attack_title(result)} accuracy at {result["eps_text"]} {percent(robust_acc(result), result["n"])} %, '
-            f'clean {percent(result["clean_acc"], result["n"])} % (first {result["n"]} {result["split"]} images).'
+            f' {best.attack_title} accuracy at {best.eps_text} {percent(best.robust_acc, best.n)} %, '
+            f'clean {percent(best.clean_acc, best.n)} % (first {best.n} {best.split} images).'
         )
     return text
 
 
 def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     """The table of measurements, and the command that repeats each."""
-    if not record['measurements']:
+    results = results_of(record)
+    if not results:
         return ['Not measured yet.']
     lines = ['| attack | images | clean | robust | hardware, time |', '|---|---|---|---|---|']
-    for item in record['measurements']:
-        result, robust = item['result'], robust_acc(item['result'])
-        clean, share = percent(result['clean_acc'], result['n']), percent(robust, result['n'])
-        cost = f'{result["hardware"]}, {hours(result["wall_time_s"])}'
-        at = '' if robust is None else f', {result["norm"]} {result["eps_text"]}'
-        lines.append(f'| {attack_title(result)}{at} | first {result["n"]} | {clean} | {share} | {cost} |')
+    for result in results:
+        clean, robust = percent(result.clean_acc, result.n), percent(result.robust_acc, result.n)
+        at = '' if result.attack == 'none' else f', {result.norm} {result.eps_text}'
+        cost = f'{result.hardware}, {hours(result.wall_time_s)}'
+        lines.append(f'| {result.attack_title}{at} | first {result.n} | {clean} | {robust} | {cost} |')
     lines += [
         '',
         'Percent, with one standard error of n images. The verdict on every image is in `flags/`. To repeat:',
         '',
     ]
-    lines += ['```bash']
-    for item in record['measurements']:
-        lines.append(_command(record['model'], item['result'], hyper))
-    lines.append('```')
-    if any(item['result']['attack'] == 'apgd' for item in record['measurements']):
+    lines += ['```bash', *[_command(result, hyper) for result in results], '```']
+    if any(result.attack == 'apgd' for result in results):
         lines += [
             '',
             'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
@@ -154,19 +147,31 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     return lines + [f'\n{note}' for note in measurement_notes(record)]
 
 
-def _command(name: str, result: dict[str, Any], hyper: dict[str, Any]) -> str:
+def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:
     """What repeats a measurement; images that training held out are known to the folder of its run alone."""
-    held_out = result['split'] == HELD_OUT
+    name, held_out = result.model, result.split == HELD_OUT
     words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {name}', '--data-dir DIR']
-    dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result['dataset']  # a folder's is its own name
-    words += [f'--dataset {dataset}'] if dataset != 'cifar10' and not held_out else []
-    words += [f'--split {result["split"]}'] if result['split'] != 'test' and not held_out else []
-    words.append(f'--attack {result["attack"]} -n {result["n"]}')
-    if result['attack'] != 'none':
-        words.append(
-            f'--eps {result["eps_text"]}' if held_out else f'--norm {result["norm"]} --eps {result["eps_text"]}'
-        )
-    return ' '.join([*words, f'--batch-size {result["batch_size"]} --seed {result["seed"]}'])
+    if not held_out:
+        dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result.dataset  # a folder's is its own name
+        words += [f'--dataset {dataset}'] if dataset != 'cifar10' else []
+        words += [f'--split {result.split}'] if result.split != 'test' else []
+    words.append(f'--attack {result.attack} -n {result.n}')
+    if result.attack != 'none':
+        words += [] if held_out else [f'--norm {result.norm}']
+        words.append(f'--eps {result.eps_text}')
+    return ' '.join([*words, f'--batch-size {result.batch_size} --seed {result.seed}'])
+
+
+def _limits(record: dict[str, Any]) -> list[str]:
+    """What the reader must not overlook."""
+    results = results_of(record)
+    lines = [f'- {note}' for note in record['training']['notes']]
+    warnings = dict.fromkeys(text for result in results for text in result.warnings)
+    lines += [f'- Evaluation warned: {text}' for text in warnings]
+    best = strongest(results)
+    if best is not None and best.n < 10_000:
+        lines.append(f'- Robust accuracy is known from {best.n} images only; mind the standard error.')
+    return [*lines, '- Robust against the threat models of the measurements above, and measured against no other.']
 
 
 def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
@@ -175,14 +180,15 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     origin = training['origins'][-1] if training['origins'] else {}
     loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if hyper['loss'] in ('trades', 'mart') else '')
     steps = f', {hyper["steps"]} steps' if hyper['attack'] in ('pgd', 'apgd') else ''
+    versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
-    lines = [
+    return [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
-        *[f'- From step {each["step"]:,} on: {changes_text(each["changes"])}.' for each in training.get('changes', [])],
+        *[f'- From step {each["step"]:,} on: {_changes(each["changes"])}.' for each in training.get('changes', [])],
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
-        f'versions: {versions_of(origin)}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
+        f'versions: {versions}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{_held_out(hyper)}; the test set was never looked at.',
         f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '
@@ -192,7 +198,6 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         f'timm-robust train model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
         '```',
     ]
-    return lines
 
 
 def _held_out(hyper: dict[str, Any]) -> str:
@@ -204,6 +209,6 @@ def _held_out(hyper: dict[str, Any]) -> str:
     return f'{what} held out of the training set'
 
 
-def changes_text(changes: dict[str, list[Any]]) -> str:
+def _changes(changes: dict[str, list[Any]]) -> str:
     """The settings and images that a resumed run changed, in words."""
     return ', '.join(f'{name} {now} instead of {was}' for name, (was, now) in changes.items())

@@ -7,11 +7,10 @@ from typing import Any
 
 from ..files import sha256
 from ..models import HYPER_PARAMETERS, load_model
-from ..results import RobustnessResult
 from ..threat_model import ThreatModel
 from ..weights import WEIGHTS, Release
 from .card import model_card
-from .record import FLAGS, RESULTS, read_results
+from .record import FLAGS, RESULTS, read_results, results_of, verdicts_file
 
 ORGANISATION = 'timm-robust'
 """Where the releases live on the Hub."""
@@ -36,7 +35,8 @@ def verify(folder: Path, record: dict[str, Any]) -> None:
     Raises:
         ValueError, FileNotFoundError: naming what is wrong.
     """
-    allowed = _FILES | {f'{FLAGS}/{item["key"]}.npz' for item in record['measurements']}
+    results = results_of(record)
+    allowed = _FILES | {verdicts_file(Path(), result).as_posix() for result in results}
     for path in folder.rglob('*'):
         if path.is_symlink():
             raise ValueError(f'{path} is a symbolic link; put the file itself there')
@@ -51,8 +51,8 @@ def verify(folder: Path, record: dict[str, Any]) -> None:
             f'{path} has SHA-256 {found}, {RESULTS} says {weights["sha256"]}; fetch both again, or stage the run again '
             'with --overwrite'
         )
-    for item in record['measurements']:
-        RobustnessResult(**item['result']).check_verdicts(folder / FLAGS / f'{item["key"]}.npz')
+    for result in results:
+        result.check_verdicts(verdicts_file(folder, result))
 
 
 def check_sums(folder: Path, record: dict[str, Any], known: Release | None, measured: bool) -> None:
@@ -68,6 +68,12 @@ def check_sums(folder: Path, record: dict[str, Any], known: Release | None, meas
             f'the table of releases has other weights of {record["model"]}, SHA-256 {known.sha256}; fetch it and '
             f'{folder} again, or stage the run again with --overwrite'
         )
+
+
+def sums_of(folder: Path) -> str:
+    """What SHA256SUMS says of a folder: digest and path of every other file."""
+    files = files_of(folder).items()
+    return ''.join(f'{sha256(file)}  {path}\n' for path, file in files if path != 'SHA256SUMS')
 
 
 def _read_sums(folder: Path) -> dict[str, str]:
@@ -109,10 +115,10 @@ def check_alike(record: dict[str, Any], dataset: str, split: str, threat_model: 
     """Refuse training images, and another data set, split or radius than those of the measurements before."""
     if split == 'train':
         raise ValueError(f'{record["model"]} was trained on such images; a release is measured with --split test')
-    for result in (item['result'] for item in record['measurements']):
-        there, wished = f'{result["dataset"]} {result["split"]}', f'{dataset} {split}'
-        if result['attack'] != 'none':
-            there, wished = f'{there} at {result["norm"]} {result["eps_text"]}', f'{wished} at {threat_model}'
+    for result in results_of(record):
+        there, wished = f'{result.dataset} {result.split}', f'{dataset} {split}'
+        if result.attack != 'none':
+            there, wished = f'{there} at {result.norm} {result.eps_text}', f'{wished} at {threat_model}'
         if there != wished:
             raise ValueError(
                 f'{record["model"]} was measured on {there}, and keeps to it, not {wished}; to begin anew, stage '

@@ -17,30 +17,18 @@ from ..weights import WEIGHTS, split_name
 
 
 def write_model(
-    model: nn.Module,
-    folder: Path,
-    name: str,
-    half: bool = True,
-    model_args: dict[str, Any] | None = None,
-    **provenance: str,
+    model: nn.Module, folder: Path, name: str, model_args: dict[str, Any] | None = None, **provenance: str
 ) -> None:
     """Write a model as a folder that timm loads with 'local-dir:': weights and config.json, or nothing.
 
     Args:
         model: one of timm's registry.
-        folder: to be made.
+        folder: to be made; one that is there is replaced.
         name: '<arch>.<tag>'.
-        half: store matrices and convolutions in fp16.
         model_args: what timm.create_model was given beside the name, for config.json; timm before 1.0.31 does not know.
         provenance: further entries of the file's metadata.
-
-    Raises:
-        ValueError: if the folder exists, or a weight is too large for fp16.
     """
-    if folder.exists():
-        raise ValueError(f'{folder} exists; name a new folder, or remove it')
-    weights = dict(model.state_dict())
-    content = weights_content(stored(weights) if half else weights, name, **provenance)
+    content = weights_content(model.state_dict(), name, **provenance)
     with atomic_folder(folder) as new:
         write_files(new, model, content, split_name(name)[1], model_args)
 

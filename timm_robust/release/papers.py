@@ -12,16 +12,8 @@ _DAI: Paper = ('Dai, Mahloujifar, Mittal 2021', '2110.05626')
 _XIE: Paper = ('Xie et al. 2020', '2006.14536')
 
 ACTIVATIONS: dict[str, tuple[Paper, ...]] = {
-    'pssilu': (_DAI,),
-    'psilu': (_DAI,),
-    'psoftplus': (_DAI,),
-    'prelu': (_DAI,),
-    'pprelu': (_DAI,),
-    'pelu': (_DAI,),
-    'reblu': (_DAI,),
-    'smoothrelu': (_XIE,),
-    'softplus10': (_XIE,),
-    'softplus': (_XIE,),
+    **dict.fromkeys(('pssilu', 'psilu', 'psoftplus', 'prelu', 'pprelu', 'pelu', 'reblu'), (_DAI,)),
+    **dict.fromkeys(('smoothrelu', 'softplus10', 'softplus'), (_XIE,)),
     'silu': (('Elfwing, Uchibe, Doya 2017', '1702.03118'), _XIE),
     'gelu': (('Hendrycks, Gimpel 2016', '1606.08415'), _XIE),
     'elu': (('Clevert, Unterthiner, Hochreiter 2015', '1511.07289'), _XIE),
@@ -31,7 +23,7 @@ ACTIVATIONS: dict[str, tuple[Paper, ...]] = {
 METHODS: dict[str, Paper] = {
     'pgd_at': ('Madry et al. 2018', '1706.06083'),
     'trades': ('Zhang et al. 2019', '1901.08573'),
-    'mart': ('Wang et al. 2020', 'openreview rklOg6EFwS'),
+    'mart': ('Wang et al. 2020', 'https://openreview.net/forum?id=rklOg6EFwS'),
     'n_fgsm': ('de Jorge et al. 2022', '2202.01181'),
     'fgsm': ('Wong, Rice, Kolter 2020', '2001.03994'),
     'awp': ('Wu, Xia, Wang 2020', '2004.05884'),
@@ -103,3 +95,8 @@ def papers_of(name: str, hyper: dict[str, Any]) -> list[Paper]:
     extra = extra_data_of(name, hyper)
     papers += extra.papers if extra else ()
     return list(dict.fromkeys([*papers, METHODS['autoattack']]))
+
+
+def paper_link(where: str) -> str:
+    """The address of a paper: its number on arXiv, or the address itself."""
+    return f'https://arxiv.org/abs/{where}' if where[0].isdigit() else where

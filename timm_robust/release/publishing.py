@@ -78,29 +78,27 @@ class Plan:
     """What a publication would do.
 
     Args:
-        name: '<arch>.<tag>'.
         repo: on the Hub.
         head: the commit that the branch is at; None if the repository is new.
         files: path -> 'new', 'changed', 'same' or 'gone'.
         tagged: the commit that the wished tag is at; None if there is no such tag.
         private: whether the repository is, or will be.
         branch: whether the branch is there.
-        notes: what else the reader should know.
+        note: what else the reader should know.
     """
 
-    name: str
     repo: str
     head: str | None
     files: dict[str, str]
     tagged: str | None = None
     private: bool = False
     branch: bool = True
-    notes: list[str] = field(default_factory=list)
+    note: str = ''
 
     @property
-    def changes(self) -> list[str]:
+    def changes(self) -> dict[str, str]:
         """The files that a commit would touch."""
-        return [path for path, what in self.files.items() if what != 'same']
+        return {path: what for path, what in self.files.items() if what != 'same'}
 
 
 @dataclass
@@ -157,32 +155,31 @@ def publish(
             than were sent.
         Exception: the client's, if the Hub cannot be reached or refuses.
     """
+    folder = folder.resolve()
     check(folder)
-    name = folder.resolve().name
-    find_release(folder, name, table)
-    repo = repo_of(name, options.org, table)
+    find_release(folder, table)
+    repo = repo_of(folder.name, options.org, table)
     validate_repo_id(repo)
     with bounded_waits(say):
-        return _publish(HfApi(library_name='timm_robust'), folder, name, repo, options, table, say)
+        return _publish(HfApi(library_name='timm_robust'), folder, repo, options, table, say)
 
 
 def _publish(
-    api: HfApi, folder: Path, name: str, repo: str, options: Options, table: Path, say: Callable[[str], object]
+    api: HfApi, folder: Path, repo: str, options: Options, table: Path, say: Callable[[str], object]
 ) -> Outcome:
     """What `publish` does, once the folder and the names are known to be right."""
     patiently(lambda: identify(api, repo, options.dry_run), say)
-    plan = patiently(lambda: make_plan(api, folder, name, repo, options), say)
-    outcome = Outcome(name, repo, 'planned', plan.head, {path: plan.files[path] for path in plan.changes})
-    outcome.message = ' '.join(plan.notes)
+    plan = patiently(lambda: make_plan(api, folder, repo, options), say)
+    outcome = Outcome(folder.name, repo, 'planned', plan.head, plan.changes, message=plan.note)
     for path, what in plan.files.items():
         say(f'{repo}: {what:8s}{path}')
     if options.dry_run:
         return outcome
     if plan.changes:
-        commit = upload(api, folder, plan, options, say)
+        commit, pull_request = upload(api, folder, plan, options, say)
         if options.create_pr:
-            return replace(outcome, status='proposed', commit=commit.oid, url=commit.pr_url)
-        outcome = replace(outcome, status='published', commit=commit.oid)
+            return replace(outcome, status='proposed', commit=commit, url=pull_request)
+        outcome = replace(outcome, status='published', commit=commit)
     elif not plan.branch:
         api.create_branch(repo, branch=options.revision, revision=plan.head, exist_ok=True)
         outcome = replace(outcome, status='published')
@@ -201,7 +198,7 @@ def _publish(
         raise
     outcome.tag, outcome.url = options.tag, without_password(f'{api.endpoint}/{repo}')
     if options.revision == 'main' and not plan.private:
-        note_commit(folder, name, repo, outcome.commit, table)
+        note_commit(folder, repo, outcome.commit, table)
     return outcome
 
 
@@ -229,7 +226,7 @@ def identify(api: HfApi, repo: str, dry_run: bool) -> None:
         raise Refused(f'{user["name"]} does not belong to {owner}, but to {", ".join(names)}; type --org NAME')
 
 
-def make_plan(api: HfApi, folder: Path, name: str, repo: str, options: Options) -> Plan:
+def make_plan(api: HfApi, folder: Path, repo: str, options: Options) -> Plan:
     """Compare the folder with the branch, by content hash; nothing is written.
 
     Raises:
@@ -240,15 +237,15 @@ def make_plan(api: HfApi, folder: Path, name: str, repo: str, options: Options) 
     except hub_errors.GatedRepoError:
         raise
     except hub_errors.RepositoryNotFoundError:
-        return Plan(name, repo, None, dict.fromkeys(files_of(folder), 'new'), private=options.private)
+        return Plan(repo, None, dict.fromkeys(files_of(folder), 'new'), private=options.private)
     refs = api.list_repo_refs(repo)
     heads = {branch.name: branch.target_commit for branch in refs.branches}
     tags = {tag.name: tag.target_commit for tag in refs.tags}
     head = heads.get(options.revision, heads.get('main'))
-    plan = Plan(name, repo, head, compare(api, folder, repo, head), tags.get(options.tag) if options.tag else None)
+    plan = Plan(repo, head, compare(api, folder, repo, head), tags.get(options.tag) if options.tag else None)
     plan.private, plan.branch = bool(info.private), options.revision in heads
     if options.private and not info.private:
-        plan.notes.append(f'{repo} exists and is public; --private does not change that.')
+        plan.note = f'{repo} exists and is public; --private does not change that.'
     if plan.files[WEIGHTS] == 'changed' and not options.overwrite:
         raise Refused(
             f'{repo} holds other weights under this name; type --overwrite to replace them, or name a new tag'
@@ -280,11 +277,13 @@ def same_content(file: Path, remote: Any) -> bool:
     return bool(remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
 
 
-def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable[[str], object]) -> Any:
+def upload(
+    api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable[[str], object]
+) -> tuple[str, str | None]:
     """One commit on the head of the plan; an answer that got lost is looked up before it counts as a failure.
 
     Returns:
-        An object with `oid` and `pr_url`.
+        The commit, and the address of the pull request, if that is what was asked for.
 
     Raises:
         Refused: if somebody else committed meanwhile.
@@ -295,11 +294,13 @@ def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable
     if options.revision != 'main':
         api.create_branch(plan.repo, branch=options.revision, revision=head, exist_ok=True)
     files = files_of(folder)
-    operations: list[Any] = [CommitOperationAdd(path, str(files[path])) for path in plan.changes if path in files]
-    operations += [CommitOperationDelete(path) for path, what in plan.files.items() if what == 'gone']
-    message = f'Publish {plan.name}' if plan.head is None else f'Update {plan.name}'
+    operations: list[Any] = [
+        CommitOperationDelete(path) if what == 'gone' else CommitOperationAdd(path, str(files[path]))
+        for path, what in plan.changes.items()
+    ]
+    message = f'Publish {folder.name}' if plan.head is None else f'Update {folder.name}'
     try:
-        return api.create_commit(
+        commit = api.create_commit(
             plan.repo,
             operations,
             commit_message=message,
@@ -307,6 +308,7 @@ def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable
             create_pr=options.create_pr,
             parent_commit=head,
         )
+        return commit.oid, commit.pr_url
     except Exception as error:  # connection errors are those of requests, httpx or httpx2, by the client's version
         if options.create_pr:
             raise
@@ -316,18 +318,10 @@ def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable
         if current == head:
             raise
         if set(compare(api, folder, plan.repo, current).values()) == {'same'}:
-            return _Commit(str(current))
+            return str(current), None
         raise Refused(
             f'somebody else committed to {plan.repo} meanwhile ({str(current)[:12]}); look at it, then repeat'
         ) from error
-
-
-@dataclass(frozen=True)
-class _Commit:
-    """A commit whose answer got lost."""
-
-    oid: str
-    pr_url: str | None = None
 
 
 def set_tag(api: HfApi, repo: str, tag: str, commit: str, say: Callable[[str], object]) -> None:
@@ -380,25 +374,25 @@ def verify(api: HfApi, folder: Path, repo: str, commit: str, say: Callable[[str]
                 raise ValueError(f'{repo}@{commit[:12]}: {path} came back with other bytes; do not announce it')
 
 
-def note_commit(folder: Path, name: str, repo: str, commit: str, table: Path) -> None:
+def note_commit(folder: Path, repo: str, commit: str, table: Path) -> None:
     """Write repository and commit into the table of releases.
 
     Raises:
         ValueError: if the table is of other weights.
     """
-    old = find_release(folder, name, table)
+    old = find_release(folder, table)
     new = replace(old, repo=repo, commit=commit)
     if new != old:
-        write_table(read_table(table) | {name: new}, table)
+        write_table(read_table(table) | {new.name: new}, table)
 
 
-def find_release(folder: Path, name: str, table: Path) -> Release:
+def find_release(folder: Path, table: Path) -> Release:
     """The entry of these weights in the table of releases.
 
     Raises:
         ValueError: if the table is of other weights.
     """
-    release = read_table(table).get(name)
+    release = read_table(table).get(folder.name)
     if release is None or release.sha256 != sha256(folder / WEIGHTS):
-        raise ValueError(f'{table} does not hold these weights of {name}; type: timm-robust render')
+        raise ValueError(f'{table} does not hold these weights of {folder.name}; type: timm-robust render')
     return release

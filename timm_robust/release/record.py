@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..models import HYPER_PARAMETERS, read_hyper_parameters
-from ..results import RobustnessResult, check_types, read_object
+from ..results import ATTACKS, RobustnessResult, check_types, read_object
 from ..threat_model import LEADERBOARD_EPS
 from ..weights import split_name
 
@@ -28,12 +28,21 @@ _TRAINING = {
 _ORIGIN = {'hardware': str, 'versions': dict[str, str | None]}
 
 
-def read_staged(path: Path) -> dict[str, Any]:
-    """results.json of a staged model: 'model', 'weights', 'training' and 'measurements', every value of its type.
+RESULTS, FLAGS = 'results.json', 'flags'
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The record of a staged model: 'model', 'weights', 'training' and 'measurements', every value of its type.
+
+    Each of 'measurements' has a 'key', such as 'pgd_1000', a 'note' or None, and its 'result', a RobustnessResult.
 
     Raises:
-        ValueError: naming what is wrong.
+        FileNotFoundError: if nothing is staged there.
+        ValueError: if the record is damaged, or of another model than its folder.
     """
+    path = folder / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} does not exist; type: timm-robust stage RUN {folder.name}')
     record = read_object(path)
     check_types(record, _STAGED, str(path))
     check_types(record['weights'], _WEIGHTS, f'{path}, weights')
@@ -45,25 +54,7 @@ def read_staged(path: Path) -> dict[str, Any]:
         result = RobustnessResult.from_dict(item['result'], f'{path}, {item["key"]}')
         if item['key'] != f'{result.attack}_{result.n}' or result.model != record['model']:
             raise ValueError(f'{path}: {item["key"]} is of {result.attack} on {result.n} images of {result.model}')
-        item['result'] = asdict(result)
-    return record
-
-
-RESULTS, FLAGS = 'results.json', 'flags'
-_ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')  # the strongest first
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """The record of a staged model: 'model', 'weights', 'training' and 'measurements'.
-
-    Raises:
-        FileNotFoundError: if nothing is staged there.
-        ValueError: if the record is damaged, or of another model than its folder.
-    """
-    path = folder / RESULTS
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist; type: timm-robust stage RUN {folder.name}')
-    record = read_staged(path)
+        item['result'] = result
     split_name(record['model'])
     if record['model'] != folder.resolve().name:
         raise ValueError(f'{path} is of {record["model"]}; a folder has the name of its model')
@@ -95,42 +86,29 @@ def read_hyper(folder: Path) -> dict[str, Any]:
     settings = read_hyper_parameters(folder)
     check_types(settings, _HYPER, str(folder / HYPER_PARAMETERS))
     if settings['norm'] not in LEADERBOARD_EPS:
-        raise ValueError(f'{folder / HYPER_PARAMETERS}: norm {settings["norm"]!r} is none')
+        raise ValueError(f'{folder / HYPER_PARAMETERS}: norm {settings["norm"]!r} is unknown; allowed: Linf, L2')
     return settings
 
 
-def strongest(record: dict[str, Any]) -> dict[str, Any] | None:
-    """The measurement with the strongest attack, among equals that on most images; None if there is none."""
-    attacked = [item for item in record['measurements'] if item['result']['attack'] != 'none']
-    return min(attacked, key=lambda m: (_ATTACKS.index(m['result']['attack']), -m['result']['n']), default=None)
+def results_of(record: dict[str, Any]) -> list[RobustnessResult]:
+    """What was measured of a staged model."""
+    return [item['result'] for item in record['measurements']]
 
 
-def robust_acc(result: dict[str, Any]) -> float | None:
-    """Share of images that resist the strongest attack of a measurement; None where none ran."""
-    keys = {'autoattack': 'autoattack_acc', 'apgd': 'apgd_acc', 'pgd': 'pgd_acc'}
-    return result[keys[result['attack']]] if result['attack'] in keys else None
+def verdicts_file(folder: Path, result: RobustnessResult) -> Path:
+    """Where a staged model keeps the verdict on every image of a measurement."""
+    return folder / FLAGS / f'{result.attack}_{result.n}.npz'
 
 
-def attack_title(result: dict[str, Any]) -> str:
-    """What the strongest attack of a measurement is called; the first two of AutoAttack are never called AutoAttack."""
-    titles = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': f'PGD-{result.get("steps")}'}
-    return {**titles, 'none': 'clean'}[result['attack']]
+def strongest(results: Iterable[RobustnessResult]) -> RobustnessResult | None:
+    """The measurement with the strongest attack, among equals that on most images; None where none attacked."""
+    attacked = [result for result in results if result.attack != 'none']
+    return min(attacked, key=lambda result: (ATTACKS.index(result.attack), -result.n), default=None)
 
 
 def measurement_notes(record: dict[str, Any]) -> list[str]:
     """What was noted of the images of its measurements."""
     return list(dict.fromkeys(item['note'] for item in record['measurements'] if item['note']))
-
-
-def limits(record: dict[str, Any]) -> list[str]:
-    """What the reader must not overlook."""
-    lines = [f'- {note}' for note in record['training']['notes']]
-    warnings = dict.fromkeys(text for item in record['measurements'] for text in item['result']['warnings'])
-    lines += [f'- Evaluation warned: {text}' for text in warnings]
-    best = strongest(record)
-    if best is not None and best['result']['n'] < 10_000:
-        lines.append(f'- Robust accuracy is known from {best["result"]["n"]} images only; mind the standard error.')
-    return [*lines, '- Robust against the threat models of the measurements above, and measured against no other.']
 
 
 def percent(share: float | None, n: int) -> str:
@@ -151,13 +129,3 @@ def hours(seconds: float) -> str:
         if seconds >= size:
             return f'{seconds / size:.1f} {unit}'
     return f'{seconds:.0f} seconds'
-
-
-def versions_of(origin: dict[str, Any]) -> str:
-    """The packages of a start of a training, with their versions."""
-    return ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
-
-
-def paper_link(where: str) -> str:
-    """The address of a paper: its number on arXiv, or the address itself."""
-    return f'https://arxiv.org/abs/{where}' if where[0].isdigit() else where

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..results import ATTACKS, read_object
+from ..results import ATTACKS, RobustnessResult, read_object
 from ..threat_model import LEADERBOARD_EPS
 from .record import (
-    FLAGS,
     RESULTS,
-    attack_title,
     hours,
     measurement_notes,
     percent,
     read_results,
-    robust_acc,
+    results_of,
     trained_on,
+    verdicts_file,
 )
 
 README_START, README_END = '<!-- weights: made by timm-robust render -->', '<!-- end of weights -->'
@@ -48,27 +48,21 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     lines += ['', '## Does PSSiLU help?', '', *_question(cards, records)]
     if recipes is not None and (recipes.parent / PILOT).is_file():
         lines += ['', '## Do smaller images first pay?', '', *_stages(read_object(recipes.parent / PILOT))]
-    if recipes is not None and recipes.is_dir():
-        done = {record['model'] for record in records}
-        waiting = [path for path in sorted(recipes.glob('*.*.yaml')) if path.stem not in done]
-        if waiting:
-            lines += ['', '## What has not run', '']
-            lines += [
-                'Each with the command that runs it (the head of the file says on what,',
-                'and for how long):',
-                '',
-            ]
-        lines += [f'- `timm-robust train {path.stem} --data-dir DIR`' for path in waiting]
+    done = {record['model'] for record in records}
+    waiting = [path.stem for path in sorted(recipes.glob('*.*.yaml')) if path.stem not in done] if recipes else []
+    if waiting:
+        lines += ['', '## What has not run', '']
+        lines += ['Each with the command that runs it (the head of the file says on what,', 'and for how long):', '']
+        lines += [f'- `timm-robust train {name} --data-dir DIR`' for name in waiting]
     return '\n'.join([*lines, ''])
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = _RESAMPLES) -> tuple[float, float, float]:
+def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Mean of a - b over images, and its 95 % interval by a paired bootstrap (percentiles, seed 0).
 
     Args:
         a: verdicts [n] of one model, True where it is right under attack.
         b: verdicts [n] of the other on the same images.
-        resamples: how often the images are drawn again.
 
     Raises:
         ValueError: if the two are not of the same images.
@@ -77,7 +71,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = _RESAMPLES)
         raise ValueError(f'verdicts on {len(a)} and {len(b)} images cannot be paired; measure both on the same')
     difference = a.astype(float) - b.astype(float)
     values, counts = np.unique(difference, return_counts=True)  # resampling images is drawing from their counts
-    draws = np.random.default_rng(0).multinomial(len(a), counts / len(a), size=resamples)
+    draws = np.random.default_rng(0).multinomial(len(a), counts / len(a), size=_RESAMPLES)
     low, high = np.percentile(draws @ values / len(a), [2.5, 97.5])
     return float(difference.mean()), float(low), float(high)
 
@@ -86,11 +80,10 @@ def weights_table(records: list[dict[str, Any]]) -> list[str]:
     """The released models for the README: of each attack the measurement on most images, the strongest attack first."""
     lines = ['| `timm.create_model(NAME, pretrained=True)` | clean | robust | trained in |', '|---|---|---|---|']
     for record in records:
-        results = sorted((item['result'] for item in record['measurements']), key=lambda result: result['n'])
-        attacked = {attack_title(result): result for result in results if result['attack'] != 'none'}
-        strongest_first = sorted(attacked.values(), key=lambda result: ATTACKS.index(result['attack']))
-        robust = [f'{attack_title(one)}{_at(one)} {_share(robust_acc(one), one["n"])}' for one in strongest_first]
-        clean = _share(results[-1]['clean_acc'], results[-1]['n']) if results else ''
+        results = sorted(results_of(record), key=lambda result: result.n)
+        attacked = {result.attack_title: result for result in results if result.attack != 'none'}
+        robust = [_robust(one, ' %') for one in sorted(attacked.values(), key=lambda one: ATTACKS.index(one.attack))]
+        clean = f'{percent(results[-1].clean_acc, results[-1].n)} % (n {results[-1].n})' if results else ''
         training = record['training']
         lines.append(
             f'| `{record["model"]}` | {clean} | {"; ".join(robust)} | {hours(training["seconds"])}, '
@@ -99,26 +92,25 @@ def weights_table(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _share(share: float | None, n: int) -> str:
-    return f'{percent(share, n)} % (n {n})'
-
-
 def _row(record: dict[str, Any]) -> str:
     """A model's line of RESULTS.md."""
     training, activation = record['training'], record['training']['activation']
-    clean = max((m['result'] for m in record['measurements']), key=lambda result: result['n'], default=None)
-    cell = '' if clean is None else f'{percent(clean["clean_acc"], clean["n"])} (n {clean["n"]})'
-    robust = [
-        f'{attack_title(result)}{_at(result)} {percent(robust_acc(result), result["n"])} (n {result["n"]})'
-        for result in (item['result'] for item in record['measurements'])
-        if result['attack'] != 'none'
-    ]
+    results = results_of(record)
+    most = max(results, key=lambda result: result.n, default=None)
+    clean = '' if most is None else f'{percent(most.clean_acc, most.n)} (n {most.n})'
+    robust = [_robust(result) for result in results if result.attack != 'none']
     shape = [f'{activation[key]:.4g}' if key in activation else '' for key in ('alpha', 'beta')]
     return (
-        f'| [{record["model"]}]({record["model"]}) | {cell} | {"; ".join(robust)} | {training["epochs"]} epochs, '
+        f'| [{record["model"]}]({record["model"]}) | {clean} | {"; ".join(robust)} | {training["epochs"]} epochs, '
         f'{hours(training["seconds"])}, {trained_on(training)} | {training["images_per_s"]:g} | {shape[0]} | '
         f'{shape[1]} |'
     )
+
+
+def _robust(result: RobustnessResult, unit: str = '') -> str:
+    """What an attack found; at which radius, where it is not the leaderboard's."""
+    at = '' if result.eps_text == LEADERBOARD_EPS[result.norm] else f' at {result.norm} {result.eps_text}'
+    return f'{result.attack_title}{at} {percent(result.robust_acc, result.n)}{unit} (n {result.n})'
 
 
 def _stages(pilot: dict[str, Any]) -> list[str]:
@@ -146,11 +138,6 @@ def _stages(pilot: dict[str, Any]) -> list[str]:
     return [*lines, '', f'{gain}: clean {clean}, PGD-10 {robust}.']
 
 
-def _at(result: dict[str, Any]) -> str:
-    """The radius of a measurement, where it is not the leaderboard's."""
-    return '' if result['eps_text'] == LEADERBOARD_EPS[result['norm']] else f' at {result["norm"]} {result["eps_text"]}'
-
-
 def _question(cards: Path, records: list[dict[str, Any]]) -> list[str]:
     """PSSiLU against every other activation, at equal recipe and equal images."""
     lines = [
@@ -162,37 +149,36 @@ def _question(cards: Path, records: list[dict[str, Any]]) -> list[str]:
         '| recipe | against | attack | n | PSSiLU | other | difference |',
         '|---|---|---|---|---|---|---|',
     ]
-    by_name, rows = {record['model']: record for record in records}, []
-    for name, record in by_name.items():
-        arch, _, tag = name.partition('.')
+    rows = []
+    for record in records:
+        arch, _, tag = record['model'].partition('.')
         family, _, act = arch.rpartition('_')
         if act != 'pssilu':
             continue
-        others = [by_name[other] for other in by_name if other.startswith(f'{family}_') and other != name]
-        for other in (record for record in others if record['model'].partition('.')[2] == tag):
-            theirs = {item['key']: item['result'] for item in other['measurements']}
-            for item in record['measurements']:
-                if item['result']['attack'] != 'none' and _alike(item['result'], theirs.get(item['key'])):
-                    rows.append(_pair(cards, name, other['model'], item))
+        for other in records:
+            other_arch, _, other_tag = other['model'].partition('.')
+            if other is not record and other_arch.startswith(f'{family}_') and other_tag == tag:
+                pairs = itertools.product(results_of(record), results_of(other))
+                rows += [_pair(cards, ours, theirs) for ours, theirs in pairs if _alike(ours, theirs)]
     return lines + (rows or ['| none yet | | | | | | |'])
 
 
-def _alike(result: dict[str, Any], other: dict[str, Any] | None) -> bool:
-    """Whether two measurements are of the same images by the same attack."""
+def _alike(ours: RobustnessResult, theirs: RobustnessResult) -> bool:
+    """Whether two measurements are of the same images under the same attack."""
     keys = ('attack', 'n', 'data_sha256', 'split', 'norm', 'eps', 'steps', 'restarts', 'batch_size', 'seed')
-    return other is not None and all(result.get(key) == other.get(key) for key in keys)
+    return ours.attack != 'none' and all(getattr(ours, key) == getattr(theirs, key) for key in keys)
 
 
-def _pair(cards: Path, name: str, other: str, item: dict[str, Any]) -> str:
+def _pair(cards: Path, ours: RobustnessResult, theirs: RobustnessResult) -> str:
     """A line of the comparison, with its verdict."""
     verdicts = []
-    for model in (name, other):
-        with np.load(cards / model / FLAGS / f'{item["key"]}.npz', allow_pickle=False) as flags:
+    for result in (ours, theirs):
+        with np.load(verdicts_file(cards / result.model, result), allow_pickle=False) as flags:
             verdicts.append(flags['robust'])
     difference, low, high = (100 * value for value in paired_difference(*verdicts))
     found = 'higher' if low > 0 else 'lower' if high < 0 else 'no difference shown'
     a, b = (100 * verdict.mean() for verdict in verdicts)
     return (
-        f'| {name.partition(".")[2]} | {other.partition(".")[0]} | {attack_title(item["result"])} | '
-        f'{item["result"]["n"]} | {a:.2f} | {b:.2f} | {difference:+.2f} ({low:+.2f} to {high:+.2f}): {found} |'
+        f'| {ours.model.partition(".")[2]} | {theirs.model.partition(".")[0]} | {ours.attack_title} | {ours.n} | '
+        f'{a:.2f} | {b:.2f} | {difference:+.2f} ({low:+.2f} to {high:+.2f}): {found} |'
     )

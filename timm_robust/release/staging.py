@@ -27,9 +27,9 @@ from ..threat_model import ThreatModel, parse_eps
 from ..training import Recipe
 from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
 from .card import model_card
-from .folder import ORGANISATION, check_alike, check_sums, files_of, verify
+from .folder import ORGANISATION, check_alike, check_sums, sums_of, verify
 from .model_files import stored, weights_content, write_files
-from .record import FLAGS, RESULTS, read_hyper, read_results, strongest
+from .record import FLAGS, RESULTS, read_hyper, read_results, results_of, strongest, verdicts_file
 from .results_page import README_END, README_START, results_page, weights_table
 
 _PICTURED = 6
@@ -149,8 +149,9 @@ def measure(
     before = read_results(folder)
     verify(folder, before)
     name, hyper = before['model'], read_hyper(folder)
-    there = [item['result']['eps'] for item in before['measurements'] if item['result']['attack'] != 'none']
-    threat_model = ThreatModel(hyper['norm'], parse_eps(eps if eps is not None else [*there, hyper['eps']][0]))
+    if eps is None:
+        eps = next((result.eps for result in results_of(before) if result.attack != 'none'), hyper['eps'])
+    threat_model = ThreatModel(hyper['norm'], parse_eps(eps))
     threat_model.check_scale()
     check_alike(before, data.name, settings.get('split', 'test'), threat_model)
     check_output(folder / RESULTS)
@@ -164,17 +165,16 @@ def measure(
     if record['weights'] != before['weights']:
         raise ValueError(f'{folder} got other weights while these were measured; type the same again')
     check_alike(record, result.dataset, result.split, threat_model)
-    key = f'{result.attack}_{result.n}'
-    (folder / FLAGS).mkdir(exist_ok=True)
-    with atomic_file(folder / FLAGS / f'{key}.npz') as file:
+    verdicts = verdicts_file(folder, result)
+    verdicts.parent.mkdir(exist_ok=True)
+    with atomic_file(verdicts) as file:
         arrays: dict[str, Any] = {item: value.cpu().numpy() for item, value in tensors.items() if value.ndim == 1}
         np.savez_compressed(file, **arrays)
-    measurements = [item for item in record['measurements'] if item['key'] != key]
-    measurements.append({'key': key, 'note': note, 'result': asdict(result)})
-    record['measurements'] = sorted(measurements, key=lambda item: (item['result']['attack'], item['result']['n']))
+    measurements = [item for item in record['measurements'] if item['key'] != verdicts.stem]
+    measurements.append({'key': verdicts.stem, 'note': note, 'result': result})
+    record['measurements'] = sorted(measurements, key=lambda item: (item['result'].attack, item['result'].n))
     _write_json(folder / RESULTS, record)
-    best = strongest(record)
-    if best is not None and best['key'] == key:
+    if strongest(results_of(record)) is result:
         x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
         x = data.pixels(slice(0, len(y))).cpu()
         adversarial_figure(folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, data.classes, threat_model)
@@ -202,14 +202,13 @@ def render(
     folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
     known = read_table(table) if table.is_file() else {}
     releases = dict(known)  # those without a folder here stay
-    for folder in folders:
-        record = read_results(folder)
+    records = [read_results(folder) for folder in folders]
+    for folder, record in zip(folders, records, strict=True):
         verify(folder, record)
         check_sums(folder, record, known.get(record['model']), record['model'] == measured)
-    for folder in folders:
-        record = read_results(folder)
-        name, weights, best = record['model'], record['weights'], strongest(record)
-        accuracy = best['result']['autoattack_acc'] if best else None
+    for folder, record in zip(folders, records, strict=True):
+        name, weights, best = record['model'], record['weights'], strongest(results_of(record))
+        accuracy = best.autoattack_acc if best else None
         old = known.get(name)
         kept = old if old is not None and old.sha256 == weights['sha256'] else None
         releases[name] = Release(
@@ -222,25 +221,23 @@ def render(
         )
         _add_robustness(folder, record)
         _write(folder / 'README.md', model_card(folder))
-        files = {path: file for path, file in files_of(folder).items() if path != 'SHA256SUMS'}
-        _write(folder / 'SHA256SUMS', ''.join(f'{sha256(file)}  {path}\n' for path, file in files.items()))
+        _write(folder / 'SHA256SUMS', sums_of(folder))
     write_table(releases, table)
     _write(cards / 'RESULTS.md', results_page(cards, recipes))
     readme = cards.parent / 'README.md'
     if readme.is_file() and README_START in (text := readme.read_text(encoding='utf-8')):
         before, _, rest = text.partition(README_START)
         after = rest.partition(README_END)[2]
-        table_lines = weights_table([read_results(folder) for folder in folders])
-        _write(readme, '\n'.join([before + README_START, *table_lines, README_END + after]))
+        _write(readme, '\n'.join([before + README_START, *weights_table(records), README_END + after]))
     return folders
 
 
 def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
     """The robustness block of config.json: what the strongest measurement found."""
     path = folder / 'config.json'
-    config, best = read_object(path), strongest(record)
+    config, best = read_object(path), strongest(results_of(record))
     keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
-    config['robustness'] = {key: best['result'][key] for key in keys} if best else None
+    config['robustness'] = {key: getattr(best, key) for key in keys} if best else None
     _write(path, json.dumps(config, indent=2))
 
 
@@ -254,7 +251,7 @@ def _license() -> str:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    _write(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+    _write(path, json.dumps(record, indent=2, allow_nan=False, default=asdict) + '\n')
 
 
 def _write(path: Path, text: str) -> None:

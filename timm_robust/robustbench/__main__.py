@@ -86,6 +86,7 @@ def _parser() -> Parser:
     parser = Parser('python -m timm_robust.robustbench', description='The door to RobustBench.')
     commands = parser.add_subparsers(dest='command', required=True)
     one = commands.add_parser('benchmark', help="RobustBench's own benchmark() on our model and local images")
+    one.set_defaults(run=_run_benchmark)
     one.add_argument('name', help='registry name, checkpoint file or folder')
     one.add_argument('--data-dir', required=True, help='folder that holds the data, or CIFAR-10-C/')
     one.add_argument('--dataset', default='cifar10', choices=('cifar10', 'cifar100'))
@@ -95,33 +96,28 @@ def _parser() -> Parser:
     one.add_argument('--batch-size', type=count, default=250)
     one.add_argument('--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N')
     one.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    one.set_defaults(run=_run_benchmark)
-    two = commands.add_parser('convert', help="RobustBench's .pt to a folder of ours, or the way back")
-    two.add_argument('entry', help=f'entry of the zoo: {", ".join(LINF)}')
-    two.add_argument('source', help='.pt file; for the way back our folder or checkpoint')
-    two.add_argument('target', help='folder to write; for the way back a .pt file')
-    two.set_defaults(run=_run_convert)
-    three = commands.add_parser('fetch', help='download an entry of the zoo and convert it')
-    three.add_argument('entry')
-    three.add_argument('target', help='folder to write')
-    three.set_defaults(run=_run_fetch)
-    four = commands.add_parser('compare', help="a staged model beside RobustBench's published entries")
-    four.add_argument('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
-    four.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
-    four.set_defaults(run=_run_compare)
-    five = commands.add_parser('submission', help='write a folder that submits a staged model')
-    five.add_argument('name', help='<arch>.<tag>')
-    five.add_argument('target', help='folder to write')
-    five.add_argument('--data-dir', required=True, help='holds the official cifar-10-batches-py')
-    five.add_argument(
-        '--paper',
-        required=True,
-        metavar='FILE.yaml',
-        help='link, name, authors, venue, footnote, additional_data',
-    )
-    five.set_defaults(run=_run_submission)
-    for one in (four, five):
-        one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
+    one = commands.add_parser('convert', help="RobustBench's .pt to a folder of ours, or the way back")
+    one.set_defaults(run=_run_convert)
+    one.add_argument('entry', help=f'entry of the zoo: {", ".join(LINF)}')
+    one.add_argument('source', help='.pt file; for the way back our folder or checkpoint')
+    one.add_argument('target', help='folder to write; for the way back a .pt file')
+    one = commands.add_parser('fetch', help='download an entry of the zoo and convert it')
+    one.set_defaults(run=_run_fetch)
+    one.add_argument('entry')
+    one.add_argument('target', help='folder to write')
+    one = commands.add_parser('compare', help="a staged model beside RobustBench's published entries")
+    one.set_defaults(run=_run_compare)
+    one.add_argument('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
+    one.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
+    one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
+    one = commands.add_parser('submission', help='write a folder that submits a staged model')
+    one.set_defaults(run=_run_submission)
+    one.add_argument('name', help='<arch>.<tag>')
+    one.add_argument('target', help='folder to write')
+    one.add_argument('--data-dir', required=True, help='holds the official cifar-10-batches-py')
+    paper = 'link, name, authors, venue, footnote, additional_data'
+    one.add_argument('--paper', required=True, metavar='FILE.yaml', help=paper)
+    one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
     return parser
 
 

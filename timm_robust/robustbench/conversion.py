@@ -43,14 +43,7 @@ def convert(name: str, source: str | Path, target: str | Path) -> Path:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f'{source} is not {name}: {" ".join(str(error).split())[:400]}') from None
-    write_model(
-        model,
-        target,
-        release_name(name, entry),
-        model_args=entry.model_kwargs,
-        half=False,
-        source=f'RobustBench {name}',
-    )
+    write_model(model, target, release_name(name, entry), entry.model_kwargs, source=f'RobustBench {name}')
     return target
 
 

@@ -11,8 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_file
-from ..release import ExtraData, attack_title, extra_data_of, percent, read_hyper, read_results, robust_acc
+from ..plots import new_figure, save_figure
+from ..release import (
+    extra_data_of,
+    measurement_notes,
+    percent,
+    read_hyper,
+    read_results,
+    results_of,
+    strongest,
+)
+from ..results import RobustnessResult
 from ..threat_model import LEADERBOARD_EPS, parse_eps
 
 TABLE = Path(__file__).with_name('published.json')
@@ -42,60 +51,57 @@ def compare(folder: Path) -> str:
         ValueError: if nothing was measured that the leaderboard measures.
     """
     record, ours = _measured(folder)
-    entries, robust = entries_of(ours['dataset'], ours['norm']), 100 * float(robust_acc(ours) or 0)
+    entries, robust = entries_of(ours.dataset, ours.norm), 100 * float(ours.robust_acc or 0)
     rank = sum(entry['robust_acc'] > robust for entry in entries)
-    extra = extra_data_of(record['model'], read_hyper(folder))
-    size = record['model'].partition('_')[0]  # 'resnet18', 'wrn28'
+    extra = extra_data_of(ours.model, read_hyper(folder))
+    arch = ours.model.partition('.')[0]
+    kind = '' if ours.attack == 'autoattack' else f' ({ours.attack_title})'
+    own = (
+        f'| **{rank + 1}** | **{ours.model}** | {arch} | {percent(ours.clean_acc, ours.n)} | '
+        f'{percent(ours.robust_acc, ours.n)}{kind} | {ours.n} | {extra.text if extra else "no"} |'
+    )
     lines = ['| place | model | network | clean | AutoAttack | n | extra data |', '|---|---|---|---|---|---|---|']
     for place, entry in enumerate(entries):
         if place == rank:
-            lines.append(_our_row(record, ours, rank, extra))
-        if abs(place - rank) <= _NEAR or _same_size(size, entry['architecture']):
+            lines.append(own)
+        if abs(place - rank) <= _NEAR or _same_size(arch, entry['architecture']):
             more = 'yes' if entry['additional_data'] else 'no'
             lines.append(
                 f'| {place + 1} | {entry["name"]} | {entry["architecture"]} | {entry["clean_acc"]:.2f} | '
                 f'{entry["robust_acc"]:.2f} | 10000 | {more} |'
             )
     if rank == len(entries):
-        lines.append(_our_row(record, ours, rank, extra))
-    notes = [*record['training']['notes'], *(item['note'] for item in record['measurements'] if item['note'])]
+        lines.append(own)
+    notes = dict.fromkeys([*record['training']['notes'], *measurement_notes(record)])
     lines += [
         '',
-        f'Published: {len(entries)} entries, 10,000 official test images each. Ours: the first {ours["n"]} images,',
+        f'Published: {len(entries)} entries, 10,000 official test images each. Ours: the first {ours.n} images,',
+        f'{ours.attack_title}, ± one standard error. ' + ' '.join(notes),
     ]
-    lines += [f'{attack_title(ours)}, ± one standard error. ' + ' '.join(dict.fromkeys(notes))]
     if extra:
         lines += ['RobustBench counts generated images as no extra data and names them in a footnote.']
     return '\n'.join(lines)
 
 
-def _measured(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _measured(folder: Path) -> tuple[dict[str, Any], RobustnessResult]:
     """A staged model's record, and its measurement that the leaderboard's compares with."""
     record = read_results(folder)
-    results = [item['result'] for item in record['measurements'] if item['result']['attack'] in ('autoattack', 'apgd')]
+    results = [result for result in results_of(record) if result.attack in ('autoattack', 'apgd')]
     if not results:
         raise ValueError(
             f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
             f'timm-robust measure {record["model"]} --data-dir DIR --attack apgd -n 1000'
         )
-    results = [one for one in results if at_leaderboard_eps(one)]
-    if not results:
+    best = strongest(result for result in results if at_leaderboard_eps(result))
+    if best is None:
         raise ValueError(other_eps(record))
-    return record, min(results, key=lambda result: (result['attack'] != 'autoattack', -result['n']))
+    return record, best
 
 
-def _same_size(size: str, architecture: str) -> bool:
-    """Whether an entry's network is of our size: ResNet-18, WRN-28-10."""
-    text = architecture.lower().replace('-', '').replace(' ', '')
+def _same_size(arch: str, architecture: str) -> bool:
+    """Whether an entry's network is of our size: 'ResNet-18' for resnet18_silu, 'WideResNet-28-10' for wrn28_10_elu."""
+    size, text = arch.partition('_')[0], architecture.lower().replace('-', '').replace(' ', '')
     return text.endswith(size) if size == 'resnet18' else size.replace('wrn', 'wideresnet') in text
-
-
-def _our_row(record: dict[str, Any], ours: dict[str, Any], rank: int, extra: ExtraData | None) -> str:
-    clean, robust = percent(ours['clean_acc'], ours['n']), percent(robust_acc(ours), ours['n'])
-    kind = '' if ours['attack'] == 'autoattack' else ' (APGD-CE + APGD-T)'
-    name, more = record['model'], extra.text if extra else 'no'
-    start = f'| **{rank + 1}** | **{name}** | {name.partition(".")[0]} | {clean} | {robust}{kind}'
-    return f'{start} | {ours["n"]} | {more} |'
 
 
 def draw(folders: Sequence[Path], path: str | Path) -> None:
@@ -108,43 +114,40 @@ def draw(folders: Sequence[Path], path: str | Path) -> None:
     Raises:
         ValueError: if they were measured against several, or one as the leaderboard measures was not.
     """
-    from matplotlib.figure import Figure
-
-    found = [_measured(folder) for folder in folders]
-    threats = {(ours['dataset'], ours['norm'], ours['eps_text']) for _, ours in found}
+    found = [_measured(folder)[1] for folder in folders]
+    threats = {(ours.dataset, ours.norm, ours.eps_text) for ours in found}
     if len(threats) != 1:
         raise ValueError(f'one picture shows one threat model, not {sorted(threats)}; name models that share theirs')
     [(dataset, norm, eps)] = threats
-    figure = Figure(figsize=(6.4, 4.0), layout='constrained')
+    figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
     for extra, marker in ((False, 'o'), (True, '^')):
         part = [entry for entry in entries_of(dataset, norm) if bool(entry['additional_data']) == extra]
         label = 'RobustBench, extra data' if extra else 'RobustBench'
         points = [entry['clean_acc'] for entry in part], [entry['robust_acc'] for entry in part]
         axis.plot(*points, marker, color='0.7', markersize=4, label=label)
-    for (record, ours), color in zip(found, itertools.cycle(_COLORS), strict=False):
-        n, shares = ours['n'], (ours['clean_acc'], float(robust_acc(ours) or 0))
-        errors = [100 * (share * (1 - share) / n) ** 0.5 for share in shares]
-        label = f'{record["model"]} ({attack_title(ours)}, n {n})'
+    for ours, color in zip(found, itertools.cycle(_COLORS), strict=False):
+        shares = ours.clean_acc, float(ours.robust_acc or 0)
         x, y = (100 * share for share in shares)
-        axis.errorbar([x], [y], xerr=errors[0], yerr=errors[1], fmt='*', color=color, markersize=11, label=label)
+        xerr, yerr = (100 * (share * (1 - share) / ours.n) ** 0.5 for share in shares)
+        label = f'{ours.model} ({ours.attack_title}, n {ours.n})'
+        axis.errorbar([x], [y], xerr=xerr, yerr=yerr, fmt='*', color=color, markersize=11, label=label)
     axis.set_xlabel('clean accuracy (%)')
     axis.set_ylabel('AutoAttack accuracy (%)')
     axis.set_title(f'{dataset}, {norm} {eps}', fontsize=10)
     axis.legend(fontsize=7)
-    with atomic_file(path) as file:
-        figure.savefig(file, format=Path(path).suffix.lstrip('.') or 'png', dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
-def at_leaderboard_eps(result: dict[str, Any]) -> bool:
+def at_leaderboard_eps(result: RobustnessResult) -> bool:
     """Whether a measurement is of the leaderboard's radius; in L2 128/255 counts as 0.5 there."""
-    tolerance = 0.003 if result['norm'] == 'L2' else 1e-6
-    return abs(parse_eps(result['eps_text']) - parse_eps(LEADERBOARD_EPS[result['norm']])) < tolerance
+    tolerance = 0.003 if result.norm == 'L2' else 1e-6
+    return abs(parse_eps(result.eps_text) - parse_eps(LEADERBOARD_EPS[result.norm])) < tolerance
 
 
 def other_eps(record: dict[str, Any]) -> str:
     """What to do with a model that was measured at another radius."""
-    there = ', '.join(dict.fromkeys(f'{m["result"]["norm"]} {m["result"]["eps_text"]}' for m in record['measurements']))
+    there = ', '.join(dict.fromkeys(f'{result.norm} {result.eps_text}' for result in results_of(record)))
     radii = ' and '.join(f'{norm} {eps}' for norm, eps in LEADERBOARD_EPS.items())
     return (
         f'{record["model"]} was measured at {there}, the leaderboard is for {radii}; stage its run again with '

@@ -10,8 +10,9 @@ from typing import Any
 import torchvision
 
 from ..data import load_dataset
-from ..files import atomic_folder, sha256
-from ..release import FLAGS, extra_data_of, read_hyper, read_results
+from ..files import atomic_folder
+from ..release import FLAGS, extra_data_of, read_hyper, read_results, sums_of
+from ..results import RobustnessResult
 from .report import at_leaderboard_eps, other_eps
 
 
@@ -35,35 +36,34 @@ def submission(folder: Path, target: str | Path, data_dir: str | Path, info: dic
         raise ValueError(f'the paper lacks {", ".join(missing)}; RobustBench asks for each')
     footnote = _footnote(record, folder, info)
     result = _full_measurement(record, data_dir)
-    accuracy = f'{100 * result["autoattack_acc"]:.2f}'
+    assert result.autoattack_acc is not None  # a record of AutoAttack has it
+    accuracy = f'{100 * result.autoattack_acc:.2f}'
     model_info = {
         'link': info['link'],
         'name': info['name'],
         'authors': info['authors'],
         'additional_data': bool(info.get('additional_data', False)),
         'number_forward_passes': 1,
-        'dataset': result['dataset'],
+        'dataset': result.dataset,
         'venue': info['venue'],
         'architecture': info.get('architecture') or record['model'].partition('.')[0],
-        'eps': result['eps_text'],
-        'clean_acc': f'{100 * result["clean_acc"]:.2f}',
+        'eps': result.eps_text,
+        'clean_acc': f'{100 * result.clean_acc:.2f}',
         'reported': accuracy,
         'autoattack_acc': accuracy,
         'unreliable': False,
     }
     model_info |= {'footnote': footnote} if footnote else {}
     with atomic_folder(target) as new:
-        where = new / 'model_info' / result['dataset'] / result['norm']
+        where = new / 'model_info' / result.dataset / result.norm
         where.mkdir(parents=True)
         (where / f'{record["model"]}.json').write_text(json.dumps(model_info, indent=2) + '\n')
         (new / 'issue.md').write_text(_issue(record, result, model_info))
-        (new / 'zoo_entry.md').write_text(_zoo_entry(record, result))
+        (new / 'zoo_entry.md').write_text(_zoo_entry(result))
         (new / 'autoattack.log').write_text(_log(result))
         shutil.copyfile(folder / FLAGS / 'autoattack_10000.npz', new / 'flags.npz')
         shutil.copyfile(folder / 'results.json', new / 'results.json')
-        names = sorted(path for path in new.rglob('*') if path.is_file())
-        text = ''.join(f'{sha256(path)}  {path.relative_to(new).as_posix()}\n' for path in names)
-        (new / 'SHA256SUMS').write_text(text)
+        (new / 'SHA256SUMS').write_text(sums_of(new))
     return target
 
 
@@ -80,23 +80,24 @@ def _footnote(record: dict[str, Any], folder: Path, info: dict[str, Any]) -> Any
     return f'It uses additional {extra.count} synthetic images in training.'
 
 
-def _full_measurement(record: dict[str, Any], data_dir: str | Path) -> dict[str, Any]:
+def _full_measurement(record: dict[str, Any], data_dir: str | Path) -> RobustnessResult:
     """The result of AutoAttack on all 10,000 official test images at the leaderboard's radius."""
-    result = next((m['result'] for m in record['measurements'] if m['key'] == 'autoattack_10000'), None)
+    measured = {item['key']: item['result'] for item in record['measurements']}
+    result: RobustnessResult | None = measured.get('autoattack_10000')
     if result is None:
-        there = ', '.join(m['key'] for m in record['measurements']) or 'nothing'
+        there = ', '.join(measured) or 'nothing'
         raise ValueError(
             f'{record["model"]} was measured on {there}; RobustBench takes AutoAttack on all 10,000 test images: '
             f'type timm-robust measure {record["model"]} --data-dir DIR --attack autoattack -n 10000'
         )
     if not at_leaderboard_eps(result):
         raise ValueError(other_eps(record))
-    if result['data_sha256'] != official_sha256(data_dir):
+    if result.data_sha256 != official_sha256(data_dir):
         raise ValueError(
             f'{record["model"]} was not measured on the official CIFAR-10 test images, but on others (JPEG copies?); '
             'measure it on those of https://www.cs.toronto.edu/~kriz/cifar.html'
         )
-    return dict(result)
+    return result
 
 
 def official_sha256(data_dir: str | Path) -> str:
@@ -114,7 +115,7 @@ def official_sha256(data_dir: str | Path) -> str:
     return load_dataset('cifar10', data_dir, 'test').sha256()
 
 
-def _issue(record: dict[str, Any], result: dict[str, Any], info: dict[str, Any]) -> str:
+def _issue(record: dict[str, Any], result: RobustnessResult, info: dict[str, Any]) -> str:
     """The text of RobustBench's '[New Model]' issue."""
     first = str(info['authors']).split(',')[0].split()[-1]
     extra = 'true' if info['additional_data'] else 'false'
@@ -130,16 +131,16 @@ def _issue(record: dict[str, Any], result: dict[str, Any], info: dict[str, Any])
             '',
             '### Leaderboard claim',
             f'- Architecture: {info["architecture"]}',
-            f'- Dataset: {result["dataset"]}',
-            f'- Threat model: {result["norm"]}',
-            f'- eps: {result["eps_text"]}',
+            f'- Dataset: {result.dataset}',
+            f'- Threat model: {result.norm}',
+            f'- eps: {result.eps_text}',
             f'- Clean accuracy: {info["clean_acc"]}%',
             f'- Robust accuracy: {info["autoattack_acc"]}%',
             f'- Additional data: {extra}',
-            f'- Evaluation method: AutoAttack (standard), pyautoattack {result["versions"].get("pyautoattack")}, seed '
-            f'{result["seed"]}, batch size {result["batch_size"]}; the model confirmed every adversarial image in fp32',
+            f'- Evaluation method: AutoAttack (standard), pyautoattack {result.versions.get("pyautoattack")}, seed '
+            f'{result.seed}, batch size {result.batch_size}; the model confirmed every adversarial image in fp32',
             f'- Checkpoint and code: model.safetensors, SHA-256 {record["weights"]["sha256"]}; timm model '
-            f'{record["model"]} of timm-robust, commit {result["commit"]}',
+            f'{record["model"]} of timm-robust, commit {result.commit}',
             '',
             '### Model zoo',
             '- [x] I want to add my model to the Model Zoo (optional)',
@@ -150,16 +151,16 @@ def _issue(record: dict[str, Any], result: dict[str, Any], info: dict[str, Any])
     )
 
 
-def _zoo_entry(record: dict[str, Any], result: dict[str, Any]) -> str:
+def _zoo_entry(result: RobustnessResult) -> str:
     """What a pull request adds: nothing but a registered timm name."""
-    arch = record['model'].partition('.')[0]
-    alias = f'{arch}_{result["dataset"]}_{result["norm"].lower()}'
+    arch = result.model.partition('.')[0]
+    alias = f'{arch}_{result.dataset}_{result.norm.lower()}'
     return '\n'.join(
         [
             '# Model zoo',
             '',
             f'RobustBench finds timm models by name. `import timm_robust` registers `{alias}`, so that',
-            f"`robustbench.load_model('{arch}')` returns it for {result['dataset']} and {result['norm']}, with its",
+            f"`robustbench.load_model('{arch}')` returns it for {result.dataset} and {result.norm}, with its",
             'weights, for pixels in [0, 1]. The architecture is in `timm_robust/models/` of the package; a pull',
             'request adds the JSON of `model_info/`, and the package to the requirements.',
             '',
@@ -167,13 +168,13 @@ def _zoo_entry(record: dict[str, Any], result: dict[str, Any]) -> str:
     )
 
 
-def _log(result: dict[str, Any]) -> str:
+def _log(result: RobustnessResult) -> str:
     """AutoAttack's course as its own log words it."""
-    lines = [f'initial accuracy: {result["clean_acc"]:.2%}']
-    lines += [f'robust accuracy after {name.upper()}: {share:.2%}' for name, share in result['per_attack'].items()]
+    lines = [f'initial accuracy: {result.clean_acc:.2%}']
+    lines += [f'robust accuracy after {name.upper()}: {share:.2%}' for name, share in result.per_attack.items()]
     lines += [
-        f'max {result["norm"]} perturbation: {result["max_distance"]:.5f}',
-        f'robust accuracy: {result["autoattack_acc"]:.2%}',
+        f'max {result.norm} perturbation: {result.max_distance:.5f}',
+        f'robust accuracy: {result.autoattack_acc:.2%}',
     ]
-    lines += [f'total time {result["wall_time_s"]:.1f} s on {result["hardware"]}', json.dumps(result['versions'])]
-    return '\n'.join([*lines, *(f'warning: {text}' for text in result['warnings']), ''])
+    lines += [f'total time {result.wall_time_s:.1f} s on {result.hardware}', json.dumps(result.versions)]
+    return '\n'.join([*lines, *(f'warning: {text}' for text in result.warnings), ''])

@@ -18,7 +18,6 @@ import torch
 from ..models import cifar_resnet, wide_resnet
 
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
-_FAMILIES: dict[str, Any] = {'resnet': cifar_resnet}
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,11 @@ class ZooEntry:
     def model_kwargs(self) -> dict[str, Any]:
         """What timm.create_model needs besides the name."""
         return {'same_padding': True} if self.kind == 'deepmind' else {}
+
+    @property
+    def family(self) -> Any:
+        """The module of its network."""
+        return cifar_resnet if self.kind == 'resnet' else wide_resnet
 
 
 def _entries(arch: str, kind: str, names: str, *statistics: tuple[float, ...]) -> dict[str, ZooEntry]:
@@ -112,7 +116,7 @@ def to_ours(weights: dict[str, torch.Tensor], entry: ZooEntry) -> dict[str, torc
     weights = dict(weights)
     if all(key.startswith('model.') for key in weights):  # Chen2020Efficient's file
         weights = {key.removeprefix('model.'): value for key, value in weights.items()}
-    others = {kind for kind in map(_kind_of, weights) if kind} - {_BLOCKS.get(entry.kind, entry.kind)}
+    others = {kind for kind in map(_kind_of, weights) if kind} - {'trades' if entry.kind == 'paf' else entry.kind}
     if others:
         raise ValueError(
             f"its weights are named as those of a network of kind {', '.join(sorted(others))}; the entry's is "
@@ -122,10 +126,7 @@ def to_ours(weights: dict[str, torch.Tensor], entry: ZooEntry) -> dict[str, torc
         found = weights.pop(name, torch.tensor(expected))
         if not torch.allclose(found.flatten(), torch.tensor(expected), atol=1e-4):
             raise ValueError(f'{name} is {found.flatten().tolist()}, expected {list(expected)}; is it another entry?')
-    return _FAMILIES.get(entry.kind, wide_resnet).checkpoint_filter_fn(weights, torch.nn.Identity())
-
-
-_BLOCKS = {'paf': 'trades'}
+    return entry.family.checkpoint_filter_fn(weights, torch.nn.Identity())
 
 
 def _kind_of(name: str) -> str | None:
@@ -180,12 +181,12 @@ def to_theirs(weights: dict[str, torch.Tensor], names: list[str], entry: ZooEntr
     Raises:
         ValueError: if a weight of theirs is none of ours.
     """
-    family, out = _FAMILIES.get(entry.kind, wide_resnet), {}
+    out = {}
     for name in names:
         if name in ('mu', 'sigma'):  # statistics that some networks keep as buffers
             out[name] = torch.tensor(entry.mean if name == 'mu' else entry.std).view(1, 3, 1, 1)
             continue
-        ours = family.own_key(name.replace('sub_block1.', 'block1.'))
+        ours = entry.family.own_key(name.replace('sub_block1.', 'block1.'))
         if ours not in weights:
             raise ValueError(f'{name} of RobustBench has no counterpart here; is this {entry.arch}?')
         out[name] = weights[ours].clone()
