@@ -102,7 +102,7 @@ def _attacked(
     if climb is None:
         return attack(model, x, y, threat_model, **ATTACKS[method])
     with attacked(network):
-        return climb(partial(cross_entropy_of, network, y), x, threat_model, generator=torch.Generator().manual_seed(0))
+        return climb(cross_entropy_of(network, y), x, threat_model, generator=torch.Generator().manual_seed(0))
 
 
 def _probabilities(network: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,7 @@ def _pgd(
             images, y = x[part].to(device), tensors['y'][part].to(device)
             keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
             start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
-            found = pgd(partial(cross_entropy_of, logits, y), images, start, steps=steps, step_size=step_size)
+            found = pgd(cross_entropy_of(logits, y), images, start, steps=steps, step_size=step_size)
             found, labels, broken = recheck(logits, found, images, y, threat_model, facts['batch_size'])
             rejected += int(((labels != y) & ~broken).sum())
             index = part[broken.to(x.device)]

@@ -6,7 +6,6 @@ more robust than it is; passing them proves nothing.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +98,7 @@ def _gradients(
     parts = list(zip(x.split(batch_size), y.split(batch_size), strict=True))
     zero = 0
     for images, labels in parts:
-        grad = input_gradient(partial(cross_entropy_of, model, labels), images)
+        grad = input_gradient(cross_entropy_of(model, labels), images)
         zero += int((grad.flatten(1) == 0).all(1).sum())
     if zero > _ZERO_SHARE * n:
         found.append(f'{zero} of {n} images have a gradient of exactly zero: gradients are masked')
@@ -109,9 +108,7 @@ def _gradients(
         ball = ThreatModel(threat_model.norm, eps, threat_model.bounds)
         generator = torch.Generator(x.device).manual_seed(seed)
         settings: dict[str, Any] = {'steps': steps, 'step_size': 2.5 * eps / steps, 'generator': generator}
-        x_adv = torch.cat(
-            [pgd(partial(cross_entropy_of, source, labels), images, ball, **settings) for images, labels in parts]
-        )
+        x_adv = torch.cat([pgd(cross_entropy_of(source, labels), images, ball, **settings) for images, labels in parts])
         return int((predict(model, x_adv, batch_size) == y).sum())
 
     eps, (low, high) = threat_model.eps, threat_model.bounds
