@@ -142,18 +142,20 @@ def test_a_model_without_a_gradient_is_measured_and_said_so():
     assert any('zero gradient' in text for text in result.warnings)
 
 
-def test_what_only_pgd_broke_is_said(monkeypatch):
+def test_what_only_pgd_broke_is_said_and_earlier_time_counts(monkeypatch):
     model = linear_net()
     data = fitted(model)
     weak = module.autoattack
 
     def blind(model, x, y, threat_model, **settings):
-        return weak(model, x, y, ThreatModel(threat_model.norm, 0.0), **settings)
+        found = weak(model, x, y, ThreatModel(threat_model.norm, 0.0), **settings)
+        return dataclasses.replace(found, earlier_s=1000.0)
 
     monkeypatch.setattr(module, 'autoattack', blind)
     result, _ = evaluate(model, data, ThreatModel('Linf', 1.0), attack='apgd')
     assert result.warnings == ['PGD broke 15 images that apgd left standing']
     assert result.pgd_acc == 0 and result.apgd_acc == 15 / 16 and result.autoattack_acc is None
+    assert 1000 < result.wall_time_s < 1100  # the time of batches that a killed run had found counts
 
 
 def test_a_copy_that_disagrees_is_not_searched_and_not_named(monkeypatch):
