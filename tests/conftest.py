@@ -1,11 +1,8 @@
 import importlib.util
 import logging
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # for records.py: --import-mode=importlib does not
 
 
 @pytest.fixture(scope='session')

@@ -2,10 +2,7 @@
 
 import argparse
 import importlib
-import importlib.util
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +10,14 @@ import torch
 
 from timm_robust.command_line import Parser, command, count, whole_number
 
-ROOT = Path(__file__).parents[1]
-SCRIPTS = {name: ROOT / f'benchmarks/{name}.py' for name in ('activation', 'attack', 'train_step', 'gpu_smoke')}
+SCRIPTS = ('activation', 'attack', 'train_step', 'gpu_smoke')
 
 
 def load(name):
     """A script, or a module of the package."""
-    if name not in SCRIPTS:
-        return importlib.import_module(f'timm_robust.{name}' + ('.__main__' if name == 'robustbench' else ''))
-    spec = importlib.util.spec_from_file_location(f'{name}_of_command_lines', SCRIPTS[name])
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    sys.path.insert(0, str(SCRIPTS[name].parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
+    if name in SCRIPTS:
+        return importlib.import_module(name)
+    return importlib.import_module(f'timm_robust.{name}' + ('.__main__' if name == 'robustbench' else ''))
 
 
 @pytest.fixture(scope='module')
