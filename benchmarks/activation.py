@@ -10,25 +10,22 @@ quartiles.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from turns import RESULTS, output_folder, wait, write
 
 from timm_robust.activations.pssilu import pssilu
 from timm_robust.command_line import Parser, command, count, whole_number
 from timm_robust.distributed import World
-from timm_robust.files import atomic_file
-from timm_robust.provenance import environment, git_commit
 
 
 def formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """PSSiLU as one writes it down."""
+    """PSSiLU as one writes it down, and the paper prints it."""
     return x * (torch.sigmoid(alpha.abs() * x) - beta.abs()) / (1 - beta.abs())
 
 
@@ -51,12 +48,10 @@ def cases(device: torch.device) -> dict[str, tuple[Callable[..., torch.Tensor], 
 def once(f: Callable[..., torch.Tensor], x: torch.Tensor, params: list[torch.Tensor], grad: torch.Tensor) -> float:
     """Seconds of one forward and backward."""
     leaf = x.detach().requires_grad_()
-    if x.device.type == 'cuda':
-        torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     f(leaf, *params).backward(grad)
-    if x.device.type == 'cuda':
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
@@ -68,12 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--repeats', type=whole_number(2), default=30)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'))
-    parser.add_argument(
-        '--output', default=str(Path(__file__).parent / 'results'), help="folder for the JSON; '' for none"
-    )
+    parser.add_argument('--output', type=output_folder, default=str(RESULTS), help="folder for the JSON; '' for none")
     args = parser.parse_args(argv)
-    if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
     device = World.join(args.device).device
     x = torch.randn(args.elements, device=device, dtype=getattr(torch, args.dtype))
     grad, functions = torch.randn_like(x), cases(device)
@@ -96,20 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             f'{name:26s}{row["ms"]:8.2f}{f"{low:.2f} to {high:.2f}":>18s}{row["x_silu"]:10.2f}{row["x_formula"]:11.2f}'
         )
-    if args.output:
-        where = environment(device)
-        record = {'benchmark': 'activation', 'elements': args.elements, 'dtype': args.dtype, 'repeats': args.repeats}
-        record |= {
-            'threads': torch.get_num_threads(),
-            **where,
-            'commit': git_commit(Path(__file__).parent),
-            'rows': rows,
-        }
-        slug = 'cpu' if device.type == 'cpu' else where['hardware'].split(',')[0].lower().replace(' ', '-')
-        path = Path(args.output) / f'activation-{slug}-{args.dtype}.json'
-        with atomic_file(path) as file:
-            file.write((json.dumps(record, indent=2) + '\n').encode())
-        print(f'written: {path}')
+    record = {'elements': args.elements, 'dtype': args.dtype, 'repeats': args.repeats, 'rows': rows}
+    write(f'activation-{args.dtype}', record, args.output, device)
     return 0
 
 

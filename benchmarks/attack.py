@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from peers import ACTIVATIONS, Peer
 from torch import nn
-from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
+from turns import RESULTS, Case, Measure, output_folder, serve, spread, take_turns, write
 
 from timm_robust.command_line import Parser, command, count, keep_freed_memory, whole_number
 from timm_robust.data import DATASETS, load_dataset
@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--batch-size', type=count, default=250)
     add('--repeats', type=count, default=1)
     add('--toy', action='store_true', help='a tiny network, few images, the first attack alone: to see that it runs')
-    add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")
+    add('--output', type=output_folder, default=str(RESULTS), help="folder for the JSON; '' for none")
     add('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
@@ -252,8 +252,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.width, args.n, args.train_steps, args.attacks = 8, 8, 30, ['apgd-ce']
     if not args.dataset and (args.data_dir or args.train_steps):
         args.dataset = 'cifar10' if args.data_dir else 'digits'
-    if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
     if not ThreatModel('Linf', args.eps).eps:
         raise ValueError(f'eps {args.eps!r} leaves the attacks no room; allowed: > 0')
     upstream()  # if it is missing, say so now

@@ -28,7 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from activation import formula
 from train_step import sparse_images
+from turns import wait
 
 from timm_robust.activations.pssilu import pssilu
 from timm_robust.attacks.gradient import attacked, input_gradient
@@ -43,7 +45,6 @@ from timm_robust.threat_model import ThreatModel
 from timm_robust.training.builder import build, make_attack_forward
 from timm_robust.training.loop import Stopped, fit
 from timm_robust.training.recipe import Recipe
-from timm_robust.training.run import Run
 from timm_robust.training.step import AttackForward, Forward
 from timm_robust.training.validation import validate
 
@@ -219,11 +220,6 @@ def check_kernels(
     return f'{len(errors)} results, at most {max(errors.values()):.1e} from float64'
 
 
-def formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """PSSiLU as the paper prints it."""
-    return x * (torch.sigmoid(alpha.abs() * x) - beta.abs()) / (1 - beta.abs())
-
-
 def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     """||found - expected|| / ||expected||, in float64."""
     expected = expected.detach().double()
@@ -238,10 +234,10 @@ def check_step(recipe: Recipe) -> str:
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     for number in range(1 + STEPS):
         if number == 1:
-            wait(run)
+            wait()
             started = time.perf_counter()
         loss = run.train_step(*run.batches[number], number, 1.0).loss
-    wait(run)
+    wait()
     seconds = (time.perf_counter() - started) / STEPS
     after = run.model.state_dict()
     if not (loss.isfinite() and all(value.isfinite().all() for value in after.values())):
@@ -254,12 +250,6 @@ def check_step(recipe: Recipe) -> str:
         raise Mismatch(f'an adversarial image is outside of {recipe.threat_model}')
     memory = f', {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB' if run.world.device.type == 'cuda' else ''
     return f'{recipe.batch_size / seconds:,.0f} images/s, loss {loss.item():.3f}{memory}'
-
-
-def wait(run: Run) -> None:
-    """Until the device is done."""
-    if run.world.device.type == 'cuda':
-        torch.cuda.synchronize()
 
 
 def check_compiled(recipe: Recipe) -> str:
@@ -349,7 +339,7 @@ def check_autoattack(recipe: Recipe) -> str:
     x, threat_model = (
         data.pixels(),
         ThreatModel('Linf', '64/255'),
-    )  # an untrained network's labels hardly change in less
+    )  # in less its labels hardly change
     with attacked(model):
         y = predict(model, x, n)
         result = autoattack(model, x, y, threat_model, search=search_model(model, x, n))

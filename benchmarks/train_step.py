@@ -32,7 +32,7 @@ import timm
 import torch
 from peers import Peer, pgd_at_step, trades_step
 from torch.utils.flop_counter import FlopCounterMode
-from turns import RESULTS, Case, Measure, serve, spread, take_turns, write
+from turns import RESULTS, Case, Measure, output_folder, serve, spread, take_turns, wait, write
 
 from timm_robust.command_line import Parser, command, count, keep_freed_memory
 from timm_robust.training.builder import build
@@ -90,12 +90,6 @@ def peak_memory() -> int:
     if DEVICE.type == 'cuda':
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def wait() -> None:
-    """Until the GPU is done."""
-    if DEVICE.type == 'cuda':
-        torch.cuda.synchronize()
 
 
 def ours(case: Case) -> Any:
@@ -242,20 +236,23 @@ def sizes(args: argparse.Namespace) -> Iterator[Table]:
     for what, values in grids.items():
         small = {'width': 4, 'steps_a_turn': 20 if args.toy else 100, 'k': 1} if what == 'extra_rows' else {}
         cases = {f'{what} {value:,}': base | small | {what: value} for value in values}
-        yield Table(f'sizes-{what}', what, cases, report_sizes)
+        yield Table(f'sizes-{what}', what, cases, report_ours)
 
 
-def report_sizes(cases: dict[str, Case], found: Found) -> dict[str, Any]:
+def report_ours(cases: dict[str, Case], found: Found) -> dict[str, Any]:
     """Rate and memory, and the rate beside the first case's."""
     rows = {}
     for name, turns in found.items():
         row: dict[str, Any] = spread([one['images_per_s'] for one in turns])
         row['mib'] = turns[-1]['memory'] / 2**20
+        row['mib_per_image'] = row['mib'] / cases[name]['batch']
         row['of_first'] = ratio(found, name, next(iter(cases)))
         rows[name] = row
-        between = f'({row["min"]:.1f} to {row["max"]:.1f})'
-        of_first = f'{row["of_first"]:8.2f} of the first'
-        print(f'{name:24s}{row["median"]:10.1f} images/s {between:20s}{row["mib"]:10.0f} MiB{of_first}')
+        rate = f'{row["median"]:10.2f} images/s ({row["min"]:.2f} to {row["max"]:.2f})'
+        print(
+            f'{name:36s}{rate:42s}{row["mib"]:8.0f} MiB{row["mib_per_image"]:8.1f} MiB/image'
+            f'{row["of_first"]:8.2f} of the first'
+        )
     return rows
 
 
@@ -271,21 +268,7 @@ def imagenet(args: argparse.Namespace) -> Iterator[Table]:
             for variant in variants
         }
         title = f'pgd_at, 1 attack step, batch {shared["batch"]}, {shared["pixels"]} pixels'
-        yield Table(f'imagenet-{name}', title, cases, report_imagenet)
-
-
-def report_imagenet(cases: dict[str, Case], found: Found) -> dict[str, Any]:
-    """Rate and memory."""
-    rows = {}
-    for name, turns in found.items():
-        row: dict[str, Any] = spread([one['images_per_s'] for one in turns])
-        row['mib_per_image'] = turns[-1]['memory'] / 2**20 / cases[name]['batch']
-        rows[name] = row
-        print(
-            f'{name:36s}{row["median"]:10.2f} images/s ({row["min"]:.2f} to {row["max"]:.2f})'
-            f'{row["mib_per_image"]:10.1f} MiB/image'
-        )
-    return rows
+        yield Table(f'imagenet-{name}', title, cases, report_ours)
 
 
 def measure_tables(tables: Iterator[Table], args: argparse.Namespace) -> None:
@@ -326,14 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add('--sizes', action='store_true', help='how rate and memory change with batch, attack steps, width, extra images')
     add('--imagenet', action='store_true', help='ImageNet networks at 224 pixels')
     add('--toy', action='store_true', help='tiny networks, to see that it runs')
-    add('--output', default=str(RESULTS), help="folder for the JSON; '' for none")
+    add('--output', type=output_folder, default=str(RESULTS), help="folder for the JSON; '' for none")
     add('--worker', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         serve(json.loads(args.worker), measure)
         return 0
-    if args.output:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
     if unknown := [name for name in args.models if not timm.is_model(name)]:
         raise ValueError(f'{", ".join(unknown)}: no such model in the timm registry')
     if args.toy:

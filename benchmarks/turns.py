@@ -110,6 +110,19 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
+def wait() -> None:
+    """Until the GPU is done, if one is at work."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def output_folder(path: str) -> str:
+    """A type of argparse: a folder for the JSON, which is made; '' for none."""
+    if path:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def version(package: str) -> str | None:
     """Of an installed package, else None."""
     try:

@@ -1,11 +1,7 @@
 import importlib
 import logging
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parent))  # for hub_server.py and the like: --import-mode=importlib does not
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from timm_robust.attacks.gradient import (
     n_fgsm,
     pgd,
 )
-from timm_robust.attacks.surrogates import cross_entropy
+from timm_robust.attacks.surrogates import cross_entropy_of
 from timm_robust.threat_model import ThreatModel
 
 LINF, L2 = ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5)
@@ -35,10 +35,7 @@ def net():
 @pytest.mark.parametrize('random_start', [True, False])
 def test_stays_inside_the_threat_model_and_raises_the_loss(net, x, threat_model, steps, random_start):
     y = torch.arange(12) % 10
-
-    def loss_fn(x):
-        return cross_entropy(net(x), y)
-
+    loss_fn = cross_entropy_of(net, y)
     with attacked(net):
         x_adv = pgd(loss_fn, x, threat_model, steps=steps, step_size=threat_model.eps / 2, random_start=random_start)
         assert threat_model.contains(x_adv, x).all()
@@ -77,13 +74,11 @@ def test_a_gaussian_start_is_as_wide_as_asked_and_allowed(x, threat_model):
 
 
 def test_more_steps_climb_higher(net, x):
-    y = torch.zeros(12, dtype=torch.long)
+    loss_fn = cross_entropy_of(net, torch.zeros(12, dtype=torch.long))
     with attacked(net):
         losses = [
-            cross_entropy(
-                net(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=s, step_size=2 / 255, random_start=False)), y
-            ).mean()
-            for s in (0, 1, 5)
+            loss_fn(pgd(loss_fn, x, LINF, steps=steps, step_size=2 / 255, random_start=False)).mean()
+            for steps in (0, 1, 5)
         ]
     assert losses[0] < losses[1] < losses[2]
 
@@ -94,7 +89,7 @@ def test_same_generator_same_attack(net, x):
     with attacked(net):
         for seed in (3, 3, 4):
             generator = torch.Generator().manual_seed(seed)
-            runs.append(pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=2, step_size=0.01, generator=generator))
+            runs.append(pgd(cross_entropy_of(net, y), x, LINF, steps=2, step_size=0.01, generator=generator))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
@@ -106,8 +101,8 @@ def test_no_parameter_gets_a_gradient(net, x):
 def test_each_image_is_attacked_on_its_own(net, x):
     y = torch.arange(12) % 10
     with attacked(net):
-        whole = pgd(lambda x: cross_entropy(net(x), y), x, LINF, steps=3, step_size=0.01, random_start=False)
-        half = pgd(lambda x: cross_entropy(net(x), y[:6]), x[:6], LINF, steps=3, step_size=0.01, random_start=False)
+        whole = pgd(cross_entropy_of(net, y), x, LINF, steps=3, step_size=0.01, random_start=False)
+        half = pgd(cross_entropy_of(net, y[:6]), x[:6], LINF, steps=3, step_size=0.01, random_start=False)
     torch.testing.assert_close(whole[:6], half)
 
 
@@ -154,7 +149,7 @@ def test_unknown_mode(net):
 def test_n_fgsm_goes_beyond_the_ball_but_not_beyond_the_pixels(net, x):
     y = torch.arange(12) % 10
     with attacked(net):
-        x_adv = n_fgsm(lambda x: cross_entropy(net(x), y), x, LINF)
+        x_adv = n_fgsm(cross_entropy_of(net, y), x, LINF)
     distance = LINF.distance(x_adv, x)
     assert (distance > LINF.eps).any() and (distance <= 3 * LINF.eps + 1e-6).all()
     assert x_adv.min() >= 0 and x_adv.max() <= 1
@@ -174,10 +169,7 @@ def test_n_fgsm_starts_at_its_radius_also_where_the_ball_is_wider_than_a_pixel()
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
 def test_apgd_is_allowed_and_at_least_as_strong_as_pgd(net, x, threat_model):
     y = torch.arange(12) % 10
-
-    def loss_fn(x):
-        return cross_entropy(net(x), y)
-
+    loss_fn = cross_entropy_of(net, y)
     with attacked(net):
         ours = apgd(loss_fn, x, threat_model, steps=20, random_start=False)
         theirs = pgd(loss_fn, x, threat_model, steps=20, step_size=threat_model.eps / 4, random_start=False)
@@ -234,7 +226,7 @@ def test_apgd_visits_the_points_of_the_authors_code(float64, threat_model, steps
 
 
 def cross_entropy_64(output, y):
-    """`cross_entropy` is computed in fp32."""
+    """`cross_entropy_of` computes in fp32."""
     return nn.functional.cross_entropy(output, y, reduction='none')
 
 

@@ -188,8 +188,7 @@ def test_the_whole_attack_goes_on_where_its_first_half_ended_and_counts_its_time
     whole = autoattack(model, x, y, LINF, batch_size=5, state_dir=tmp_path)
     assert same(whole, expected) and files == {file: file.stat().st_mtime_ns for file in files}
     taken = [float(json.loads(str(np.load(file)['about']))['seconds']) for file in files if file.suffix == '.npz']
-    assert half.earlier_s == 0 < whole.earlier_s < half.wall_time_s
-    assert whole.earlier_s == pytest.approx(sum(taken)) and whole.wall_time_s > whole.earlier_s
+    assert half.earlier_s == 0 < whole.earlier_s == pytest.approx(sum(taken))
 
 
 def test_another_measurements_folder_is_refused(tmp_path):

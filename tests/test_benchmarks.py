@@ -5,25 +5,24 @@ import sys
 import time
 from pathlib import Path
 
+import app
+import attack
+import gpu_smoke
 import numpy as np
 import pytest
 import timm
 import torch
+import train_step
+import turns
+from peers import Peer, pgd_at_step
 
 import timm_robust  # noqa: F401
 
-FOLDER = Path(__file__).parent.parent / 'benchmarks'
-
-
-@pytest.fixture(autouse=True)
-def path(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
+SERVE = f'import json, sys\nsys.path.insert(0, {str(Path(turns.__file__).parent)!r})\nfrom turns import serve\n'
 
 
 @pytest.mark.parametrize('name', ['resnet18_pssilu', 'resnet18_silu', 'resnet18_relu', 'wrn28_10_pssilu'])
 def test_the_peers_network_is_ours(name):
-    from peers import Peer
-
     torch.manual_seed(0)
     kwargs = {'width': 8} if name.startswith('resnet18') else {}
     peer = Peer(name, **kwargs).eval()
@@ -38,8 +37,6 @@ def test_the_peers_network_is_ours(name):
 
 
 def test_a_missing_peer_is_said(monkeypatch):
-    from peers import pgd_at_step
-
     monkeypatch.setitem(sys.modules, 'torchattacks', None)
     with pytest.raises(ImportError, match=r'pip install --no-deps --target .*peers torchattacks'):
         pgd_at_step(torch.nn.Linear(1, 1), None, torch.zeros(1), torch.zeros(1), 1)
@@ -47,11 +44,9 @@ def test_a_missing_peer_is_said(monkeypatch):
 
 @pytest.mark.slow
 def test_cases_take_turns_in_processes_of_their_own(tmp_path):
-    from turns import spread, take_turns
-
     script = tmp_path / 'script.py'
     script.write_text(
-        f'import sys, os, json\nsys.path.insert(0, {str(FOLDER)!r})\nfrom turns import serve\n'
+        f'{SERVE}import os\n'
         'def build(case):\n'
         '    if case["value"] < 0: sys.exit("negative")\n'
         '    count = []\n'
@@ -61,42 +56,33 @@ def test_cases_take_turns_in_processes_of_their_own(tmp_path):
         '    return measure\n'
         'serve(json.loads(sys.argv[2]), build)\n'
     )
-    found = take_turns(str(script), {'a': {'value': 1}, 'b': {'value': 10}}, repeats=3)
+    found = turns.take_turns(str(script), {'a': {'value': 1}, 'b': {'value': 10}}, repeats=3)
     assert [one['value'] for one in found['a']] == [2, 3, 4]  # the first is the warm-up
-    assert spread([one['value'] for one in found['b']]) == {'median': 30, 'min': 20, 'max': 40}
+    assert turns.spread([one['value'] for one in found['b']]) == {'median': 30, 'min': 20, 'max': 40}
     assert len({one['pid'] for turns in found.values() for one in turns}) == 2
     with pytest.raises(ChildProcessError, match='ended early'):
-        take_turns(str(script), {'a': {'value': -1}}, repeats=1)
+        turns.take_turns(str(script), {'a': {'value': -1}}, repeats=1)
 
 
 def test_a_case_gives_its_memory_back_before_it_answers(monkeypatch):
-    from turns import serve
-
     order = []
     monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: order.append('emptied'))
     monkeypatch.setattr('builtins.print', lambda text, **_: order.append(json.loads(text)))
     monkeypatch.setattr(sys, 'stdin', ['go', 'go'])
-    serve({}, lambda case: lambda: order.append('measured') or {'value': 1})
+    turns.serve({}, lambda case: lambda: order.append('measured') or {'value': 1})
     assert order == ['measured', 'emptied', {'ready': True, 'value': 1}, *['measured', 'emptied', {'value': 1}] * 2]
 
 
 def test_turns_end_with_the_time_but_there_is_one(tmp_path, capsys):
-    from turns import take_turns
-
     script = tmp_path / 'script.py'
-    script.write_text(
-        f'import sys, json\nsys.path.insert(0, {str(FOLDER)!r})\nfrom turns import serve\n'
-        'serve(json.loads(sys.argv[2]), lambda case: lambda: {"value": 1})\n'
-    )
-    found = take_turns(str(script), {'a': {}, 'b': {}}, repeats=5, until=time.perf_counter() - 1)
+    script.write_text(f'{SERVE}serve(json.loads(sys.argv[2]), lambda case: lambda: {{"value": 1}})\n')
+    found = turns.take_turns(str(script), {'a': {}, 'b': {}}, repeats=5, until=time.perf_counter() - 1)
     assert found == {'a': [{'value': 1}], 'b': [{'value': 1}]}
     assert 'time is over after 1 of 5 turns' in capsys.readouterr().err
 
 
 def test_each_table_is_written_when_it_is_done(tmp_path, monkeypatch, capsys):
-    import train_step
-
     def take_turns(script, cases, repeats, until):
         if 'breaks' in cases:
             raise RuntimeError('a case ended early')
@@ -119,19 +105,15 @@ def test_each_table_is_written_when_it_is_done(tmp_path, monkeypatch, capsys):
 
 
 def test_results_name_hardware_versions_and_commit(tmp_path):
-    from turns import write
-
     (tmp_path / 'results').mkdir()
-    write('x', {'rows': {}}, str(tmp_path / 'results'), torch.device('cpu'))
+    turns.write('x', {'rows': {}}, str(tmp_path / 'results'), torch.device('cpu'))
     record = json.loads((tmp_path / 'results' / 'x-cpu.json').read_text())
     assert record['benchmark'] == 'x' and record['versions']['torch'] and record['hardware'] and record['rows'] == {}
-    write('y', {}, '', torch.device('cpu'))
+    turns.write('y', {}, '', torch.device('cpu'))
     assert [file.name for file in (tmp_path / 'results').iterdir()] == ['x-cpu.json']
 
 
 def test_every_attack_of_the_page_is_timed(capsys):
-    import app
-
     assert app.main(['test_resnet', '--repeats', '1']) == 0
     rows = capsys.readouterr().out.splitlines()[-len(app.ATTACKS) :]
     assert [row[:24].strip() for row in rows] == list(app.ATTACKS)
@@ -139,19 +121,15 @@ def test_every_attack_of_the_page_is_timed(capsys):
 
 
 def test_arithmetic_of_a_step():
-    from train_step import flops_an_image, ratio
-
-    forward = flops_an_image('resnet18_relu', None, 'pgd_at', 10) / 23
+    forward = train_step.flops_an_image('resnet18_relu', None, 'pgd_at', 10) / 23
     assert forward == pytest.approx(1.11e9, rel=0.01)  # 0.56 G multiply-adds
-    assert flops_an_image('resnet18_relu', None, 'trades', 10) == 27 * forward
+    assert train_step.flops_an_image('resnet18_relu', None, 'trades', 10) == 27 * forward
     found = {'a': [{'images_per_s': 2.0}, {'images_per_s': 9.0}], 'b': [{'images_per_s': 1.0}, {'images_per_s': 3.0}]}
-    assert ratio(found, 'a', 'b') == 2.5 and ratio(found, 'a', 'c') is None
+    assert train_step.ratio(found, 'a', 'b') == 2.5 and train_step.ratio(found, 'a', 'c') is None
 
 
 def test_attack_times_are_read_from_what_either_side_says():
-    from attack import Clock
-
-    clock = Clock(('robust accuracy after ', ':'))
+    clock = attack.Clock(('robust accuracy after ', ':'))
     clock('apgd-ce - 1/1 - 3 out of 8 successfully perturbed')
     assert not clock.seconds
     clock('robust accuracy after APGD-CE: 62.50% (total time 0.1 s)')
@@ -160,8 +138,6 @@ def test_attack_times_are_read_from_what_either_side_says():
 
 
 def test_attack_report_counts_the_differing_images(capsys):
-    from attack import differing, report
-
     found = {
         'peer': [{'seconds': {'apgd-ce': 3.0, 'total': 4.0}, 'robust': [1, 0, 1]}] * 2,
         'ours folded': [
@@ -169,18 +145,16 @@ def test_attack_report_counts_the_differing_images(capsys):
             {'seconds': {'apgd-ce': 2.0, 'total': 4.0}, 'robust': [0, 1, 1]},
         ],
     }
-    rows = report(found, ('apgd-ce', 'square'), 6)
+    rows = attack.report(found, ('apgd-ce', 'square'), 6)
     ours = rows['ours folded']
     assert ours['differing'] == [0, 2] and ours['robust'] == [2, 2] and ours['x_peer'] == 1.5
     assert ours['seconds']['total'] == {'median': 3, 'min': 2, 'max': 4} and ours['images_per_s'] == 2
     assert ours['seconds']['square']['median'] == 0  # no image was left
     assert '2.00 to 4.00' in capsys.readouterr().out
-    assert differing([1, 1], [1, 1]) == 0
+    assert attack.differing([1, 1], [1, 1]) == 0
 
 
 def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
-    import attack
-
     monkeypatch.setattr(attack, 'keep_freed_memory', lambda: False)  # it would hold for the tests that follow
     monkeypatch.setitem(attack.VERSIONS, 'benchmark', ())
     rng = np.random.default_rng(0)
@@ -200,15 +174,8 @@ def test_both_sides_attack_the_same_images_and_agree(tmp_path, monkeypatch):
     assert all(flags == verdicts['peer'] for flags in verdicts.values())
 
 
-@pytest.fixture
-def smoke():
-    import gpu_smoke
-
-    def run(*words):
-        return gpu_smoke.main(['--toy', '--device', 'cpu', '--only', *words])
-
-    run.module = gpu_smoke
-    return run
+def smoke(*words):
+    return gpu_smoke.main(['--toy', '--device', 'cpu', '--only', *words])
 
 
 def rows_of(text):
@@ -220,7 +187,7 @@ KINDS = ('kernels: ', 'step: ', 'resume: ', 'validate: ', 'autoattack: ', 'compi
 
 
 @pytest.mark.slow
-def test_the_smoke_test_passes_here(smoke, capsys):
+def test_the_smoke_test_passes_here(capsys):
     name = 'resnet18_pssilu.fast_cifar10_linf'
     assert smoke('kernels', name) == 0
     rows = rows_of(capsys.readouterr().out)
@@ -228,42 +195,42 @@ def test_the_smoke_test_passes_here(smoke, capsys):
     assert {f'{kind}{name}' for kind in KINDS[1:]} < set(rows) and len(rows) == 4 + len(KINDS) - 1
 
 
-def test_the_smoke_test_steps_with_every_recipe(smoke):
+def test_the_smoke_test_steps_with_every_recipe():
     args = argparse.Namespace(toy=True, device='cpu', data_dir=None, batch=8)
-    names = [name for name, _ in smoke.module.checks(args, Path()) if name.startswith('step: ')]
-    assert sorted(names) == sorted(f'step: {path.stem}' for path in smoke.module.RECIPES.glob('*.*.yaml'))
+    names = [name for name, _ in gpu_smoke.checks(args, Path()) if name.startswith('step: ')]
+    assert sorted(names) == sorted(f'step: {path.stem}' for path in gpu_smoke.RECIPES.glob('*.*.yaml'))
 
 
-def test_a_wrong_kernel_fails_the_smoke_test(smoke, monkeypatch, capsys):
-    right = smoke.module.pssilu
-    monkeypatch.setattr(smoke.module, 'pssilu', lambda x, alpha, beta: right(x, alpha, beta * 1.001))
+def test_a_wrong_kernel_fails_the_smoke_test(monkeypatch, capsys):
+    right = gpu_smoke.pssilu
+    monkeypatch.setattr(gpu_smoke, 'pssilu', lambda x, alpha, beta: right(x, alpha, beta * 1.001))
     assert smoke('kernels: pssilu eager') == 1
     out = capsys.readouterr().out
     assert rows_of(out) == {'kernels: pssilu eager float32': 'FAILED', 'kernels: pssilu eager bfloat16': 'ok'}
     assert 'value is' in out and '1 of 2 checks failed' in out
 
 
-def test_a_wrong_compiler_fails_the_smoke_test(smoke, monkeypatch, capsys):
+def test_a_wrong_compiler_fails_the_smoke_test(monkeypatch, capsys):
     monkeypatch.setattr(torch, 'compile', lambda net, **_: lambda *args: 1.1 * net(*args))
     assert smoke('compile: resnet18', 'kernels: pssilu compiled') == 1
     assert list(rows_of(capsys.readouterr().out).values()) == ['FAILED'] * 3
 
 
-def test_a_resumed_run_that_differs_fails_the_smoke_test(smoke, monkeypatch, capsys):
-    def build_otherwise(recipe, build=smoke.module.build):
+def test_a_resumed_run_that_differs_fails_the_smoke_test(monkeypatch, capsys):
+    def build_otherwise(recipe, build=gpu_smoke.build):
         other = {'lr': 1.1 * recipe.lr, 'allow_changes': True} if recipe.resume else {}
         return build(dataclasses.replace(recipe, **other))
 
-    monkeypatch.setattr(smoke.module, 'build', build_otherwise)
+    monkeypatch.setattr(gpu_smoke, 'build', build_otherwise)
     assert smoke('resume: resnet18_pssilu.fgsm') == 1
     assert 'weights differ by' in capsys.readouterr().out
 
 
-def test_a_check_that_breaks_hides_no_other(smoke, monkeypatch, capsys):
+def test_a_check_that_breaks_hides_no_other(monkeypatch, capsys):
     def broken(*args):
         raise ValueError('no such thing')
 
-    monkeypatch.setattr(smoke.module, 'build', broken)
+    monkeypatch.setattr(gpu_smoke, 'build', broken)
     assert smoke('step: resnet18_silu.fgsm', 'kernels: pssilu eager', 'validate: resnet18_pssilu.fgsm') == 1
     out = capsys.readouterr().out
     assert list(rows_of(out).values()) == ['ok', 'ok', 'FAILED', 'FAILED'] and 'ValueError: no such thing' in out

@@ -60,18 +60,7 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_plan_and_a_training_by_the_command(tmp_path):
     flags = ['--dataset', 'digits', '--model', 'resnet18_relu', '--model-kwargs', 'width=2', '--val-size', '20']
-    flags += [
-        '--eps',
-        '0.1',
-        '--max-steps',
-        '1',
-        '--batch-size',
-        '20',
-        '--output',
-        str(tmp_path),
-        '--experiment',
-        'run',
-    ]
+    flags += f'--eps 0.1 --max-steps 1 --batch-size 20 --output {tmp_path} --experiment run'.split()
     for command in ('plan', 'train'):
         run = subprocess.run(
             [sys.executable, '-m', 'timm_robust.cli', command, *flags, '--device', 'cpu'],

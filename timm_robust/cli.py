@@ -51,12 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [
-        'usage: timm-robust COMMAND ...',
-        '',
-        *(f'  {name:13s}{about}' for name, (_, _, about) in COMMANDS.items()),
-    ]
-    return '\n'.join([*lines, '', 'timm-robust COMMAND --help lists its flags.'])
+    commands = '\n'.join(f'  {name:13s}{about}' for name, (_, _, about) in COMMANDS.items())
+    return f'usage: timm-robust COMMAND ...\n\n{commands}\n\ntimm-robust COMMAND --help lists its flags.'
 
 
 if __name__ == '__main__':

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from .attacks import attacked, cross_entropy, pgd
+from .attacks import attacked, cross_entropy_of, pgd
 from .command_line import Parser, command, count, say, start_worker
 from .data import ImageData, load_dataset
 from .evaluation import evaluate
@@ -136,13 +136,7 @@ def draw(path: Path, models: dict[str, torch.nn.Module], data: ImageData, threat
     attempts = {}
     for name, model in models.items():
         with attacked(model):
-            x_adv = pgd(
-                lambda x: cross_entropy(model(x), y),  # noqa: B023 - called within this turn of the loop
-                x,
-                threat_model,
-                steps=20,
-                step_size=threat_model.eps / 8,
-            )
+            x_adv = pgd(cross_entropy_of(model, y), x, threat_model, steps=20, step_size=threat_model.eps / 8)
             with torch.no_grad():
                 attempts[name.removesuffix(' training')] = x_adv, model(x_adv).argmax(1)
     adversarial_figure(path, x, y, attempts, data.classes, threat_model)

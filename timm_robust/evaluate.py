@@ -34,7 +34,7 @@ from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
 from .training import HELD_OUT, held_out_images
 
 _SETTINGS = (
-    *('attack', 'n', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
+    *('attack', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
     *('search', 'screen', 'state_dir', 'checks'),
 )
 
@@ -64,9 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for note in _notes(args, threat_model) if not world.rank else ():
         say(f'note: {note}')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
-    settings['n'] = min(DEFAULT_N, len(data)) if args.n is None else args.n
-    if args.split == HELD_OUT or is_stream(args.dataset or 'cifar10'):  # n of them, less what could not be read
-        settings['n'] = len(data)
     progress = None if args.quiet or world.rank else say
     try:
         result, tensors = evaluate(
@@ -121,18 +118,14 @@ def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
 
 
 def _read_data(args: argparse.Namespace, model: nn.Module, world: World) -> ImageData:
-    """The images to measure on."""
+    """The images to measure on, as many as asked for."""
     if args.split != HELD_OUT:
-        return read_split(
-            model,
-            args.dataset or 'cifar10',
-            args.data_dir,
-            args.split,
-            n=args.n,
-            img_size=args.img_size,
-            download=args.dataset_download,
-            processes=world.size,
-        )
+        dataset = args.dataset or 'cifar10'
+        options: dict[str, Any] = {'n': args.n, 'img_size': args.img_size, 'download': args.dataset_download}
+        data = read_split(model, dataset, args.data_dir, args.split, processes=world.size, **options)
+        if is_stream(dataset):  # n of them already, less what could not be read
+            return data
+        return data.first(min(DEFAULT_N, len(data)) if args.n is None else args.n)
     path = Path(args.model)
     if not path.exists():
         raise ValueError(f'--split {HELD_OUT} goes with the folder or the checkpoint of a run, not with {args.model!r}')

@@ -68,10 +68,10 @@ def refusal(error: Exception) -> str:
     return f'<div class="refused" role="alert">{escape(str(error))}</div>'
 
 
-def outcomes(found: dict[str, Outcome], method: str, notes: Sequence[str] = ()) -> str:
+def outcomes(found: dict[str, Outcome], method: str, note: str) -> str:
     """The models side by side: the picture before and after the attack, the perturbation, the probabilities."""
-    lines = [f'<p>{escape(note)}</p>' for note in notes]
-    return ''.join([*lines, '<div class="robust">', *[_article(*item, method) for item in found.items()], '</div>'])
+    articles = ''.join(_article(title, outcome, method) for title, outcome in found.items())
+    return f'<p>{escape(note)}</p><div class="robust">{articles}</div>'
 
 
 def _article(title: str, found: Outcome, method: str) -> str:
@@ -93,7 +93,7 @@ def _article(title: str, found: Outcome, method: str) -> str:
 
 
 def _figure(image: torch.Tensor, caption: str) -> str:
-    small = ' class="small"' * (max(image.shape[-2:]) <= _SMALL)
+    small = ' class="small"' if max(image.shape[-2:]) <= _SMALL else ''
     address = data_uri(to_pil_image(image))
     return f'<figure><img{small} src="{address}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 

@@ -89,30 +89,18 @@ def compare(
     network, classes, x = pixel_input(model), classes_of(model), as_input(picture, model)
     clean = _probabilities(network, x)
     given = label in classes
-    y = torch.tensor([classes.index(label) if given and label is not None else int(clean.argmax())])
-    x_adv = _attacked(model, network, x, y, threat_model, method)
+    y = torch.tensor([classes.index(label) if given else int(clean.argmax())])
+    if climb := ATTACKS[method].get('climb'):
+        with attacked(network):  # seeded, so that each answer is the same
+            x_adv = climb(cross_entropy_of(network, y), x, threat_model, generator=torch.Generator().manual_seed(0))
+    else:
+        x_adv = attack(model, x, y, threat_model, **ATTACKS[method])
     return Outcome(x[0], x_adv[0], clean, _probabilities(network, x_adv), int(y), given, classes, threat_model)
-
-
-def _attacked(
-    model: nn.Module, network: nn.Module, x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, method: str
-) -> torch.Tensor:
-    """The adversarial pictures of a method; the same each time, by its seed."""
-    climb = ATTACKS[method].get('climb')
-    if climb is None:
-        return attack(model, x, y, threat_model, **ATTACKS[method])
-    with attacked(network):
-        return climb(partial(cross_entropy_of, network, y), x, threat_model, generator=torch.Generator().manual_seed(0))
 
 
 def _probabilities(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return network(x).float().softmax(1)[0]
-
-
-def radii(norm: str) -> list[ThreatModel]:
-    """The threat models of the curve."""
-    return [ThreatModel(norm, (radius if norm == 'Linf' else 16 * radius) / 255) for radius in RADII]
 
 
 def accuracy_curve(model: nn.Module, data: ImageData, norm: str) -> Iterator[list[tuple[float, int]]]:
@@ -138,10 +126,11 @@ def accuracy_curve(model: nn.Module, data: ImageData, norm: str) -> Iterator[lis
     right = _right(network, x, y)
     points = [(0.0, int(right.sum()))]
     yield list(points)
-    for threat_model in radii(norm):
+    for radius in RADII:
+        eps = (radius if norm == 'Linf' else 16 * radius) / 255
         x, y = x[right], y[right]
-        right = _right(network, attack(model, x, y, threat_model), y) if len(x) else right[right]
-        points.append((threat_model.eps, int(right.sum())))
+        right = _right(network, attack(model, x, y, ThreatModel(norm, eps)), y) if len(x) else right[right]
+        points.append((eps, int(right.sum())))
         yield list(points)
 
 

@@ -46,13 +46,13 @@ class Shown:
             label: class in an upload, or SEEN.
         """
         try:
-            notes, truth = [], label if label != SEEN else None
             if upload:
-                picture, note = read_picture(upload)
-                notes = [f'Your picture{f", {note}" * bool(note)}: {picture.width} x {picture.height} pixels.']
+                picture, said = read_picture(upload)
+                truth = None if label == SEEN else label
+                note = f'Your picture{f", {said}" if said else ""}: {picture.width} x {picture.height} pixels.'
             elif name in CIFAR10_CLASSES:
                 picture, truth = example(CIFAR10_CLASSES.index(name)), name
-                notes = [f'CIFAR-10 test image of class {name}, 32 x 32 pixels.']
+                note = f'CIFAR-10 test image of class {name}, 32 x 32 pixels.'
             else:
                 raise ValueError(f'example {name!r} is unknown; allowed: {", ".join(CIFAR10_CLASSES)}')
             if eps is None:
@@ -63,7 +63,7 @@ class Shown:
             }
         except ValueError as error:
             return refusal(error)
-        return outcomes(found, method, notes)
+        return outcomes(found, method, note)
 
     def curve(self, norm: str) -> Iterator[str]:
         """Accuracy of each model over eps as HTML, one point more each time."""
@@ -147,7 +147,7 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
 
 def _slider(gr: Any, norm: str) -> Any:
     """The radius, in the range that is usual for a norm."""
-    value, most, step = _SLIDERS.get(norm, _SLIDERS['Linf'])
+    value, most, step = _SLIDERS[norm]
     return gr.Slider(step, most, value=value, step=step, label=f'eps, {norm}, in 255ths of the range', elem_id='eps')
 
 

@@ -31,8 +31,6 @@ LossFn = Callable[[torch.Tensor], torch.Tensor]
 Attack = Callable[[LossFn, torch.Tensor], torch.Tensor]
 """(loss_fn, x) -> x_adv."""
 
-BN_MODES = ('eval', 'train')
-
 
 def input_gradient(loss_fn: LossFn, x: torch.Tensor) -> torch.Tensor:
     """Gradient of the summed loss with respect to x, [B, C, H, W]; leaves every `.grad` alone."""
@@ -206,8 +204,8 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
     Raises:
         ValueError: for another mode.
     """
-    if bn not in BN_MODES:
-        raise ValueError(f'attack_bn {bn!r} is unknown; allowed: {", ".join(BN_MODES)}')
+    if bn not in ('eval', 'train'):
+        raise ValueError(f'attack_bn {bn!r} is unknown; allowed: eval, train')
     training = [module for module in model.modules() if module.training]
     frozen = [p for p in model.parameters() if p.requires_grad]
     model.train(bn == 'train')

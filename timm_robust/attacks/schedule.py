@@ -20,12 +20,12 @@ class TrainingAttack:
     Args:
         attack: called with what it takes.
         takes: which of steps, step_size, random_start and start_noise.
-        radii: steps -> the step size in units of eps, where the recipe gives none.
+        relative_step: steps -> the step size in units of eps, where the recipe gives none.
     """
 
     attack: Callable[..., torch.Tensor]
     takes: tuple[str, ...]
-    radii: Callable[[int], float]
+    relative_step: Callable[[int], float]
 
 
 TRAINING_ATTACKS = {
@@ -69,12 +69,13 @@ class AttackSchedule:
     def at(self, progress: float) -> Attack:
         """The attack at this share of the run."""
         kind = TRAINING_ATTACKS[self.attack]
-        late = self.late_steps is not None and progress >= self.late_start
-        steps = self.late_steps if late and self.late_steps is not None else self.steps
+        steps = self.steps
+        if self.late_steps is not None and progress >= self.late_start:
+            steps = self.late_steps
         share = min(progress / self.eps_warmup, 1.0) if self.eps_warmup else 1.0
         eps = self.threat_model.eps
-        size = eps * kind.radii(steps) if self.step_size is None else self.step_size
-        settings: dict[str, Any] = {'steps': steps, 'step_size': share * size, 'random_start': self.random_start}
-        settings['start_noise'] = self.start_noise
+        size = eps * kind.relative_step(steps) if self.step_size is None else self.step_size
+        settings: dict[str, Any] = {'steps': steps, 'step_size': share * size}
+        settings |= {'random_start': self.random_start, 'start_noise': self.start_noise}
         threat_model = replace(self.threat_model, eps=share * eps)
         return partial(kind.attack, threat_model=threat_model, **{name: settings[name] for name in kind.takes})

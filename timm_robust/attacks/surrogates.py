@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-from .gradient import Attack
+from .gradient import Attack, LossFn
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 
 
 def climb_cross_entropy(model: Model, attack: Attack, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Adversarial images that climb the cross-entropy."""
-    return attack(partial(cross_entropy_of, model, y), x)
+    return attack(cross_entropy_of(model, y), x)
 
 
-def cross_entropy_of(model: Model, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What an attack on a model climbs: the cross-entropy of each image, [B]."""
-    return cross_entropy(model(x), y)
+def cross_entropy_of(model: Model, y: torch.Tensor) -> LossFn:
+    """What an attack on a model climbs: images -> the cross-entropy of each, [B]."""
+    return lambda x: cross_entropy(model(x), y)
 
 
 def cross_entropy(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -40,9 +40,8 @@ class AutoAttackResult:
         per_attack: attack -> share of images still robust after it, in the order they ran.
         warnings: AutoAttack's own warnings, alike ones counted, and departures from its standard settings.
         rejected: adversarial images that an attack claimed and re-checking did not confirm.
-        wall_time_s: duration in seconds, with that of the batches found in state_dir.
-        earlier_s: the part of it that these took when they were run; of several processes, this one's share.
-        version: 'standard' or 'apgd'.
+        earlier_s: seconds that the batches found in state_dir took when they were run; of several processes, this
+            one's share.
         searched: whether the search network was used; not if it labels an image otherwise than the model.
     """
 
@@ -53,9 +52,7 @@ class AutoAttackResult:
     per_attack: dict[str, float]
     warnings: list[str]
     rejected: int
-    wall_time_s: float
     earlier_s: float
-    version: str
     searched: bool
 
 
@@ -68,7 +65,6 @@ def autoattack(
     version: str = 'standard',
     batch_size: int = 250,
     seed: int = 0,
-    device: torch.device | str | None = None,
     progress: Callable[[str], object] | None = None,
     search: nn.Module | None = None,
     screen: nn.Module | None = None,
@@ -78,14 +74,13 @@ def autoattack(
     """Attack a model with AutoAttack and leave the model, the random numbers and the tracer as they were.
 
     Args:
-        model: images in [0, 1] -> logits. It runs in eval mode, with frozen parameters.
-        x: images [N, C, H, W] in [0, 1].
+        model: images in [0, 1] -> logits. It runs in eval mode, with frozen parameters, on its own device.
+        x: images [N, C, H, W] in [0, 1], on any device.
         y: labels [N].
         threat_model: norm and radius; the bounds must be (0, 1).
         version: 'standard', all four attacks, or 'apgd', the first two of them with the same settings.
         batch_size: images a batch.
         seed: seed of every batch of every attack.
-        device: where to attack; the model's own device if None. The images may be elsewhere.
         progress: called with a line of text after every batch, and with the time left every 10 s.
         search: an equal but faster network to attack, such as `search_model` makes; the verdicts are the model's: an
             adversarial image that the model does not confirm is looked for again on the model itself.
@@ -100,7 +95,6 @@ def autoattack(
         ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), and a state_dir of
             another measurement.
     """
-    started = time.perf_counter()
     _check(x, y, threat_model, version, batch_size)
     x = x.detach().float().contiguous()
     y = y.detach().long().to(x.device)
@@ -110,9 +104,7 @@ def autoattack(
         facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
         store = BatchStore(state_dir, facts)
     with undisturbed(model):
-        runner = partial(
-            Runner, x=x, threat_model=threat_model, batch_size=batch_size, seed=seed, device=device, report=report
-        )
+        runner = partial(Runner, x=x, threat_model=threat_model, batch_size=batch_size, seed=seed, report=report)
         plain = runner(model)
         check_images(x, y, plain.num_classes)
         y_pred = predict(plain.logits, x, batch_size)
@@ -137,9 +129,7 @@ def autoattack(
         per_attack=per_attack,
         warnings=report.warnings(),
         rejected=verdicts.rejected,
-        wall_time_s=time.perf_counter() - started + report.earlier_s,
         earlier_s=report.earlier_s,
-        version=version,
         searched=search is not None,
     )
 
@@ -239,7 +229,7 @@ class _Batches:
                 return None
             images, x, y = self.x[part], self.x[part], self.y[part]
             images[found.broken] = found.x_adv.to(x.device)
-            clamped, labels, broken = self._recheck(images, x, y)
+            clamped, labels, broken = recheck(self.plain.logits, images, x, y, self.threat_model)
             index = found.broken.to(x.device)
             same = torch.equal(labels[index].cpu(), found.labels) and torch.equal(clamped, images)
             if not (same and broken[index].all()):
@@ -252,30 +242,24 @@ class _Batches:
         return found
 
     def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
-        """One attack on one batch; not a screen's, but others again on the model for what the model did not confirm."""
+        """One attack on one batch; but for a screen, what the model does not confirm is attacked again on the model."""
         started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
         claims, claimed = step.runner.run(step.attack, x, y)
-        claims, labels, broken = self._recheck(claims, x, y)
+        claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model)
         broken &= claimed
         again = claimed & ~broken
-        if step.name != step.attack:
+        if step.name != step.attack:  # a screen, which the whole attack follows
             claimed = broken
         elif step.runner is not self.plain and again.any():
             more, sure = self.plain.run(step.attack, x[again], y[again])
-            more, names, fell = self._recheck(more, x[again], y[again])
+            more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model)
             claims[again], labels[again] = more, names
             broken[again], claimed[again] = fell & sure, sure
         said, self.report.messages = self.report.messages, messages
         index, rejected = broken.nonzero()[:, 0].cpu(), int((claimed & ~broken).sum())
         seconds = time.perf_counter() - started
         return Found(index, claims[broken].cpu(), labels[broken].cpu(), rejected, said, seconds)
-
-    def _recheck(
-        self, x_adv: torch.Tensor, x: torch.Tensor, y: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What the model says of adversarial images of one batch, as `recheck`."""
-        return recheck(self.plain.logits, x_adv, x, y, self.threat_model, len(x))
 
 
 @contextmanager
@@ -305,20 +289,15 @@ def predict(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
 
 
 def recheck(
-    model: nn.Module,
-    x_adv: torch.Tensor,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    threat_model: ThreatModel,
-    batch_size: int,
+    model: nn.Module, x_adv: torch.Tensor, x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which images are broken: the label is wrong, and the image is inside the ball and the bounds (so it is no NaN).
+    """Which images of a batch are broken: the label is wrong, and the image in the ball and the bounds (so no NaN).
 
     Returns:
         x_adv clamped to the bounds, the model's labels of it [N], and whether each image is broken [N].
     """
     x_adv = x_adv.clamp(*threat_model.bounds)
-    labels = predict(model, x_adv, batch_size)
+    labels = predict(model, x_adv, len(x_adv))
     tolerance = 1e-6 * max(1.0, threat_model.eps)  # rounding grows with the radius
     return x_adv, labels, (labels != y) & threat_model.contains(x_adv, x, tolerance)
 

@@ -11,8 +11,6 @@ True
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
@@ -71,6 +69,6 @@ def attack(
     parts = []
     with attacked(network):
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            climbed = partial(cross_entropy_of, network, labels)
-            parts.append(pgd(climbed, images, threat_model, steps=steps, step_size=step, generator=generator))
+            climb = cross_entropy_of(network, labels)
+            parts.append(pgd(climb, images, threat_model, steps=steps, step_size=step, generator=generator))
     return torch.cat(parts)

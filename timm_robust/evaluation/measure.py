@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +119,9 @@ def evaluate(
     with undisturbed(model):
         logits = Fp32Logits(pixels)
         _check_fit(logits, data)
-        tensors, doubts = _clean(logits, x, data.labels, batch_size, progress), list[str]()
+        parts, doubts = _paced(x.split(batch_size), 'clean', progress), list[str]()
+        y_pred = torch.cat([predict(logits, part, batch_size) for part in parts])
+        tensors = {'y': data.labels, 'y_pred': y_pred, 'clean_correct': y_pred == data.labels}
         facts['clean_acc'] = share(tensors['clean_correct'])
         if attack != 'none':
             facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
@@ -163,15 +164,6 @@ def _check_settings(
         upstream()
 
 
-def _clean(
-    logits: nn.Module, x: torch.Tensor, y: torch.Tensor, batch_size: int, progress: Progress | None
-) -> dict[str, torch.Tensor]:
-    """Labels, predictions and whether they agree, each [n]."""
-    pace = _Pace('clean', len(x), progress)
-    y_pred = torch.cat([pace(predict(logits, part, batch_size)) for part in x.split(batch_size)])
-    return {'y': y, 'y_pred': y_pred, 'clean_correct': y_pred == y}
-
-
 def _check_fit(logits: nn.Module, data: ImageData) -> None:
     """Refuse a model that does not take these images, or that has other classes."""
     image = data.pixels(slice(0, 1))
@@ -206,18 +198,17 @@ def _pgd(
         left = robust.nonzero()[:, 0]
         if not len(left):
             break
-        pace = _Pace(f'PGD-{steps} start {restart + 1} of {facts["restarts"]}', len(left), progress)
-        for part in left.split(facts['batch_size']):
+        what = f'PGD-{steps} start {restart + 1} of {facts["restarts"]}'
+        for part in _paced(left.split(facts['batch_size']), what, progress):
             images, y = x[part].to(device), tensors['y'][part].to(device)
             keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
             start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
-            found = pgd(partial(cross_entropy_of, logits, y), images, start, steps=steps, step_size=step_size)
-            found, labels, broken = recheck(logits, found, images, y, threat_model, facts['batch_size'])
+            found = pgd(cross_entropy_of(logits, y), images, start, steps=steps, step_size=step_size)
+            found, labels, broken = recheck(logits, found, images, y, threat_model)
             rejected += int(((labels != y) & ~broken).sum())
             index = part[broken.to(x.device)]
             robust[index], x_adv[index] = False, found[broken].to(x.device)
             y_pred_adv[index] = labels[broken].to(x.device)
-            pace(part)
     tensors |= {'pgd_robust': robust, 'robust': robust, 'x_adv': x_adv, 'y_pred_adv': y_pred_adv}
     return {'pgd_acc': share(robust), 'rejected': rejected}
 
@@ -255,8 +246,8 @@ def _autoattack(
     if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
     tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
-    record: dict[str, Any] = {'attack_version': result.version, 'per_attack': result.per_attack, 'warnings': warnings}
-    record |= {'search': 'folded' if result.searched else 'model', 'screen': screen}
+    record: dict[str, Any] = {'attack_version': _VERSIONS[attack], 'per_attack': result.per_attack}
+    record |= {'warnings': warnings, 'search': 'folded' if result.searched else 'model', 'screen': screen}
     record['processes'] = world.size if world else 1
     record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
@@ -279,21 +270,15 @@ def _name(model: nn.Module) -> str:
     return '.'.join(filter(None, names))
 
 
-class _Pace:
-    """Says at most once a second how many images are done, how fast, and how long the rest takes."""
-
-    def __init__(self, what: str, total: int, progress: Progress | None) -> None:
-        self.what, self.total, self.progress, self.done = what, total, progress, 0
-        self.started = time.perf_counter()
-        self.said = self.started
-
-    def __call__(self, part: torch.Tensor) -> torch.Tensor:
-        """Note that these images are done, and hand them through."""
-        self.done += len(part)
+def _paced(parts: Sequence[torch.Tensor], what: str, progress: Progress | None) -> Iterator[torch.Tensor]:
+    """The parts in turn; says at most once a second how many images are done, how fast, and how long the rest takes."""
+    total, done = sum(map(len, parts)), 0
+    started = said = time.perf_counter()
+    for part in parts:
+        yield part
+        done += len(part)
         now = time.perf_counter()
-        if self.progress is not None and (now - self.said >= 1 or self.done == self.total):
-            self.said = now
-            rate = self.done / (now - self.started)
-            left = timedelta(seconds=round((self.total - self.done) / rate))
-            self.progress(f'{self.what}: {self.done}/{self.total} images, {rate:.3g} images/s, {left} left')
-        return part
+        if progress is not None and (now - said >= 1 or done == total):
+            said, rate = now, done / (now - started)
+            left = timedelta(seconds=round((total - done) / rate))
+            progress(f'{what}: {done}/{total} images, {rate:.3g} images/s, {left} left')

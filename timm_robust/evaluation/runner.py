@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -31,14 +30,11 @@ class Runner:
         threat_model: ThreatModel,
         batch_size: int,
         seed: int,
-        device: torch.device | str | None,
         report: Report,
     ) -> None:
         library = upstream()
         self.checks, self.report, self.batch_size = library.checks, report, batch_size
-        self.device = torch.device(device) if device is not None else device_of(model, x)
-        if self.device.type != device_of(model, x.to(self.device)).type:
-            raise ValueError(f'the model is not on {self.device}; move it there with model.to({str(self.device)!r})')
+        self.device = device_of(model, x)
         self.logits = Fp32Logits(model, report.count)
         self.num_classes = self.logits(x[:1].to(self.device)).shape[-1]
         self.targets = min(_TARGETS, self.num_classes - 1)
@@ -84,7 +80,8 @@ class Report:
         self.progress, self.messages = progress, list[str]()
         self.logger = logging.Logger('timm_robust.autoattack')  # unregistered: nobody's handlers and levels change
         self.logger.addFilter(self._take)
-        self.attack, self.plan, self.later, self.done, self.all_done, self.earlier_s = '', 0.0, 0.0, 0, 0, 0.0
+        self.all_done, self.earlier_s = 0, 0.0
+        self.start('', 0.0, 0.0)
         self.started = self.said = time.perf_counter()
 
     def start(self, attack: str, plan: float, later: float) -> None:
@@ -114,9 +111,10 @@ class Report:
 
     def warnings(self) -> list[str]:
         """The warnings; those that differ only in their numbers once, with their count."""
-        kinds = Counter(re.sub(r'\d+', '#', text) for text in self.messages)
-        first = {re.sub(r'\d+', '#', text): text for text in reversed(self.messages)}
-        return [first[kind] + (f' ({count} times)' if count > 1 else '') for kind, count in kinds.items()]
+        kinds: dict[str, list[str]] = {}
+        for text in self.messages:
+            kinds.setdefault(re.sub(r'\d+', '#', text), []).append(text)
+        return [alike[0] + (f' ({len(alike)} times)' if len(alike) > 1 else '') for alike in kinds.values()]
 
     def _take(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()

@@ -54,7 +54,7 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     On a CPU the convolutions keep their weights packed (`packing`), for they are called with few images, too.
 
     Args:
-        model: images in [0, 1] -> logits, in fp32; left as it is.
+        model: images in [0, 1] -> logits, in fp32 and eval mode; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
         images: how many are to be attacked; where that takes minutes, PSSiLU is compiled (seconds): it alone, because
             AutoAttack's batches shrink, and its kernels are made once for all sizes.
@@ -62,20 +62,14 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     if dtype_of(model) != torch.float32:
         return None
     x = x.to(device_of(model, x))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        folded = FoldedNet(model, x[:2])
-        pack_convolutions(folded.net)
-        with torch.no_grad(), ieee_convolutions():
-            started = time.perf_counter()
-            expected = model(x)
-            seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)
-            search = ChannelsLast(folded.net, _kernels(model, x.device) if seconds > _WORTH_SECONDS else None)
-            differ = (search(x) - expected).abs().max() > _TOLERANCE * expected.abs().max()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    folded = FoldedNet(model, x[:2])
+    pack_convolutions(folded.net)
+    with torch.no_grad(), ieee_convolutions():
+        started = time.perf_counter()
+        expected = model(x)
+        seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)
+        search = ChannelsLast(folded.net, _kernels(model, x.device) if seconds > _WORTH_SECONDS else None)
+        differ = (search(x) - expected).abs().max() > _TOLERANCE * expected.abs().max()
     return None if not folded.pairs or differ else search
 
 

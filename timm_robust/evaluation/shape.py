@@ -47,15 +47,12 @@ def minimal_radii(
     """
     with torch.no_grad():
         right = model(x).argmax(1) == y
-    low, high = torch.zeros(len(x), device=x.device), torch.full((len(x),), largest, device=x.device)
-    high[~right] = 0
-    for number in range(rounds + 1):
-        eps = high if number == 0 else (low + high) / 2
+    high = largest * right
+    low = torch.where(_broken(model, x, y, high, generator), 0, high)  # what resists the largest keeps it
+    for _ in range(rounds):
+        eps = (low + high) / 2
         broken = _broken(model, x, y, eps, generator)
-        if number == 0:
-            low = torch.where(broken, low, high)  # resists the largest
-        else:
-            low, high = torch.where(broken, low, eps), torch.where(broken, eps, high)
+        low, high = torch.where(broken, low, eps), torch.where(broken, eps, high)
     return high
 
 

@@ -40,11 +40,18 @@ def read_split(
     Raises:
         FileNotFoundError, ImportError, ValueError: as load_dataset and StreamData.
     """
-    if is_stream(dataset):
-        data = _streamed(model, dataset, data_dir, split, n, img_size, download, processes)
-    else:
-        data = load_dataset(dataset, data_dir, split, download)
-    return fit_channels(model, data)
+    if not is_stream(dataset):
+        return fit_channels(model, load_dataset(dataset, data_dir, split, download))
+    config = dict(getattr(model, 'pretrained_cfg', None) or {})
+    size = img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
+    options: dict[str, Any] = {'download': download, 'classes': trained_classes(model)}
+    if dataset.partition('/')[0] in ('wds', 'hfids', 'tfds'):  # folders know their classes, and may lack some
+        options['num_classes'] = getattr(model, 'num_classes', None)
+    stream = StreamData(dataset, data_dir, split, size, **options)
+    if stream.iterable and processes > 1:
+        raise ValueError(f'{dataset} has an order, not numbers, so it is measured in one process, without torchrun')
+    n = min(DEFAULT_N, len(stream)) if n is None else n
+    return fit_channels(model, (stream.first(n) if stream.iterable else evenly(stream, n)).in_memory())
 
 
 def fit_channels(model: nn.Module, data: ImageData) -> ImageData:
@@ -69,25 +76,3 @@ def evenly(data: Data, n: int | None) -> Data:
         return data
     data.first(n)
     return data.subset(torch.arange(n) * len(data) // n)
-
-
-def _streamed(
-    model: nn.Module,
-    dataset: str,
-    data_dir: str | None,
-    split: str,
-    n: int | None,
-    img_size: int | None,
-    download: bool,
-    processes: int,
-) -> ImageData:
-    config = dict(getattr(model, 'pretrained_cfg', None) or {})
-    size = img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
-    options: dict[str, Any] = {'download': download, 'classes': trained_classes(model)}
-    if dataset.partition('/')[0] in ('wds', 'hfids', 'tfds'):  # folders know their classes, and may lack some
-        options['num_classes'] = getattr(model, 'num_classes', None)
-    stream = StreamData(dataset, data_dir, split, size, **options)
-    if stream.iterable and processes > 1:
-        raise ValueError(f'{dataset} has an order, not numbers, so it is measured in one process, without torchrun')
-    n = min(DEFAULT_N, len(stream)) if n is None else n
-    return (stream.first(n) if stream.iterable else evenly(stream, n)).in_memory()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ def validate(attack_forward: AttackForward, data: Any, recipe: Recipe, run: Run 
             x, n = resized(x, side), len(y)
             if fixed:
                 x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)
-            x_adv = pgd(partial(cross_entropy_of, forward, y), x, recipe.threat_model, **settings)
+            x_adv = pgd(cross_entropy_of(forward, y), x, recipe.threat_model, **settings)
             with torch.no_grad():
                 right = forward(x).argmax(1) == y
                 robust = right & (forward(x_adv).argmax(1) == y)
