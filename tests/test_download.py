@@ -8,27 +8,12 @@ import threading
 
 import pytest
 
-from timm_robust.weights import download
-from timm_robust.weights.download import without_password
-
-
-class Sizes:
-    """A download that has so many bytes after each look; `wait` says that it is done after the last."""
-
-    def __init__(self, *sizes):
-        self.sizes, self.looks = sizes, 0
-
-    def count(self):
-        return self.sizes[min(self.looks, len(self.sizes) - 1)]
-
-    def wait(self, seconds):
-        self.looks += 1
-        return self.looks == len(self.sizes)
+from timm_robust.weights import download, without_password
 
 
 def said(*sizes):
-    lines, fake = [], Sizes(*sizes)
-    download._watch(fake.count, fake.wait, 'some.model', lines.append)
+    lines = []
+    download._watch(sizes, 'some.model', lines.append)
     return lines
 
 
@@ -76,9 +61,8 @@ def test_a_password_in_the_endpoint_is_never_said(tmp_path):
     code = """
 import json
 from timm_robust.models.load import load_model
+from timm_robust.weights import Release, read_release
 from timm_robust.weights.download import _page
-from timm_robust.weights.download import read_release
-from timm_robust.weights.releases import Release
 release = Release('resnet18_relu.at_cifar10_linf', 'a' * 64, 5, None, 'owner/name', 'b' * 40)
 messages = [_page(release)]
 for call in (lambda: read_release(release), lambda: load_model('hf-hub:owner/name')):

@@ -43,10 +43,7 @@ def test_every_place_applies_the_activation_and_the_other_weights_stay(name, x):
 
 
 def test_one_set_of_parameters_or_one_a_place(x):
-    shared, own = (
-        replace_activations(net('test_resnet'), 'pssilu'),
-        replace_activations(net('test_resnet'), 'pssilu', False),
-    )
+    shared, own = (replace_activations(net('test_resnet'), 'pssilu', shared) for shared in (True, False))
     assert sum(name.endswith('alpha') for name, _ in shared.named_parameters()) == 1
     places = sum(isinstance(module, PSSiLU) for module in own.modules())
     assert places > 3 and sum(name.endswith('alpha') for name, _ in own.named_parameters()) == places
@@ -173,9 +170,9 @@ def test_replacing_twice_leaves_the_second(x):
 
 def test_gates_stay():
     model = timm.create_model('test_efficientnet')
-    gates = sum(isinstance(m, nn.Sigmoid) or type(m).__name__ == 'Sigmoid' for m in model.modules())
+    gates = [module for module in model.modules() if type(module).__name__ == 'Sigmoid']
     replace_activations(model, 'pssilu')
-    assert gates == sum(isinstance(m, nn.Sigmoid) or type(m).__name__ == 'Sigmoid' for m in model.modules())
+    assert gates and all(gate in list(model.modules()) for gate in gates)
 
 
 def test_networks_without_a_place_are_refused():
@@ -187,11 +184,6 @@ def test_networks_without_a_place_are_refused():
         replace_activations(net('test_resnet'), 'pssil')
 
 
-def test_a_root_that_calls_its_modules_in_turn_owns_no_activation(x):
+def test_a_root_that_calls_its_modules_in_turn_owns_no_activation():
     with pytest.raises(ValueError, match=r'Sequential calls all its modules in turn.*shared=False'):
         replace_activations(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 'pssilu')
-    features = timm.create_model('act_swapped', model='test_resnet', act='pssilu', features_only=True).eval()
-    whole = timm.create_model('act_swapped', model='test_resnet', act='pssilu').eval()
-    whole.load_state_dict({k.removeprefix('model.'): v for k, v in features.state_dict().items()}, strict=False)
-    expected = whole.forward_intermediates(x, intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(features(x), expected[-len(features(x)) :], strict=True))

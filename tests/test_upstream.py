@@ -36,31 +36,18 @@ def upstream(tmp_path_factory):
     archive = cache / f'timm-{timm.__version__}.tar.gz'
     if not archive.is_file():
         cache.mkdir(exist_ok=True)
-        fetch = [
-            'pip',
-            'download',
-            '--quiet',
-            '--no-deps',
-            '--no-binary',
-            'timm',
-            '-d',
-            str(cache),
-            f'timm=={timm.__version__}',
-        ]
-        run = subprocess.run([sys.executable, '-m', *fetch], capture_output=True, text=True)
+        fetch = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary=timm', '-d', str(cache)]
+        run = subprocess.run([*fetch, f'timm=={timm.__version__}'], capture_output=True, text=True)
         if run.returncode:
             pytest.skip(f'timm {timm.__version__}: no source archive to be had: {run.stderr.strip()[-200:]}')
     folder = tmp_path_factory.mktemp('upstream')
     with tarfile.open(archive) as tar:
         for name in ('test_models.py', 'conftest.py'):
-            text = tar.extractfile(f'timm-{timm.__version__}/tests/{name}').read().decode()
-            if name == 'test_models.py':
-                marker = 'FEAT_INTER_FILTERS = ['
-                assert marker in text, 'upstream renamed its list of modules with forward_intermediates'
-                text = 'import timm_robust\n' + text.replace(
-                    marker, f"{marker}'cifar_resnet', 'wide_resnet', 'imagenet', ", 1
-                )
-            (folder / name).write_text(text)
+            (folder / name).write_bytes(tar.extractfile(f'timm-{timm.__version__}/tests/{name}').read())
+    text, marker = (folder / 'test_models.py').read_text(), 'FEAT_INTER_FILTERS = ['
+    assert marker in text, 'upstream renamed its list of modules with forward_intermediates'
+    text = text.replace(marker, f"{marker}'cifar_resnet', 'wide_resnet', 'imagenet', ", 1)
+    (folder / 'test_models.py').write_text('import timm_robust\n' + text)
     return folder
 
 
@@ -68,20 +55,8 @@ def upstream(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SELECTIONS)
 def test_upstream_model_tests_pass(name, upstream):
-    selection = SELECTIONS[name]
-    command = [
-        '-m',
-        'pytest',
-        '-q',
-        '-p',
-        'no:cacheprovider',
-        '-W',
-        'ignore',
-        '-k',
-        selection,
-        str(upstream / 'test_models.py'),
-    ]
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=upstream)
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', '-k', SELECTIONS[name]]
+    run = subprocess.run([*command, 'test_models.py'], capture_output=True, text=True, cwd=upstream)
     tail = run.stdout[-3000:]
     assert run.returncode == 0, tail
     assert 'passed' in tail and 'failed' not in tail and ' skipped' not in tail, tail

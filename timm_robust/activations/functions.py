@@ -15,7 +15,7 @@ RAW_SQUARE_MIN = 1e-6
 def psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Parametric Softplus: log(1 + exp(a x)) / a, a = max(abs(alpha), 0.001). Dai et al. 2021, arXiv:2110.05626."""
     a = alpha.abs().clamp(min=0.001)  # ALPHA_MIN
-    return (_log1p_exp(a * x) / a).to(x.dtype).view_as(x)  # a number stays one, whatever alpha's shape
+    return (softplus(a * x) / a).to(x.dtype).view_as(x)  # a number stays one, whatever alpha's shape
 
 
 def prelu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     return (y - torch.log1p(a * y) / a).to(x.dtype).view_as(x)
 
 
-def _log1p_exp(x: torch.Tensor) -> torch.Tensor:
+def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x)).
 
     Not by logsigmoid where a compiler reads it: torch exports that to ONNX as log(sigmoid), which is -inf far left.
@@ -62,8 +62,3 @@ def _log1p_exp(x: torch.Tensor) -> torch.Tensor:
 def _wide(x: torch.Tensor) -> torch.Tensor:
     """The tensor in fp32 at least: in half precision differences vanish, and squares overflow."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def parametric_softplus(x: torch.Tensor, alpha: float = 10.0) -> torch.Tensor:
-    """log(1 + exp(alpha x)) / alpha, alpha fixed. Xie et al. 2020, arXiv:2006.14536."""
-    return _log1p_exp(alpha * x) / alpha

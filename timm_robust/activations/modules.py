@@ -13,24 +13,14 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, ClassVar, List
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .functions import (
-    ALPHA_MIN,
-    RAW_SQUARE_MIN,
-    _log1p_exp,
-    parametric_softplus,
-    pelu,
-    pprelu,
-    prelu,
-    psoftplus,
-    reblu,
-    smooth_relu,
-)
+from .functions import ALPHA_MIN, RAW_SQUARE_MIN, pelu, pprelu, prelu, psoftplus, reblu, smooth_relu, softplus
 from .pssilu import BETA_MAX, psilu, pssilu
 
 
@@ -100,7 +90,7 @@ class Activation(nn.Module):
         return self.shape().max_curvature
 
     def extra_repr(self) -> str:
-        """The learnable scalars' names and initial values."""
+        """The learnable scalars' names."""
         return ', '.join(self.initial)
 
 
@@ -133,10 +123,7 @@ class PSSiLU(Activation):
 
     def shape(self) -> Shape:
         """Minimum where silu'(a x) = b; max abs(f'') = a / (2 (1 - b)), at 0."""
-        a, b = abs(self.values()['alpha']), min(abs(self.values()['beta']), BETA_MAX)
-        if a == 0:
-            return Shape(0.0, -math.inf if b != 0.5 else 0.0, 0.0)
-        return Shape(0.0, _silu_minimum(b) / a, a / (2 * (1 - b)))
+        return _pssilu_shape(abs(self.values()['alpha']), min(abs(self.values()['beta']), BETA_MAX))
 
 
 class PSiLU(_Alpha):
@@ -149,8 +136,7 @@ class PSiLU(_Alpha):
 
     def shape(self) -> Shape:
         """SiLU's, scaled: minimum -0.2785 / a, max abs(f'') = a / 2."""
-        a = abs(self.values()['alpha'])
-        return Shape(0.0, _silu_minimum(0.0) / a, a / 2) if a else Shape(0.0, -math.inf, 0.0)
+        return _pssilu_shape(abs(self.values()['alpha']), 0.0)
 
 
 class PSoftplus(_Alpha):
@@ -268,7 +254,7 @@ class SiLU(Activation):
 
     def shape(self) -> Shape:
         """Minimum -0.2785, max abs(f'') = 1/2, at 0."""
-        return Shape(0.0, _silu_minimum(0.0), 0.5)
+        return _pssilu_shape(1.0, 0.0)
 
 
 class GELU(Activation):
@@ -281,8 +267,9 @@ class GELU(Activation):
 
     def shape(self) -> Shape:
         """Minimum -0.1700 where Phi(x) + x phi(x) = 0; max abs(f'') = sqrt(2 / pi), at 0."""
-        x = _bisect(lambda x: _normal_cdf(x) + x * math.exp(-x * x / 2) / math.sqrt(2 * math.pi), -1.0, 0.0)
-        return Shape(0.0, x * _normal_cdf(x), math.sqrt(2 / math.pi))
+        normal = NormalDist()
+        x = _bisect(lambda x: normal.cdf(x) + x * normal.pdf(x), -1.0, 0.0)
+        return Shape(0.0, x * normal.cdf(x), math.sqrt(2 / math.pi))
 
 
 class ELU(Activation):
@@ -304,7 +291,7 @@ class Softplus(Activation):
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """log(1 + exp(x))."""
-        return _log1p_exp(x)
+        return softplus(x)
 
     def shape(self) -> Shape:
         """log(2) at 0, infimum 0, max abs(f'') = 1/4."""
@@ -312,12 +299,12 @@ class Softplus(Activation):
 
 
 class ParametricSoftplus(Activation):
-    """log(1 + exp(10 x)) / 10, Smooth Adversarial Training's smooth ReLU; see `parametric_softplus`."""
+    """log(1 + exp(10 x)) / 10, Smooth Adversarial Training's smooth ReLU. Xie et al. 2020, arXiv:2006.14536."""
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
-        """`parametric_softplus(x)`."""
-        return parametric_softplus(x)
+        """log(1 + exp(10 x)) / 10."""
+        return softplus(10 * x) / 10
 
     def shape(self) -> Shape:
         """log(2) / 10 at 0, infimum 0, max abs(f'') = 10/4."""
@@ -360,14 +347,12 @@ def _sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def _normal_cdf(x: float) -> float:
-    return (1 + math.erf(x / math.sqrt(2))) / 2
-
-
-def _silu_minimum(b: float) -> float:
-    """Minimum of z (s(z) - b) / (1 - b), where its derivative s(z) (1 + z (1 - s(z))) - b changes sign."""
+def _pssilu_shape(a: float, b: float) -> Shape:
+    """Of x (s(a x) - b) / (1 - b), least where the derivative of z (s(z) - b), s(z) (1 + z (1 - s(z))) - b, is 0."""
+    if a == 0:  # a line
+        return Shape(0.0, 0.0 if b == 0.5 else -math.inf, 0.0)
     z = _bisect(lambda z: _sigmoid(z) * (1 + z * (1 - _sigmoid(z))) - b, -2.0, 2.0)
-    return z * (_sigmoid(z) - b) / (1 - b)
+    return Shape(0.0, z * (_sigmoid(z) - b) / (1 - b) / a, a / (2 * (1 - b)))
 
 
 def _bisect(f: Callable[[float], float], lo: float, hi: float) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.fx
@@ -38,35 +38,20 @@ def pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Te
 
 def psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Parametric SiLU: x s(abs(alpha) x). Dai et al. 2021, https://arxiv.org/abs/2110.05626."""
-    return _psilu(x, alpha)
+    return _pssilu(x, alpha, None)
 
 
 @torch.fx.wrap
-def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """The formula where a compiler reads it, the fused passes in eager mode; a leaf to torch.fx."""
+def _pssilu(x: torch.Tensor, alpha: torch.Tensor, beta: Optional[torch.Tensor]) -> torch.Tensor:
+    """The formula where a compiler reads it, the fused passes in eager mode; a leaf to torch.fx. beta None: 0."""
     if torch.jit.is_scripting():
         return _pssilu_formula(x, alpha, beta)
     else:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return _pssilu_formula(x, alpha, beta)
-        return _eager(x, alpha, beta)
-
-
-@torch.fx.wrap
-def _psilu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """As `_pssilu`, for beta = 0."""
-    if torch.jit.is_scripting():
-        return _psilu_formula(x, alpha)
-    else:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return _psilu_formula(x, alpha)
-        return _eager(x, alpha, None)
-
-
-def _eager(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
-    if _transformed(x):
-        return _forward_kernel(x, alpha.reshape(()), None if beta is None else beta.reshape(()))
-    return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
+        if _transformed(x):
+            return _forward_kernel(x, *_scalars(alpha, beta))
+        return (_SlopedPSSiLU if _sloped(x, alpha, beta) else _FusedPSSiLU).apply(x, alpha, beta)
 
 
 def _transformed(x: torch.Tensor) -> bool:
@@ -78,17 +63,16 @@ def _transformed(x: torch.Tensor) -> bool:
     )
 
 
-def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: Optional[torch.Tensor]) -> torch.Tensor:
     """PSSiLU as the paper writes it: what compilers fuse, and what the fused path is held against."""
-    b = beta.abs().clamp(max=0.99)  # BETA_MAX: TorchScript reads no module globals
-    y = (x * (torch.sigmoid(alpha.abs() * x) - b) / (1 - b)).to(x.dtype)
+    s = torch.sigmoid(alpha.abs() * x)
+    if beta is None:
+        y = x * s
+    else:
+        b = beta.abs().clamp(max=0.99)  # BETA_MAX: TorchScript reads no module globals
+        y = x * (s - b) / (1 - b)
+    y = y.to(x.dtype)
     return y.reshape(()) if x.dim() == 0 else y  # alpha's shape [1] makes a vector of a number
-
-
-def _psilu_formula(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """As `_pssilu_formula`, for beta = 0."""
-    y = (x * torch.sigmoid(alpha.abs() * x)).to(x.dtype)
-    return y.reshape(()) if x.dim() == 0 else y
 
 
 _COMPILED_FROM = 1 << 16
@@ -198,9 +182,11 @@ class _FusedPSSiLU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x, alpha, beta)
+        ctx.kernels = _kernels
         if x.dtype == torch.float64:  # asked for to be exact, so as the formula is written, bit for bit
-            return _forward_kernel(x, alpha.reshape(()), None if beta is None else beta.reshape(()))
+            return _forward_kernel(x, *_scalars(alpha, beta))
         if _kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x)) is not None:
             out = _kernels[0](*_detached(*flat, alpha, beta))
             return out.as_strided(x.shape, x.stride())
@@ -213,18 +199,14 @@ class _FusedPSSiLU(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.kernels = _kernels
-
-    @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, alpha, beta = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        if torch.is_grad_enabled() or _transformed(grad):  # create_graph=True: the gradient is differentiated itself
-            return _pssilu_backward_formula(grad, x, alpha, beta, needs)
+        if torch.is_grad_enabled() or _transformed(grad):
+            return _differentiable_backward(x, grad, alpha, beta, needs)
+        sums = needs[1] or needs[2]
         if ctx.kernels is not None and x.numel() >= _COMPILED_FROM and (flat := _flat(x, grad)) is not None:
-            found = ctx.kernels[1](*_detached(*flat, alpha, beta), needs[1] or needs[2])
+            found = ctx.kernels[1](*_detached(*flat, alpha, beta), sums)
             grad_x = found[0].as_strided(x.shape, x.stride())
             return grad_x, *_parameter_gradients(found[1:], alpha, beta, needs)
         a, weight = alpha.abs().reshape(()), _lerp_weight(beta, x)
@@ -232,16 +214,17 @@ class _FusedPSSiLU(torch.autograd.Function):
         grad_a = grad_b = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for v, g, o in _pieces(x, grad, grad_x if grad_x is not None else x):
             z = v * a
-            if needs[1] or needs[2]:
+            if sums:
                 s = torch.sigmoid(z)
                 h = g * v
                 h.addcmul_(h, s, value=-1)  # g x (1 - s)
                 grad_b = grad_b + h.sum(dtype=grad_b.dtype)
                 grad_a = grad_a + h.mul_(s).mul_(v).sum(dtype=grad_a.dtype)
             if needs[0]:
-                torch.ops.aten.silu_backward(g, z, grad_input=o) if weight is None else torch.lerp(
-                    torch.ops.aten.silu_backward(g, z), g, weight, out=o
-                )
+                if weight is None:
+                    torch.ops.aten.silu_backward(g, z, grad_input=o)
+                else:
+                    torch.lerp(torch.ops.aten.silu_backward(g, z), g, weight, out=o)
         return grad_x, *_parameter_gradients((grad_b, grad_a), alpha, beta, needs)
 
 
@@ -263,8 +246,16 @@ class _SlopedPSSiLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
         x, alpha, beta, slope = ctx.saved_tensors
         if torch.is_grad_enabled() or _transformed(grad):
-            return _pssilu_backward_formula(grad, x, alpha, beta, ctx.needs_input_grad)
+            return _differentiable_backward(x, grad, alpha, beta, ctx.needs_input_grad)
         return slope * grad, None, None  # in this order, for x's layout
+
+
+def _differentiable_backward(
+    x: torch.Tensor, grad: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None, needs: tuple
+) -> tuple:
+    """Gradients in operations that can be differentiated and batched: for create_graph=True and is_grads_batched."""
+    grad_x, *sums = _backward_kernel(x, grad, *_scalars(alpha, beta), sums=needs[1] or needs[2])
+    return grad_x, *_parameter_gradients(tuple(sums), alpha, beta, needs)
 
 
 def _sloped(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> bool:
@@ -274,7 +265,7 @@ def _sloped(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> 
         and x.requires_grad
         and torch.is_grad_enabled()
         and not alpha.requires_grad
-        and not (beta is not None and beta.requires_grad)
+        and (beta is None or not beta.requires_grad)
         and x.numel() >= _COMPILED_FROM
         and x.dtype != torch.float64
         and _flat(x) is not None
@@ -284,7 +275,10 @@ def _sloped(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> 
 def _parameter_gradients(
     sums: tuple[torch.Tensor, ...], alpha: torch.Tensor, beta: torch.Tensor | None, needs: tuple
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of alpha and beta from the sums of grad x (1 - s) and grad x^2 s (1 - s)."""
+    """Gradients of alpha and beta from the sums of grad x (1 - s) and grad x^2 s (1 - s).
+
+    df/da = x^2 s (1 - s) / (1 - b), df/db = -x (1 - s) / (1 - b)^2.
+    """
     c = 1.0 if beta is None else 1 / (1 - _bounded(beta))
     grad_alpha = grad_beta = None
     if needs[1]:
@@ -294,30 +288,14 @@ def _parameter_gradients(
     return grad_alpha, grad_beta
 
 
-def _pssilu_backward_formula(
-    grad: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None, needs: tuple
-) -> tuple:
-    """Gradients of PSSiLU in differentiable operations.
-
-    df/dx = (s + a x s (1 - s) - b) / (1 - b), df/da = x^2 s (1 - s) / (1 - b), df/db = -x (1 - s) / (1 - b)^2.
-    """
-    a = alpha.abs()
-    b = torch.zeros_like(alpha) if beta is None else _bounded(beta)
-    s = torch.sigmoid(a * x)
-    c = 1 / (1 - b)
-    grad_x = (grad * (s * (1 + a * x * (1 - s)) - b) * c).to(x.dtype) if needs[0] else None
-    grad_alpha = grad_beta = None
-    if needs[1]:
-        grad_alpha = ((grad * x * x * s * (1 - s) * c).sum() * alpha.sign()).to(alpha.dtype)
-    if needs[2] and beta is not None:
-        inside = (beta.abs() <= BETA_MAX).to(beta.dtype)
-        grad_beta = ((grad * x * (s - 1) * c * c).sum() * beta.sign() * inside).to(beta.dtype)
-    return grad_x, grad_alpha, grad_beta
-
-
 def _bounded(beta: torch.Tensor) -> torch.Tensor:
     """abs(beta), kept below 1."""
     return beta.abs().clamp(max=BETA_MAX)
+
+
+def _scalars(alpha: torch.Tensor, beta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The parameters without dimensions, which leave x its shape."""
+    return alpha.reshape(()), None if beta is None else beta.reshape(())
 
 
 def _detached(*tensors: torch.Tensor | None) -> Iterator[torch.Tensor | None]:

@@ -19,8 +19,7 @@ import torch
 
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
-_WEIGHTS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_COUNTERS = (torch.int64, torch.int32, torch.bool)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
 _SAFE: Any = getattr(torch.serialization, 'safe_globals', lambda _: contextlib.nullcontext())  # torch 2.5
 
 
@@ -59,8 +58,8 @@ def _check_file(path: Path) -> None:
     if not path.is_file():
         what = 'is a folder' if path.is_dir() else 'does not exist'
         folder = path if path.is_dir() else path.parent
-        names = ', '.join(file.name for file in _checkpoints(folder)) or 'no checkpoint'
-        raise FileNotFoundError(f'checkpoint {path} {what}; {folder} holds {names}')
+        names = sorted(file.name for file in folder.glob('[!.]*') if file.name.endswith(SUFFIXES) and file.is_file())
+        raise FileNotFoundError(f'checkpoint {path} {what}; {folder} holds {", ".join(names) or "no checkpoint"}')
     with open(path, 'rb') as file:
         head = file.read(512)
     if head.lstrip().lower().startswith((b'<!doctype', b'<html', b'<?xml')):
@@ -70,11 +69,6 @@ def _check_file(path: Path) -> None:
     safetensors_header = head[8:9] == b'{'  # after eight bytes of length, which may begin as a pickle does
     if head[:1] == b'\x80' and head[1:2] >= b'\x03' and not safetensors_header:  # torch.save writes protocol 2
         raise ValueError(_refusal(path, 'a bare pickle'))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The files of a folder that are named as checkpoints."""
-    return sorted(file for file in folder.glob('[!.]*') if file.name.endswith(SUFFIXES) and file.is_file())
 
 
 def _refusal(path: Path, what: str) -> str:
@@ -91,14 +85,11 @@ def _damage(path: Path, reason: str) -> str:
     return f'{path} is damaged or no checkpoint: {reason}; {mend}'
 
 
-def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The weights in a .safetensors file, a training checkpoint, or a plain state dict, on the CPU.
+def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights in a .safetensors file, a training checkpoint (averaged, if it has those), or a plain state dict.
 
-    The prefixes of wrappers, 'module.' (DataParallel) and '_orig_mod.' (torch.compile), are taken off.
-
-    Args:
-        path: the file.
-        use_ema: prefer the averaged weights, where the checkpoint has them.
+    They are on the CPU. The prefixes of wrappers, 'module.' (DataParallel) and '_orig_mod.' (torch.compile), are taken
+    off.
 
     Raises:
         FileNotFoundError: as load_checkpoint.
@@ -106,7 +97,7 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
     """
     path = Path(path)
     if path.suffix != '.safetensors':
-        return weights_of(load_checkpoint(path), path, use_ema)
+        return weights_of(load_checkpoint(path), path)
     _check_file(path)
     try:
         weights = safetensors.torch.load_file(path)
@@ -114,20 +105,19 @@ def read_weights(path: str | Path, use_ema: bool = True) -> dict[str, torch.Tens
         raise
     except Exception as error:
         raise ValueError(_damage(path, str(error))) from error
-    return weights_of(weights, path, use_ema)
+    return weights_of(weights, path)
 
 
-def weights_of(state: dict[str, Any], path: Path, use_ema: bool = True) -> dict[str, torch.Tensor]:
-    """The weights in what was read from a file."""
-    names = ('state_dict_ema', 'state_dict') if use_ema else ('state_dict',)
-    found = [state[name] for name in names if state.get(name) is not None]
+def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
+    """The weights in what was read from a file, the averaged ones if there are any."""
+    found = [state[name] for name in ('state_dict_ema', 'state_dict') if state.get(name) is not None]
     raw = found[0] if found else state
     if not raw or not isinstance(raw, dict) or not all(isinstance(value, torch.Tensor) for value in raw.values()):
         raise ValueError(f"{path} holds no weights: neither 'state_dict' nor tensors, but {', '.join(map(str, state))}")
     weights = {}
     for name, value in raw.items():
-        if value.dtype not in (*_WEIGHTS, *_COUNTERS):
-            allowed = ', '.join(str(dtype).removeprefix('torch.') for dtype in (*_WEIGHTS, *_COUNTERS))
+        if value.dtype not in _DTYPES:
+            allowed = ', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)
             raise ValueError(f'{path}: {name} is {str(value.dtype).removeprefix("torch.")}; allowed: {allowed}')
         if not value.isfinite().all():
             count = int((~value.isfinite()).sum())

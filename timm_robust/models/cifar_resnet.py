@@ -14,9 +14,7 @@ from timm.models import build_model_with_cfg
 
 from ..activations import ACTIVATIONS, Activation
 from .pretrained import Network, register_family
-from .shared_act import SharedActNet, collapse_shared_act, family_cfg, shared_act_key, whole_features
-
-__all__ = ['CifarResNet']
+from .shared_act import SharedActNet, family_cfg, renamed, shared_act_key, whole_features
 
 
 class BasicBlock(nn.Module):
@@ -47,16 +45,7 @@ class BasicBlock(nn.Module):
 class CifarResNet(SharedActNet):
     """Post-activation ResNet of basic blocks.
 
-    Args:
-        act_layer: name of the activation.
-        width: channels of the first stage, doubled in each of the next.
-        depths: blocks in each stage.
-        num_classes: outputs; 0 for features.
-        in_chans: input channels.
-        global_pool: timm's pool type.
-        drop_rate: dropout before the classifier.
-        device: where parameters live.
-        dtype: of the parameters.
+    `width` is the number of channels of the first stage, doubled in each of the next; all else as in SharedActNet.
     """
 
     def __init__(
@@ -98,17 +87,12 @@ def own_key(key: str) -> str:
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Take the weights of other CIFAR ResNets to our names."""
-    return {own_key(key): value for key, value in collapse_shared_act(state_dict).items()}
+    return renamed(state_dict, own_key)
 
 
 def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(
-        CifarResNet,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3, 4), 'feature_cls': 'getter'},
-        **whole_features(kwargs),
+        CifarResNet, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **whole_features(kwargs)
     )
 
 

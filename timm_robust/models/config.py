@@ -25,7 +25,9 @@ _LOADING = (
 ) - {'kwargs', 'num_classes', 'input_size'}
 """Arguments that timm keeps for itself and its loading of weights; all others reach the model's constructor, which
 refuses what it does not take."""
-_PLACES = ('url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load')
+SOURCES = ('url', 'file', 'state_dict', 'hf_hub_id')
+"""Keys of a pretrained_cfg with which users name weights of their own."""
+_PLACES = (*SOURCES, 'hf_hub_filename', 'source', 'custom_load')
 _STATISTICS = {'mean', 'std'}
 FEATURES = ('features_only', 'out_indices', 'feature_cls')
 """Arguments that make a network of features, without a classifier."""
@@ -76,14 +78,12 @@ def make_model(name: str, kwargs: Mapping[str, Any], **settings: Any) -> nn.Modu
         raise ValueError(f'cannot make {name} with {given} ({reason}){_takes(name)}') from error
 
 
-def timm_settings(args: Any, where: object) -> dict[str, Any]:
+def timm_settings(args: Mapping[str, Any], where: object) -> dict[str, Any]:
     """Arguments of timm.create_model for the model of timm's train.py, out of the `args` in its checkpoint.
 
     Raises:
         ValueError: for what is no setting of timm's.
     """
-    if not isinstance(args, Mapping):
-        return {}
     settings = {'global_pool': args.get('gp'), **dict(args.get('model_kwargs') or {})}
     settings |= {'num_classes': args.get('num_classes'), 'in_chans': args.get('in_chans')}
     if settings['in_chans'] is None and args.get('input_size'):
@@ -114,7 +114,12 @@ def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, A
         size = int(found['input_size'][-1])
     except (AssertionError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f'its args hold no mean, std and size of images: {type(error).__name__} {error}') from None
-    model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), **statistics, 'img_size': size}  # type: ignore
+    note(model, **statistics, img_size=size)
+
+
+def note(model: nn.Module, **facts: Any) -> None:
+    """Keep facts in the model's pretrained_cfg, where pixel_input and trained_classes look for them."""
+    model.pretrained_cfg = {**dict(getattr(model, 'pretrained_cfg', None) or {}), **facts}  # type: ignore[assignment]
 
 
 def input_channels(model: nn.Module) -> int | None:

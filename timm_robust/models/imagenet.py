@@ -20,8 +20,6 @@ from .pretrained import Network, register_family
 from .replaced import exchange
 from .shared_act import whole_features
 
-__all__: list = []
-
 _SIZES: Dict[str, Dict[str, Any]] = {
     'resnet50': {'layers': (3, 4, 6, 3)},
     'resnet101': {'layers': (3, 4, 23, 3)},
@@ -59,32 +57,24 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-def _efficientnet_cfg(pixels: int) -> Dict[str, Any]:
-    side = -(-pixels // 32)
-    head = {'first_conv': 'conv_stem', 'classifier': 'classifier'}
-    return _cfg(input_size=(3, pixels, pixels), pool_size=(side, side), **head)
-
-
 def _shared_resnet(act: str, **kwargs: Any) -> nn.Module:
     return exchange(ResNet(**kwargs), act)
 
 
 def _resnet(size: str, act: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """A ResNet whose learnable activation is one for the network, but SmoothReLU's, which SAT has in each place."""
-    shared = bool(ACTIVATIONS[act].initial) and act != 'smoothrelu'
-    model_cls = partial(_shared_resnet, act) if shared else ResNet
-    layer: Dict[str, Any] = {}
-    if not shared:
-        place = {key: kwargs[key] for key in ('device', 'dtype') if ACTIVATIONS[act].initial and key in kwargs}
-        layer['act_layer'] = GELUTanh if act == 'gelu' else partial(ACTIVATIONS[act], **place)
-    if shared:
-        kwargs = whole_features(kwargs)
-        if kwargs.get('features_only') and kwargs['feature_cls'] == 'fx':
-            raise ValueError(
-                f"feature_cls='fx' cannot see {name}'s one activation; allowed: 'getter', 'list', 'dict', 'hook'"
-            )
-    settings = {'block': Bottleneck, **_SIZES[size], **layer, **kwargs}
-    return build_model_with_cfg(model_cls, name, pretrained, **settings)
+    settings: Dict[str, Any] = {'block': Bottleneck, **_SIZES[size]}
+    learnable = bool(ACTIVATIONS[act].initial)
+    if not learnable or act == 'smoothrelu':
+        place = {key: kwargs[key] for key in ('device', 'dtype') if learnable and key in kwargs}
+        settings['act_layer'] = GELUTanh if act == 'gelu' else partial(ACTIVATIONS[act], **place)
+        return build_model_with_cfg(ResNet, name, pretrained, **{**settings, **kwargs})
+    kwargs = whole_features(kwargs)
+    if kwargs.get('features_only') and kwargs['feature_cls'] == 'fx':
+        raise ValueError(
+            f"feature_cls='fx' cannot see {name}'s one activation; allowed: 'getter', 'list', 'dict', 'hook'"
+        )
+    return build_model_with_cfg(partial(_shared_resnet, act), name, pretrained, **{**settings, **kwargs})
 
 
 def _efficientnet(size: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -101,7 +91,9 @@ def _networks() -> Dict[str, Network]:
         found[name] = Network(cfg, partial(_resnet, size, act), doc.format(size, ACTIVATIONS[act].__name__))
     for size, (_, _, pixels, _) in _EFFICIENTNETS.items():
         name = f'efficientnet_{size}'
-        cfg = _efficientnet_cfg(pixels)
+        side = -(-pixels // 32)
+        sizes = {'input_size': (3, pixels, pixels), 'pool_size': (side, side)}
+        cfg = _cfg(**sizes, first_conv='conv_stem', classifier='classifier')
         found[f'{name}_silu'] = Network(cfg, partial(_efficientnet, size), doc.format(name, 'SiLU'))
     return found
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,21 @@ from torch import nn
 from ..files import read_yaml
 from ..weights import fetch_folder
 from .checkpoint import BEST, SUFFIXES, load_checkpoint, read_weights, weights_of
-from .config import check_model_kwargs, find_weights, forget_weights, make_model, note_data, read_config, timm_settings
+from .config import (
+    check_model_kwargs,
+    find_weights,
+    forget_weights,
+    make_model,
+    note,
+    note_data,
+    read_config,
+    timm_settings,
+)
 
 HYPER_PARAMETERS = 'train_hparams.yaml'
 _HUB, _LOCAL = ('hf-hub:', 'hf_hub:'), 'local-dir:'  # as timm.create_model spells them
+_REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError)
+"""What timm raises for arguments that cannot be."""
 
 
 def load_model(
@@ -62,15 +74,15 @@ def load_model(
             raise ValueError(f'a checkpoint goes with the name of its model; {_unknown(name)}')
         model = _from_file(Path(checkpoint), model_kwargs, name)
     elif name.startswith(_HUB):
-        model = _from_config(fetch_folder(name.partition(':')[2]), {'pretrained': True, **model_kwargs})
+        model = _from_config(fetch_folder(name.partition(':')[2]), model_kwargs)
     elif name.startswith(_LOCAL):
-        model = _from_config(Path(name.removeprefix(_LOCAL)), {'pretrained': True, **model_kwargs})
+        model = _from_config(Path(name.removeprefix(_LOCAL)), model_kwargs)
     elif path.is_file() or name.endswith(SUFFIXES):
         model = _from_file(path, model_kwargs)
     elif isinstance(spec, str) and timm.is_model(name):
         model = _from_registry(name, model_kwargs)
     elif path.is_dir() and (path / 'config.json').is_file():
-        model = _from_config(path, {'pretrained': True, **model_kwargs})
+        model = _from_config(path, model_kwargs)
     elif path.is_dir():
         model = _from_file(path / BEST, model_kwargs)
     else:
@@ -97,34 +109,15 @@ def _from_registry(name: str, model_kwargs: dict[str, Any]) -> nn.Module:
 def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None) -> nn.Module:
     """A model from its checkpoint, which may say its arch, or from .safetensors beside a config.json."""
     model_kwargs = {**model_kwargs, 'pretrained': False}
+    if path.suffix == '.safetensors':
+        state, weights = {}, read_weights(path)
+    else:
+        state = load_checkpoint(path)
+        weights = weights_of(state, path)
     if path.suffix == '.safetensors' and arch is None:
-        weights = read_weights(path)
         model = _from_config(path.parent, model_kwargs)
     else:
-        state: dict[str, Any] = read_weights(path) if path.suffix == '.safetensors' else load_checkpoint(path)
-        weights = weights_of(state, path)
-        name = arch or state.get('arch')
-        call = f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint"
-        if not isinstance(name, str):
-            raise ValueError(f"{path} does not say which model it is: it has no 'arch' entry; write {call} {path}")
-        if not timm.is_model(name):
-            raise ValueError(f'{path}: {_unknown(name)}; to name its model, write {call} {path}')
-        saved = state.get('model_kwargs') or {}
-        check_model_kwargs(saved, f'model_kwargs of {path}')
-        args = state.get('args') or {}
-        saved = {**timm_settings(args, f'args of {path}'), **saved}
-        if state.get('num_classes') is not None:
-            saved['num_classes'] = state['num_classes']
-        try:
-            model = timm.create_model(name, **{**saved, **model_kwargs})
-        except (ValueError, RuntimeError, AssertionError, AttributeError, TypeError, KeyError, IndexError) as error:
-            given = model_kwargs if arch else f'the model_kwargs of {path}'
-            raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
-        if arch or args:
-            chans = {**saved, **model_kwargs}.get('in_chans', 3)
-            note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, chans)
-        _note_size(model, (state.get('recipe') or {}).get('img_size'))
-        _note_classes(model, state.get('classes'))
+        model = _from_state(state, path, arch, model_kwargs)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -133,12 +126,42 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
     return model
 
 
+def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwargs: dict[str, Any]) -> nn.Module:
+    """The model that a checkpoint tells of, with random weights; `arch` stands above what it says."""
+    name = arch or state.get('arch')
+    call = f"load_model(NAME, checkpoint='{path}'), in the shell: NAME --checkpoint"
+    if not isinstance(name, str):
+        raise ValueError(f"{path} does not say which model it is: it has no 'arch' entry; write {call} {path}")
+    if not timm.is_model(name):
+        raise ValueError(f'{path}: {_unknown(name)}; to name its model, write {call} {path}')
+    saved = state.get('model_kwargs') or {}
+    check_model_kwargs(saved, f'model_kwargs of {path}')
+    args = state.get('args')
+    args = args if isinstance(args, Mapping) else {}
+    saved = {**timm_settings(args, f'args of {path}'), **saved}
+    if state.get('num_classes') is not None:
+        saved['num_classes'] = state['num_classes']
+    settings = {**saved, **model_kwargs}
+    try:
+        model = timm.create_model(name, **settings)
+    except _REFUSALS as error:
+        given = model_kwargs if arch else f'the model_kwargs of {path}'
+        raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
+    if arch or args:
+        note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
+    _note_size(model, (state.get('recipe') or {}).get('img_size'))
+    if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):
+        note(model, label_names=names)
+    return model
+
+
 def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
     """A model from the config.json that timm stages for the Hub; its weights, if wanted, through read_weights."""
     config, weights = folder / 'config.json', {}
     if not config.is_file():
         raise FileNotFoundError(f'{config} is missing; it says which model the weights are for')
-    if model_kwargs.get('pretrained'):
+    model_kwargs = {'pretrained': True, **model_kwargs}
+    if model_kwargs['pretrained']:
         file = find_weights(folder)
         weights = read_weights(file)
     try:
@@ -146,7 +169,7 @@ def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
         if weights:
             saved['pretrained_cfg']['state_dict'] = weights
         model = forget_weights(timm.create_model(arch, **{**saved, **model_kwargs}))
-    except (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError) as error:
+    except _REFUSALS as error:
         raise ValueError(f'cannot make a model from {config}: {_reason(error)}') from error  # timm does not check it
     if weights:
         _check_kinds(model, weights, file)
@@ -193,13 +216,7 @@ def class_list(names: Any, num_classes: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and len(names) == num_classes else None
 
 
-def _note_classes(model: nn.Module, names: Any) -> None:
-    """Keep the names of the classes where timm keeps them, and `trained_classes` looks for them."""
-    if class_list(names, getattr(model, 'num_classes', None)):
-        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'label_names': tuple(names)}  # type: ignore
-
-
 def _note_size(model: nn.Module, img_size: Any) -> None:
-    """Keep the size that a run resized its images to where pixel_input looks for it."""
+    """Keep the size that a run resized its images to."""
     if isinstance(img_size, int):
-        model.pretrained_cfg = {**dict(model.pretrained_cfg or {}), 'img_size': img_size}  # type: ignore
+        note(model, img_size=img_size)

@@ -7,11 +7,8 @@ import safetensors.torch
 from timm.models import generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from ..weights import EXTERNAL, RELEASES, STAGED, WEIGHTS, Release, external_file, read_release, releases_of
-from .config import forget_weights
-
-SOURCES = ('file', 'url', 'hf_hub_id', 'state_dict')
-"""Keys with which a user names weights of their own."""
+from ..weights import EXTERNAL, RELEASES, STAGED, WEIGHTS, external_file, read_release, releases_of
+from .config import SOURCES, forget_weights
 
 
 class Network(NamedTuple):
@@ -32,20 +29,17 @@ def register_family(module: str, networks: Dict[str, Network]) -> None:
         module: its `__name__`.
         networks: name of an architecture -> the network.
     """
-    here = vars(sys.modules[module])
-    entries: Dict[str, Any] = {
-        name: cfg for arch, network in networks.items() for name, cfg in _tagged(arch, network.cfg).items()
-    }
-    here['default_cfgs'] = generate_default_cfgs(entries)
+    entries: Dict[str, Any] = {}
     for arch, network in networks.items():
-        here[arch] = register_model(_named(_factory(arch, network), arch, module, network.doc))
-    best: Dict[str, Release] = {}
-    for arch in networks:
-        for release in releases_of(arch):
-            best.setdefault(f'{arch}_{"_".join(release.tag.split("_")[-2:])}', release)
-    for name, release in best.items():
-        doc = f'{release.name}, as RobustBench asks for it.'
-        here[name] = register_model(_named(_alias(here[release.arch], release.tag), name, module, doc))
+        entries.update(_tagged(arch, network.cfg))
+    vars(sys.modules[module])['default_cfgs'] = generate_default_cfgs(entries)  # register_model reads it there
+    for arch, network in networks.items():
+        factory = _factory(arch, network)
+        _register(module, arch, factory, network.doc)
+        for release in releases_of(arch):  # the most robust first
+            name = f'{arch}_{"_".join(release.tag.split("_")[-2:])}'
+            if name not in vars(sys.modules[module]):
+                _register(module, name, _alias(factory, release.tag), f'{release.name}, as RobustBench asks for it.')
 
 
 def _factory(arch: str, network: Network) -> Callable[..., nn.Module]:
@@ -62,11 +56,11 @@ def _alias(factory: Callable[..., nn.Module], tag: str) -> Callable[..., nn.Modu
     return create
 
 
-def _named(factory: Callable[..., nn.Module], name: str, module: str, doc: str) -> Callable[..., nn.Module]:
-    """Give a factory the name, module and docstring under which timm registers it."""
+def _register(module: str, name: str, factory: Callable[..., nn.Module], doc: str) -> None:
+    """Register a factory with timm as if it stood in the module under this name."""
     factory.__name__ = factory.__qualname__ = name
     factory.__module__, factory.__doc__ = module, doc
-    return factory
+    setattr(sys.modules[module], name, register_model(factory))
 
 
 def _tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:

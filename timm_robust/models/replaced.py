@@ -9,24 +9,18 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 import timm
 import torch
 import torch.nn as nn
-from timm.layers import activations as timm_activations
+from timm.layers.activations import GELU, GELUTanh, HardMish, HardSwish, Mish, QuickGELU, Swish
 from timm.models import generate_default_cfgs, load_pretrained, register_model, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet  # there is no public path
 
 from ..activations import Activation, get_activation
-from .config import FEATURES, check_model_kwargs
-from .pretrained import SOURCES
+from .config import FEATURES, SOURCES, check_model_kwargs
 from .shared_act import whole_features
 
 ARCHITECTURE, SHARED = 'act_swapped', 'shared_act'
 _KINDS: Tuple[Type[nn.Module], ...] = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Mish),
-    *(nn.Hardswish, Activation),
-    *(
-        getattr(timm_activations, name)
-        for name in ('Swish', 'Mish', 'PReLU', 'GELU', 'GELUTanh', 'QuickGELU', 'HardSwish', 'HardMish')
-        if hasattr(timm_activations, name)
-    ),
+    *(nn.Hardswish, Swish, Mish, GELU, GELUTanh, QuickGELU, HardSwish, HardMish, Activation),
 )
 """What counts as an activation between layers; gates (sigmoid, hard sigmoid, tanh) do not."""
 

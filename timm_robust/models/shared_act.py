@@ -14,10 +14,7 @@ import torch
 import torch.nn as nn
 from timm.layers import create_classifier
 from timm.models import FeatureDictNet, FeatureListNet, checkpoint
-from timm.models._features import (
-    FeatureGetterNet,
-    feature_take_indices,
-)  # timm's own families import them from here; there is no public path
+from timm.models._features import FeatureGetterNet, feature_take_indices  # there is no public path
 
 from ..activations import Activation, ReLU, get_activation
 
@@ -29,9 +26,7 @@ class Stage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
 
-    def forward(  # type: ignore[override]
-        self, x: torch.Tensor, params: List[torch.Tensor]
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
         """Run the blocks; with grad_checkpointing each one's intermediates are recomputed in backward."""
         for block in self:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -263,26 +258,28 @@ def shared_act_key(key: str) -> Optional[str]:
     return f'act.{match[1]}' if match else None
 
 
-def collapse_shared_act(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Strip `module.` prefixes, and take all copies of `activation.alpha` and `.beta` to one `act.*`.
+def renamed(state_dict: Dict[str, torch.Tensor], own_key: Callable[[str], Optional[str]]) -> Dict[str, torch.Tensor]:
+    """The weights of another network under our names, by `own_key`, without `module.` prefixes; None leaves one out.
 
     Raises:
-        ValueError: if copies of one parameter differ: such a network does not share its activation.
+        ValueError: if copies of alpha or beta differ: such a network does not share its activation.
     """
     out: Dict[str, torch.Tensor] = {}
     for key, value in state_dict.items():
-        key = re.sub(r'^(module\.)+', '', key)
-        if name := shared_act_key(key):
-            key, value = name, value.reshape(1)
-            if key in out and not torch.equal(out[key], value):
+        name = own_key(re.sub(r'^(module\.)+', '', key))
+        if name is None:
+            continue
+        if name.startswith('act.'):
+            value = value.reshape(1)
+            if not torch.equal(out.get(name, value), value):
                 raise ValueError(
                     f'copies of {name[4:]} differ in the checkpoint: the activation is not shared; retrain it'
                 )
-        out[key] = value
+        out[name] = value
     return out
 
 
-def family_cfg(pool_size: Tuple[int, int], **kwargs: Any) -> Dict[str, Any]:
+def family_cfg(pool_size: Tuple[int, int]) -> Dict[str, Any]:
     """pretrained_cfg of a CIFAR network: 32x32 pixels in [0, 1], not normalised, so that eps is in pixels."""
     return {
         'url': '',
@@ -296,5 +293,4 @@ def family_cfg(pool_size: Tuple[int, int], **kwargs: Any) -> Dict[str, Any]:
         'first_conv': 'conv1',
         'classifier': 'fc',
         'license': 'apache-2.0',
-        **kwargs,
     }

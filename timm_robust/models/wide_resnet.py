@@ -16,9 +16,7 @@ from timm.models import build_model_with_cfg
 
 from ..activations import ACTIVATIONS, Activation
 from .pretrained import Network, register_family
-from .shared_act import SharedActNet, collapse_shared_act, family_cfg, shared_act_key, whole_features
-
-__all__ = ['WideResNet']
+from .shared_act import SharedActNet, family_cfg, renamed, shared_act_key, whole_features
 
 SIZES = {'wrn28_10': (28, 10), 'wrn34_10': (34, 10), 'wrn70_16': (70, 16)}
 """Depth and widening factor."""
@@ -68,18 +66,9 @@ class PreActBlock(nn.Module):
 class WideResNet(SharedActNet):
     """WRN-depth-widen_factor: three stages of (depth - 4) / 6 pre-activation blocks.
 
-    Args:
-        act_layer: name of the activation.
-        depth: 6 n + 4.
-        widen_factor: channels are 16, 32 and 64 times this.
-        num_classes: outputs; 0 for features.
-        in_chans: input channels.
-        global_pool: timm's pool type.
-        drop_rate: dropout before the classifier.
-        same_padding: pad strided convolutions at the right and the bottom only, as DeepMind's networks do (Gowal et al.
-            2020, https://arxiv.org/abs/2010.03593).
-        device: where parameters live.
-        dtype: of the parameters.
+    Their channels are 16, 32 and 64 times `widen_factor`. With `same_padding`, strided convolutions are padded at the
+    right and the bottom only, as in DeepMind's networks (Gowal et al. 2020, https://arxiv.org/abs/2010.03593). All else
+    is as in SharedActNet.
 
     Raises:
         ValueError: for a depth that is not 6 n + 4.
@@ -122,10 +111,10 @@ def own_key(key: str) -> Optional[str]:
 
     None for what never runs: TRADES registers block1 a second time, as sub_block1. Our own names stay.
     """
-    if key.startswith('sub_block1.'):
-        return None
     if shared := shared_act_key(key):
         return shared
+    if key.startswith('sub_block1.'):
+        return None
     if match := re.match(r'block(\d)\.layer\.(.*)', key):  # TRADES
         return f'stages.{int(match[1]) - 1}.{match[2].replace("convShortcut.", "shortcut.")}'
     if match := re.match(r'layer\.(\d)\.block\.(\d+)\.(\w+)\.(.*)', key):  # DeepMind
@@ -139,9 +128,7 @@ _DEEPMIND_BLOCK = {'batchnorm_0': 'bn1', 'conv_0': 'conv1', 'batchnorm_1': 'bn2'
 
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Take the weights of other wide ResNets, RobustBench's PSSiLU network among them, to our names."""
-    state_dict = collapse_shared_act(state_dict)
-    named = {own_key(key): value for key, value in state_dict.items()}
-    return {key: value for key, value in named.items() if key is not None}
+    return renamed(state_dict, own_key)
 
 
 def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
@@ -150,7 +137,7 @@ def _make(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
         name,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={'out_indices': (0, 1, 2, 3), 'feature_cls': 'getter'},
+        feature_cfg={'out_indices': (0, 1, 2, 3)},
         **whole_features(kwargs),
     )
 

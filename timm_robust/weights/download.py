@@ -11,7 +11,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def read_release(release: Release, staged: Path = STAGED) -> bytes:
     except ValueError as error:  # a damaged cache is worth one more download
         damage = error
     try:
-        path = _fetch(release, force_download=True)
+        path = _fetch(release, force=True)
     except ConnectionError as error:
         raise ConnectionError(f'the cached file is damaged ({damage}), and cannot be fetched again: {error}') from None
     try:
@@ -61,20 +61,22 @@ def read_release(release: Release, staged: Path = STAGED) -> bytes:
         ) from None
 
 
-def _fetch(release: Release, **options: Any) -> Path:
-    """The file in the client's cache; downloaded where it is not there yet."""
+def _fetch(release: Release, force: bool = False) -> Path:
+    """The file in the client's cache; downloaded where it is not there yet, or by force."""
     import huggingface_hub
     from huggingface_hub import errors
 
     where = _where(release)
-    if not options:
+    if not force:
         cached = huggingface_hub.try_to_load_from_cache(release.repo, WEIGHTS, revision=release.commit)
         if isinstance(cached, str):
             return Path(cached)
     _check_reachable(where)
     try:
         with _watched(release.repo, where):
-            return Path(huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, **options))
+            return Path(
+                huggingface_hub.hf_hub_download(release.repo, WEIGHTS, revision=release.commit, force_download=force)
+            )
     except errors.GatedRepoError:
         raise PermissionError(
             f'{where} is gated; ask for access at {_page(release)}, then type: hf auth login'
@@ -180,7 +182,13 @@ def told_stalls(cache: str | Path, repo: str, where: str, say: Callable[[str], o
         say: called with the line.
     """
     blobs, done = Path(cache) / f'models--{repo.replace("/", "--")}' / 'blobs', threading.Event()
-    thread = threading.Thread(target=_watch, args=(lambda: _bytes_in(blobs), done.wait, where, say), daemon=True)
+
+    def sizes() -> Iterator[int]:
+        yield _bytes_in(blobs)
+        while not done.wait(_POLL_S):
+            yield _bytes_in(blobs)
+
+    thread = threading.Thread(target=_watch, args=(sizes(), where, say), daemon=True)
     thread.start()
     try:
         yield
@@ -189,16 +197,15 @@ def told_stalls(cache: str | Path, repo: str, where: str, say: Callable[[str], o
         thread.join()
 
 
-def _watch(count: Callable[[], int], wait: Callable[[float], bool], where: str, say: Callable[[str], object]) -> None:
-    """Say so for each minute in which the number of bytes stays the same, until `wait` returns True."""
-    seen, quiet = count(), 0.0
-    while not wait(_POLL_S):
-        now = count()
-        quiet = quiet + _POLL_S if now == seen else 0.0
-        seen = now
+def _watch(sizes: Iterable[int], where: str, say: Callable[[str], object]) -> None:
+    """Say so for each minute in which the number of bytes, told every _POLL_S seconds, stays the same."""
+    seen, quiet = -1, 0.0
+    for size in sizes:
+        quiet = quiet + _POLL_S if size == seen else 0.0
+        seen = size
         if quiet and quiet % _QUIET_S == 0:
             say(
-                f'{where}: the download has made no progress for {quiet:.0f} s ({now:,} bytes are here); still '
+                f'{where}: the download has made no progress for {quiet:.0f} s ({size:,} bytes are here); still '
                 'waiting, Ctrl-C ends it'
             )
 
