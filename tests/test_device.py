@@ -25,13 +25,13 @@ from timm_robust.distributed import World
 from timm_robust.evaluation import sanity_checks as honesty
 from timm_robust.evaluation.measure import evaluate
 from timm_robust.threat_model import ThreatModel
+from timm_robust.training.averaging import averaged_weights
 from timm_robust.training.batches import make_batches
 from timm_robust.training.builder import build, create_optimizer, make_scheduler
 from timm_robust.training.log import RunLog
 from timm_robust.training.loop import train_epoch
 from timm_robust.training.recipe import Recipe
 from timm_robust.training.run import TICKS
-from timm_robust.training.step import averaged_weights
 from timm_robust.training.validation import reestimate_batch_norm, validate
 
 OURS = Path(__file__).resolve().parent.parent

@@ -67,6 +67,15 @@ def test_resume_refuses_another_run(undisturbed, tmp_path, changes, match):
         build(tiny(tmp_path, resume=path, **changes))
 
 
+@pytest.mark.parametrize('lacking', ['recipe', 'optimizer'])
+def test_resume_refuses_what_is_no_run(undisturbed, tmp_path, lacking):
+    state = load_checkpoint(undisturbed[0] / 'run/last.pth.tar')
+    del state[lacking]
+    save_checkpoint(tmp_path / 'run/last.pth.tar', state)
+    with pytest.raises(ValueError, match='holds weights, and no run to resume; start from it with --initial-checkpoi'):
+        build(tiny(tmp_path, resume='auto'))
+
+
 def test_other_images_under_the_same_name_are_refused(undisturbed, tmp_path, monkeypatch):
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
     real = batches_module.load_dataset

@@ -20,11 +20,11 @@ from ..files import atomic_file, lock_folder, new_folder, sweep_temporaries
 from ..models import LAST
 from ..precision import fastest_convolutions
 from .advice import near_chance
+from .averaging import averaged_weights
 from .log import RunLog
 from .rollback import roll_back
 from .run import TICKS, Run, Sums, best_row, metric_name, take_lock, training_batch, unnamed
 from .state import save
-from .step import averaged_weights
 from .validation import reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
