@@ -185,7 +185,7 @@ def test_validation_waits_for_its_result_alone(run, waits):
         with averaged_weights(run.model, run.ema):
             reestimate_batch_norm(run, 2)
             assert waits.places == []
-            validate(run.attack_forward, run.held_out, run.recipe, run)
+            validate(run, run.held_out)
     assert len(waits.places) == 3 and all('clean, pgd_right, n = ' in place for place in waits.places)
 
 
@@ -248,7 +248,7 @@ def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkey
         found.append(graphs.frame_count)
     with averaged_weights(run.model, run.ema):
         reestimate_batch_norm(run, 2)
-        validate(run.attack_forward, run.held_out, recipe, run)
+        validate(run, run.held_out)
     run.train_step(*run.batches[4], 4, 1.0)
     # the attack's target and its gradient on the folded network, the update, and AWP's without statistics
     assert [*found, graphs.frame_count] == [3, 3, 4, 4, 4]

@@ -134,7 +134,7 @@ class Kill:
 def short_run(folder, monkeypatch):
     """Three epochs of one step; the best is the second."""
     found = {1: 0.3, 2: 0.5, 3: 0.4}
-    validation = lambda forward, data, recipe, run: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
+    validation = lambda run, data: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
     monkeypatch.setattr(engine, 'validate', validation)
     start = Writer.start
     monkeypatch.setattr(Writer, 'start', lambda self, work: (start(self, work), self.wait()))  # always the same order

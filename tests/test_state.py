@@ -119,7 +119,7 @@ def test_a_checkpoint_that_does_not_tell_its_images_resumes(undisturbed, tmp_pat
 @pytest.mark.slow
 def test_what_a_run_goes_back_from_is_never_taken_up_again(tmp_path, monkeypatch, caplog):
     found = {3: 0.3, 6: 0.5, 7: 0.6}
-    validation = lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': found[args[3].step]}  # noqa: E731
+    validation = lambda run, data: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
     monkeypatch.setattr(engine, 'validate', validation)
     folder, settings = tmp_path / 'run', {'checkpoint_hist': 3, 'ema_bn_batches': 0}
     fit(build(tiny(tmp_path, **settings)))
@@ -155,7 +155,7 @@ def test_a_resumed_run_keeps_its_held_out_images_whatever_its_seed(undisturbed, 
         assert held_out(run) == held_out(first)
         assert not held_out(run) & {image.numpy().tobytes() for image in run.batches.data.images}
         assert not torch.equal(run.batches[0][0], first.batches[0][0])  # the order is another
-        validate(run.attack_forward, run.held_out, run.recipe, run)
+        validate(run, run.held_out)
         assert starts.pop().initial_seed() == TINY.seed
         run.folder = path.parent
         save(run, 1, numbered=False)

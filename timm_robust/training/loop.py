@@ -305,7 +305,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         with averaged_weights(run.model, run.ema):
             if run.ema is not None:
                 reestimate_batch_norm(run, recipe.ema_bn_batches)
-            row.update(validate(run.attack_forward, run.held_out, recipe, run))
+            row.update(validate(run, run.held_out))
     if run.side is not None:
         row['side'] = run.side
     row.update(activation_state(run.model))
