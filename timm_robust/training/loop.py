@@ -70,9 +70,15 @@ def train(run: Run) -> dict[str, Any]:
     if not run.world.rank:
         sweep_temporaries(run.folder)
     describe(run)
-    settings: dict[str, Any] = {'config': recipe.public(), 'total_steps': run.total_steps, 'history': run.history}
-    settings |= {'tensorboard': recipe.tensorboard, 'wandb': recipe.log_wandb}
-    log = RunLog(run.folder, rank=run.world.rank, **settings)
+    log = RunLog(
+        run.folder,
+        config=recipe.public(),
+        total_steps=run.total_steps,
+        tensorboard=recipe.tensorboard,
+        wandb=recipe.log_wandb,
+        rank=run.world.rank,
+        history=run.history,
+    )
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
         while True:
@@ -83,15 +89,12 @@ def train(run: Run) -> dict[str, Any]:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
                 else:  # the budget ended behind an epoch that was not to be validated, or not to be saved
-                    row = run.history.pop()
-                    log.history = list(run.history)
-                    finish_epoch(run, row, log)
+                    finish_epoch(run, run.history.pop(), log)
             except Diverged as error:
                 if not going:  # no time to do better
                     logger.warning('%s: the best checkpoint stands', error)
                     break
                 roll_back(run, error)
-                log.history = list(run.history)
     run.world.wait()
     return result(run)
 
@@ -281,16 +284,7 @@ def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
     batch = run.recipe.batch_size * run.world.size
     if run.clock.budget is not None:
         log.total_steps = round(run.step / max(run.clock.progress(run.step), 1e-6))
-    log.step(
-        step=run.step,
-        loss=row['train_loss'],
-        acc=row['train_acc'],
-        lr=row['lr'],
-        images_per_s=row['images_per_s'],
-        seconds_left=run.clock.left(run.step, row['images_per_s'] / batch),
-        epoch=row['epoch'],
-        images=row['images'],
-    )
+    log.step(row, run.clock.left(run.step, row['images_per_s'] / batch))
 
 
 def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
@@ -316,7 +310,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         make_folder(run)
         run.lock = lock_folder(run.folder)
     run.history.append(row)
-    log.epoch(row)
+    log.epoch(run.history)
     if (line := near_chance(run)) and not run.world.rank:
         logger.warning(line)
     metric = row.get(metric_name(recipe), -1.0)
