@@ -536,9 +536,11 @@ def kinds_of(name: str) -> tuple[type, ...]:
 def _read_value(name: str, value: Any) -> Any:
     """The value brought to the type of the setting, checked against its choices or range."""
     kinds, allowed = kinds_of(name), SETTINGS[name].metadata['allowed']
-    read = _convert(value, kinds)
-    if read is _convert:
-        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {" or ".join(KINDS[k] for k in kinds)}')
+    try:
+        read = _convert(value, kinds)
+    except (ValueError, OverflowError):
+        listed = ' or '.join(KINDS[kind] for kind in kinds)
+        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {listed}') from None
     if isinstance(allowed, tuple) and read not in allowed:
         raise ValueError(f'{name} {value!r} is unknown; allowed: {", ".join(allowed)}')
     if isinstance(allowed, str) and allowed and read is not None and not _RANGES[allowed](read):
@@ -547,22 +549,20 @@ def _read_value(name: str, value: Any) -> Any:
 
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
-    """The value as one of these types, or this function itself where it fits none."""
-    if isinstance(value, float) and not abs(value) < 3e38:  # of float32
-        return _convert
+    """The value as one of these types.
+
+    Raises:
+        ValueError, OverflowError: if it is none of them.
+    """
     if list in kinds and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         return list(value)
     if dict in kinds and isinstance(value, dict) and all(type(key) in (str, int) for key in value):
         return {str(key): item for key, item in value.items()}
-    if type(value) in kinds and not isinstance(value, (list, dict)):
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
     if str in kinds and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if float in kinds and isinstance(value, str):
-        try:
-            return _convert(float(value), kinds)
-        except ValueError:
-            return _convert
-    return _convert
+    if float in kinds and type(value) in (int, str) and type(value) not in kinds:
+        value = float(value)
+    too_large = isinstance(value, float) and not abs(value) < 3e38  # of float32
+    if too_large or type(value) not in kinds or isinstance(value, (list, dict)):
+        raise ValueError(value)
+    return value
