@@ -5,7 +5,6 @@ The best checkpoint is chosen by PGD accuracy on images held out of the training
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -136,16 +135,15 @@ def describe(run: Run) -> None:
     data = f'{len(run.batches.data)} images'
     if recipe.extra_data:
         data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
-    logger.info('output in %s', run.folder)
-    logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
-    logger.info(
-        '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
-        *(length, recipe.batch_size, world.size, per_epoch * recipe.batch_size * world.size, per_epoch),
-    )
-    logger.info(
-        '%s against %s, %s attack with batch norm in %s mode, on %s',
-        *(recipe.loss, recipe.threat_model, recipe.attack, recipe.attack_bn, world.device),
-    )
+    seen = per_epoch * recipe.batch_size * world.size
+    bn = f'with batch norm in {recipe.attack_bn} mode'
+    for line in (
+        f'output in {run.folder}',
+        f'{recipe.model} on {data} of {recipe.dataset}',
+        f'{length} in batches of {recipe.batch_size} x {world.size}; an epoch is {seen} images seen, {per_epoch} steps',
+        f'{recipe.loss} against {recipe.threat_model}, {recipe.attack} attack {bn}, on {world.device}',
+    ):
+        logger.info('%s', line)
 
 
 def prepare(run: Run) -> None:
@@ -360,4 +358,4 @@ def result(run: Run) -> dict[str, Any]:
         seconds=round(run.clock.elapsed(), 1),
         rollbacks=run.rollbacks,
     )
-    return json.loads(json.dumps(line))
+    return line
