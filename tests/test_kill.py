@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import Killed, assert_same
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import loop as engine
@@ -51,8 +52,7 @@ def undisturbed(tmp_path_factory):
 def assert_same_end(folder, undisturbed):
     tensors, losses, step = final(folder)
     assert step == undisturbed[2] and losses == undisturbed[1]
-    different = [key for key, value in undisturbed[0].items() if not torch.equal(tensors[key], value)]
-    assert not different
+    assert_same(tensors, undisturbed[0])
 
 
 @pytest.mark.parametrize('steps', [(2, 9, 17), (14,)])
@@ -106,10 +106,6 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, undi
     assert process.returncode == 0, error
     assert 'last.pth.tar' in error and 'checkpoint-0.pth.tar at step' in error
     assert_same_end(tmp_path, undisturbed)
-
-
-class Killed(Exception):
-    pass
 
 
 class Kill:
