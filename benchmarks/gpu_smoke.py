@@ -322,7 +322,7 @@ def check_validation(recipe: Recipe) -> str:
     run = build(recipe)
     run.train_step(*run.batches[0], 0)
     started = time.perf_counter()
-    found = validate(run.attack_forward, run.held_out, recipe, run)
+    found = validate(run, run.held_out)
     seconds = time.perf_counter() - started
     clean, robust = found['val_clean_acc'], found['val_pgd_acc']
     if not 0 <= robust <= clean <= 1:

@@ -25,13 +25,13 @@ from timm_robust.distributed import World
 from timm_robust.evaluation import sanity_checks as honesty
 from timm_robust.evaluation.measure import evaluate
 from timm_robust.threat_model import ThreatModel
+from timm_robust.training.averaging import averaged_weights
 from timm_robust.training.batches import make_batches
 from timm_robust.training.builder import build, create_optimizer, make_scheduler
 from timm_robust.training.log import RunLog
 from timm_robust.training.loop import train_epoch
 from timm_robust.training.recipe import Recipe
 from timm_robust.training.run import TICKS
-from timm_robust.training.step import averaged_weights
 from timm_robust.training.validation import reestimate_batch_norm, validate
 
 OURS = Path(__file__).resolve().parent.parent
@@ -185,7 +185,7 @@ def test_validation_waits_for_its_result_alone(run, waits):
         with averaged_weights(run.model, run.ema):
             reestimate_batch_norm(run, 2)
             assert waits.places == []
-            validate(run.attack_forward, run.held_out, run.recipe, run)
+            validate(run, run.held_out)
     assert len(waits.places) == 3 and all('clean, pgd_right, n = ' in place for place in waits.places)
 
 
@@ -199,33 +199,6 @@ def test_evaluation_keeps_to_its_devices(name, tmp_path, waits, monkeypatch):
         result, tensors = evaluate(run.model, data, ThreatModel('Linf', '8/255'), attack='pgd', pgd_steps=1)
     assert result.clean_acc == 1 / 20 and tensors['x_adv'].device == DEVICE
     assert any('autoattack.py, share' in place for place in waits.places)
-
-
-@pytest.mark.parametrize(
-    'ask', [torch.Tensor.item, bool, torch.Tensor.cpu, torch.nonzero], ids=lambda ask: ask.__name__
-)
-def test_a_hidden_wait_is_noted(quick, waits, ask):
-    descend = quick.train_step.loss.descend
-
-    def asking(*args):
-        out = descend(*args)
-        ask(out.loss)
-        return out
-
-    with FakeTensorMode(), waits:
-        to_device(quick).train_step.loss = dataclasses.replace(quick.train_step.loss, descend=asking)
-        quick.train_step(*quick.batches[0], 0)
-    assert len(waits.places) == 1 and waits.places[0].startswith('test_device.py, asking: ask(out.loss)')
-
-
-@pytest.mark.parametrize(
-    'sent', [lambda x: x + torch.ones(3, 1, 1), lambda x: torch._foreach_add([x], [torch.ones(1)])]
-)
-def test_a_tensor_of_another_device_is_an_error(quick, waits, sent):
-    with FakeTensorMode(), waits:
-        x, y = to_device(quick).batches[0]
-        with pytest.raises(RuntimeError, match=r'several devices|two devices'):
-            quick.train_step(sent(x), y, 0)
 
 
 def test_a_generator_of_another_device_is_an_error(waits):
@@ -248,7 +221,7 @@ def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkey
         found.append(graphs.frame_count)
     with averaged_weights(run.model, run.ema):
         reestimate_batch_norm(run, 2)
-        validate(run.attack_forward, run.held_out, recipe, run)
+        validate(run, run.held_out)
     run.train_step(*run.batches[4], 4, 1.0)
     # the attack's target and its gradient on the folded network, the update, and AWP's without statistics
     assert [*found, graphs.frame_count] == [3, 3, 4, 4, 4]

@@ -82,10 +82,9 @@ def test_a_run_out_of_patience_ends_early(tmp_path):
     assert line['steps'] < 9 * 3
 
 
-@pytest.mark.parametrize(('size', 'held'), [(0.2, 287), (50, 50), (0, 0)])
-def test_held_out_images_may_be_a_share(tmp_path, size, held):
-    recipe = tiny(tmp_path, val_size=size)
-    assert recipe.held_out_of(1437) == held
+@pytest.mark.parametrize(('size', 'images', 'held'), [(0.2, 1437, 287), (50, 1437, 50), (0, 1437, 0), (0.01, 10, 1)])
+def test_held_out_images_may_be_a_share_of_one_image_at_least(tmp_path, size, images, held):
+    assert tiny(tmp_path, val_size=size).held_out_of(images) == held
 
 
 def test_a_split_beside_the_training_folder_is_found_and_else_images_are_drawn_and_written_down(tmp_path):
@@ -120,10 +119,6 @@ def test_names_that_are_no_text_are_written_down(tmp_path):
     run = build(tiny(tmp_path, data_dir=str(pictures), model_ema=False, **settings))
     fit(run)
     assert b'\xff.png\n' in (run.folder / 'held_out.txt').read_bytes()
-
-
-def test_a_share_is_one_image_at_least(tmp_path):
-    assert tiny(tmp_path, val_size=0.01).held_out_of(10) == 1
 
 
 def test_a_grey_network_learns_grey_pictures_from_the_weights_of_one_in_colour(tmp_path, caplog):

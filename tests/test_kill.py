@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_runs import Killed, assert_same
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import loop as engine
@@ -51,8 +52,7 @@ def undisturbed(tmp_path_factory):
 def assert_same_end(folder, undisturbed):
     tensors, losses, step = final(folder)
     assert step == undisturbed[2] and losses == undisturbed[1]
-    different = [key for key, value in undisturbed[0].items() if not torch.equal(tensors[key], value)]
-    assert not different
+    assert_same(tensors, undisturbed[0])
 
 
 @pytest.mark.parametrize('steps', [(2, 9, 17), (14,)])
@@ -108,10 +108,6 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(tmp_path, undi
     assert_same_end(tmp_path, undisturbed)
 
 
-class Killed(Exception):
-    pass
-
-
 class Kill:
     """Ends the life of a process before its n-th change of the names in its folder: from then on it changes nothing."""
 
@@ -134,7 +130,7 @@ class Kill:
 def short_run(folder, monkeypatch):
     """Three epochs of one step; the best is the second."""
     found = {1: 0.3, 2: 0.5, 3: 0.4}
-    validation = lambda forward, data, recipe, run: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
+    validation = lambda run, data: {'val_clean_acc': 0.9, 'val_pgd_acc': found[run.step]}  # noqa: E731
     monkeypatch.setattr(engine, 'validate', validation)
     start = Writer.start
     monkeypatch.setattr(Writer, 'start', lambda self, work: (start(self, work), self.wait()))  # always the same order

@@ -175,25 +175,6 @@ def test_the_result_is_that_of_the_saved_best(tmp_path):
     assert result(run)['epoch'] == load_checkpoint(tmp_path / 'run/model_best.pth.tar')['epoch']
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('seconds', [12, 25])
-def test_a_budget_ends_on_time_at_the_end_rate(tmp_path, seconds):
-    """The schedule follows the clock. Loose bounds: what is tested is the logic, on a machine that others use too."""
-    run = build(tiny(tmp_path, max_steps=None, budget=f'{seconds}s', batch_size=100, ema_bn_batches=2))
-    line = fit(run)
-    assert 0.7 * seconds < line['seconds'] < 1.3 * seconds
-    assert run.train_step.optimizer.param_groups[0]['lr'] < 0.2 * 0.05
-    assert line['steps'] == run.step > 0
-
-
-def test_a_budget_counts_the_time_already_spent(tmp_path):
-    with pytest.raises(Killed):
-        fit(killed_at(4, build(tiny(tmp_path, max_steps=None, budget='100s'))))
-    again = build(tiny(tmp_path, max_steps=None, budget='100s', resume='auto'))
-    assert again.clock.elapsed() > load_checkpoint(tmp_path / 'run' / 'last.pth.tar')['seconds'] > 0
-    assert again.clock.progress(again.step) > 0
-
-
 def test_the_checkpoint_is_a_model_that_evaluates(undisturbed):
     model = load_model(undisturbed[0] / 'run')
     state = load_checkpoint(undisturbed[0] / 'run' / 'model_best.pth.tar')

@@ -32,8 +32,8 @@ def rows(n=6, images=50_000, **more):
 @pytest.fixture
 def run(tmp_path):
     with RunLog(tmp_path / 'out' / 'run', config={}, total_steps=6) as log:
-        for row in rows(val_clean_acc=lambda e: 0.5 + e / 20 if e % 2 else None, max_curvature=lambda e: math.inf):
-            log.epoch(row)
+        history = rows(val_clean_acc=lambda e: 0.5 + e / 20 if e % 2 else None, max_curvature=lambda e: math.inf)
+        log.epoch([{'step': row['epoch'] + 1, **row} for row in history])
     return log.folder
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from tiny_runs import assert_same, signalled_at, tap_steps, tiny, weights
 
-from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.pixels import resized
 from timm_robust.training import loop as engine
 from timm_robust.training.builder import build
@@ -15,26 +15,20 @@ STAGES = {8: 1, 16: 1, 32: 2}  # 3 steps an epoch
 
 
 def staged(folder, **changes):
-    settings = {
-        'model': 'resnet18_pssilu', 'model_kwargs': {'width': 4}, 'dataset': 'digits', 'val_size': 50,
-        'crop_padding': 1, 'hflip': 0.0, 'eps': 0.1, 'steps': 1, 'eval_steps': 2, 'epochs': 4, 'batch_size': 400,
-        'lr': 0.05, 'warmup_epochs': 1.0, 'eps_warmup': 0.5, 'model_ema': True, 'experiment': 'run',
-        'output': str(folder), 'progressive_resizing': STAGES,
-    }  # fmt: skip
-    return Recipe(**{**settings, **changes})
+    settings = {'epochs': 4, 'max_steps': None, 'eps_warmup': 0.5, 'progressive_resizing': STAGES}
+    return tiny(folder, **settings | changes)
 
 
 def seen_by(run):
     """The sides of the images that the training steps get, one a step."""
-    sides, step = [], run.train_step
+    sides = []
 
-    def watched(x, y, number, progress):
+    def watch(take, x, y, number, progress):
         assert run.side == x.shape[-1] == x.shape[-2]
         sides.append(x.shape[-1])
-        return step(x, y, number, progress)
+        return take(x, y, number, progress)
 
-    watched.__dict__.update(step.__dict__, perturb=step.perturb, draw_from=step.draw_from)
-    run.train_step = watched
+    tap_steps(run, watch)
     return sides
 
 
@@ -72,22 +66,12 @@ def test_a_shorter_run_goes_through_the_same_stages(tmp_path):
 
 @pytest.mark.parametrize('stop', [2, 3, 4, 6])  # within a stage, and where the side changes
 def test_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, stop):
-    run = build(staged(tmp_path))
+    run = signalled_at(stop - 1, build(staged(tmp_path)))
     assert run.batches.steps_per_epoch == 3
-    step = run.train_step
-
-    def stopping(x, y, number, progress):
-        run.stop = number + 1 == stop
-        return step(x, y, number, progress)
-
-    stopping.__dict__.update(step.__dict__, perturb=step.perturb, draw_from=step.draw_from)
-    run.train_step = stopping
     with pytest.raises(Stopped):
         fit(run)
     fit(build(staged(tmp_path, resume='auto')))
-    ours, theirs = (load_checkpoint(folder / 'run' / 'last.pth.tar') for folder in (tmp_path, undisturbed[0]))
-    for part in ('state_dict', 'state_dict_ema'):
-        assert [key for key, value in ours[part].items() if not torch.equal(value, theirs[part][key])] == []
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
 
 
 def test_batch_norm_follows_the_side(tmp_path):

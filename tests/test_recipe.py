@@ -259,6 +259,8 @@ def test_unreadable_recipe_files(tmp_path, capsys):
         ({'lr': float('nan')}, 'lr nan is of the wrong kind'),
         ({'lr': 'inf'}, "lr 'inf' is of the wrong kind"),
         ({'lr': None}, 'lr None is of the wrong kind'),
+        ({'lr': 10**400}, 'lr 10+ is of the wrong kind'),
+        ({'weight_decay': 10**39}, 'weight_decay 10+ is of the wrong kind'),
         ({'model': None}, 'model None'),
         ({'decay_milestones': [1, 2.5]}, r'decay_milestones \[1, 2.5\] is of the wrong kind; allowed: a list of whole'),
         ({'decay_milestones': 3}, 'decay_milestones 3 is of the wrong kind'),

@@ -25,14 +25,14 @@ def test_batches_have_the_trainings_size_and_fillings_do_not_count(tmp_path, mon
     net = run.attack_forward.folded.net
     sizes, forward = [], net.forward
     monkeypatch.setattr(net, 'forward', lambda x: sizes.append(len(x)) or forward(x))
-    assert validate(run.attack_forward, run.held_out, run.recipe) == {'val_clean_acc': share, 'val_pgd_acc': share}
+    assert validate(run, run.held_out) == {'val_clean_acc': share, 'val_pgd_acc': share}
     assert sizes == [20, 20, 20, 20, *([20, 20] if compiled else [10, 10])]
 
 
 def test_validation_agrees_with_evaluation(undisturbed):
     """The engine's quick numbers against the evaluator's: equal clean accuracy, PGD within the start's noise."""
     run = build(tiny(undisturbed[0], resume=str(undisturbed[0] / 'run' / 'last.pth.tar')))
-    ours = validate(run.attack_forward, run.held_out, run.recipe)
+    ours = validate(run, run.held_out)
     theirs, _ = evaluate(run.model, run.held_out, TINY.threat_model, attack='pgd', pgd_steps=2)
     assert ours['val_clean_acc'] == theirs.clean_acc
     assert ours['val_pgd_acc'] == pytest.approx(theirs.pgd_acc, abs=0.1)

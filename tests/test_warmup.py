@@ -1,7 +1,6 @@
 """What happens before the first step costs time and nothing else; simulated durations show what a budget does."""
 
 import copy
-import dataclasses
 import itertools
 import time
 from functools import partial
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import numpy
 import pytest
 import torch
+from tiny_runs import Killed, tiny
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import builder as module
@@ -20,35 +20,17 @@ from timm_robust.training.batches import make_batches, read_data
 from timm_robust.training.builder import build
 from timm_robust.training.loop import Stopped, fit
 from timm_robust.training.planning import plan
-from timm_robust.training.recipe import Recipe
 from timm_robust.training.state import save
 from timm_robust.training.step import StepOutput
 from timm_robust.training.warmup import Timing, untouched, warm_up
 from timm_robust.training.watchdog import Diverged
 
-TINY = Recipe(
-    model='resnet18_pssilu',
-    model_kwargs={'width': 2},
-    dataset='digits',
-    val_size=60,
-    crop_padding=1,
-    hflip=0.0,
-    eps=0.1,
-    steps=1,
-    eval_steps=1,
-    epochs=2,
-    max_steps=3,
-    batch_size=200,
-    lr=0.2,
-    warmup_epochs=0.5,
-    model_ema=True,
-    ema_bn_batches=2,
-    experiment='run',
-)
+SHORT = {'model_kwargs': {'width': 2}, 'val_size': 60, 'eval_steps': 1, 'epochs': 2, 'max_steps': 3, 'batch_size': 200}
+SHORT |= {'lr': 0.2, 'warmup_epochs': 0.5, 'ema_bn_batches': 2, 'log_interval': 20}
 
 
-def tiny(folder, **changes):
-    return dataclasses.replace(TINY, output=str(folder), **changes)
+def short(folder, **changes):
+    return tiny(folder, **SHORT | changes)
 
 
 def bits(value):
@@ -93,7 +75,7 @@ def test_a_warm_up_leaves_no_trace(tmp_path, settings):
     for warmed in (False, True):
         folder = tmp_path / str(warmed)
         for steps in (2, 4):  # afresh, and resumed
-            run = build(tiny(folder, max_steps=steps, resume='auto', allow_changes=True, **settings))
+            run = build(short(folder, max_steps=steps, resume='auto', allow_changes=True, **settings))
             if warmed:
                 before = state_of(run)
                 assert warm_up(run).steps.keys() == set(run.recipe.turning_points)
@@ -107,7 +89,7 @@ def test_a_warm_up_leaves_no_trace(tmp_path, settings):
 
 
 def test_a_warm_up_that_fails_leaves_no_trace_either(tmp_path):
-    run = build(tiny(tmp_path, mixup=0.5))
+    run = build(short(tmp_path, mixup=0.5))
     before = state_of(run)
     with pytest.raises(KeyboardInterrupt), untouched(run):
         run.train_step(*run.batches[0], 0)
@@ -118,7 +100,7 @@ def test_a_warm_up_that_fails_leaves_no_trace_either(tmp_path):
 
 
 def test_each_kind_of_step_is_warmed_up(tmp_path):
-    recipe = tiny(tmp_path, steps=2, late_steps=3, late_start=0.4, awp_gamma=0.01, awp_start=0.7)
+    recipe = short(tmp_path, steps=2, late_steps=3, late_start=0.4, awp_gamma=0.01, awp_start=0.7)
     run = build(recipe)
     kinds, take = [], run.train_step.perturb
 
@@ -137,7 +119,7 @@ def test_a_run_warms_up_where_it_pays(tmp_path, settings, warmed, monkeypatch):
     monkeypatch.setattr(engine, 'warm_up', lambda run: calls.append(run.step) or Timing({0.0: 1.0}, 1.0))
     for place in (module, step_module):
         monkeypatch.setattr(place, 'compiled', lambda net, *args: net)
-    run = build(tiny(tmp_path, max_steps=None, **settings))
+    run = build(short(tmp_path, max_steps=None, **settings))
     engine.make_folder(run)
     engine.prepare(run)
     run.writer.wait()
@@ -152,17 +134,13 @@ def test_nothing_is_compiled_after_the_warm_up(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, 'warm_up', lambda run: None)
     settings = {'late_steps': 2, 'late_start': 0.3, 'awp_gamma': 0.01, 'awp_start': 0.6, 'batch_size': 40}
     settings |= {'model': 'resnet18_relu', 'progressive_resizing': {16: 1, 32: 1}}
-    run = build(tiny(tmp_path, torchcompile=True, max_steps=4, **settings))
+    run = build(short(tmp_path, torchcompile=True, max_steps=4, **settings))
     graphs = torch._dynamo.utils.counters['stats']
     graphs.clear()
     warm_up(run)
     before = graphs['unique_graphs']
     fit(run)
     assert graphs['unique_graphs'] == before > 2 and len(run.held_out) == 60
-
-
-class Killed(Exception):
-    """The end of a process."""
 
 
 class Seen(NamedTuple):
@@ -272,7 +250,7 @@ BUDGET = 1500
 def budgeted(folder, **changes):
     settings = {'budget': f'{BUDGET}s', 'max_steps': None, 'eps_warmup': 0.75, 'late_steps': 2, 'late_start': 0.5}
     settings |= {'epochs': 80, 'warmup_epochs': 8, 'val_interval': 4, 'model_ema': False, 'torchcompile': True}
-    return tiny(folder, resume='auto', **settings | changes)
+    return short(folder, resume='auto', **settings | changes)
 
 
 def speeds(seen, step):

@@ -57,7 +57,7 @@ def run_figure(path: str | Path, runs: dict[str, Rows], metrics: dict[str, str] 
 
     Args:
         path: the picture.
-        runs: name of a run -> its rows, as in summary.csv or in `RunLog.history`; absent and None are gaps.
+        runs: name of a run -> its rows, as in summary.csv or in its history; absent and None are gaps.
         metrics: name of a run -> the column its best epoch is best in; 'val_pgd_acc' where not given.
 
     Raises:

@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f'warning: {doubt}', file=sys.stderr)
         if planned:
             line = plan(run)
-            return 0 if run.world.rank else print_plan(line)
+            if not run.world.rank:
+                print_plan(line)
+            return 0
         signals: list[int] = []
         listen(run, signals)
         logging.info('timm_robust %s', __version__)
@@ -88,12 +90,11 @@ def listen(run: Run, signals: list[int]) -> None:
             signal.signal(asked, note)
 
 
-def print_plan(line: dict[str, Any]) -> int:
+def print_plan(line: dict[str, Any]) -> None:
     """The plan as a table, and as JSON on the last line."""
     for key, value in line.items():
         print(f'{key:18s}{value:,.4g}' if isinstance(value, float) else f'{key:18s}{value}')
     print(json.dumps(line))
-    return 0
 
 
 if __name__ == '__main__':

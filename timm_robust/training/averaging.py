@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from timm.utils import ModelEmaV3
+from torch import nn
 
 
 class ModelEma(ModelEmaV3):
@@ -19,3 +23,21 @@ class ModelEma(ModelEmaV3):
     def get_decay(self, step: int | None = None) -> float:
         """Decay of the update after step number `step`, counted from 0; None: the decay once warmed up."""
         return self.decay if step is None else min(self.decay, (1 + step) / (10 + step))
+
+
+@contextmanager
+def averaged_weights(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
+    """Lend the averaged weights, if any, to the model, so that what was compiled for it serves both.
+
+    What the body does to the statistics of batch norm stays with the average.
+    """
+    if ema is None:
+        yield
+        return
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(ema.module.state_dict())
+    try:
+        yield
+        ema.module.load_state_dict(model.state_dict())
+    finally:
+        model.load_state_dict(own)

@@ -28,18 +28,16 @@ from ..models import class_list, input_channels, load_checkpoint, load_model, ma
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
-from .awp import WeightPerturbation
 from .batch_norm import set_bn_momentum
 from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
 from .changes import check_changes, check_equal, check_processes, find_changes
 from .checkpoints import latest_checkpoint
 from .clock import Clock, parse_duration
-from .losses import make_loss
 from .recipe import Recipe
 from .run import TICKS, Run, architecture, output_folder, take_lock, unnamed
 from .schedule import CosineOneCycle
 from .state import restore
-from .step import AttackForward, Clipping, Forward, TrainStep, compiled
+from .step import AttackForward, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
 
@@ -58,12 +56,13 @@ def build(recipe: Recipe) -> Run:
     entered = world.broadcast_object(bool(recipe.resume) and not unnamed(recipe) and folder.is_dir())
     lock = take_lock(folder, world) if entered else None
     path, state = find_checkpoint(recipe, folder, world)
-    split_seed = choose_split_seed(recipe, path, state)
-    if path is not None and state is not None and 'recipe' in state:
+    split_seed = recipe.seed
+    if path is not None:
+        split_seed = find_split_seed(recipe, path, state)
         check_changes(path, find_changes(state, recipe, {}), recipe.allow_changes)
     torch.manual_seed(recipe.seed)
     with world.in_turn(recipe.dataset_download):
-        classes = class_list(state.get('classes'), state.get('num_classes')) if state else None
+        classes = class_list(state.get('classes'), state.get('num_classes'))
         train, held_out = read_data(recipe, split_seed, classes)
     images, names = {TRAINING: fingerprint(train)}, held_out_names(recipe, held_out)
     if held_out is not None:
@@ -76,28 +75,12 @@ def build(recipe: Recipe) -> Run:
     if channels := input_channels(model):
         train, held_out = train.with_channels(channels), held_out and held_out.with_channels(channels)
     example = check_fit(model, recipe, train)
-    if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    if recipe.sync_bn and world.size > 1:
-        model = convert_sync_batchnorm(model)  # timm's own keeps the activations inside its batch norms
-    ema = None
-    if recipe.model_ema:
-        ema = ModelEma(model, decay=recipe.model_ema_decay)
-    optimizer = create_optimizer(model, recipe)
-    forward = make_forward(model, recipe, world.device)
-    attack_forward = make_attack_forward(model, forward, recipe, example)
-    update_forward = None
-    if world.size > 1:
-        ids = [world.device.index] if world.device.type == 'cuda' else None
-        wrapped = DistributedDataParallel(forward.net, device_ids=ids, broadcast_buffers=False)
-        update_forward = Forward(wrapped, recipe.precision, world.device)
-    mixup = make_mixup(recipe, train.num_classes)
-    smoothing = 0.0 if mixup else recipe.smoothing  # which is in mixup's labels then
+    train_step = make_train_step(model, recipe, example, train.num_classes, world)
     batches = make_batches(recipe, train, recipe.seed, world)
     if recipe.extra_data:
         images['generated data'] = fingerprint(batches.extra)
     check_equal(world, images, 'images')
-    if path is not None and state is not None and 'recipe' in state:
+    if path is not None:
         check_changes(path, find_changes(state, recipe, images), recipe.allow_changes)
     total = recipe.epochs * batches.steps_per_epoch
     total = min(recipe.max_steps or total, total)
@@ -106,30 +89,12 @@ def build(recipe: Recipe) -> Run:
         recipe=recipe,
         folder=folder,
         world=world,
-        model=model,
-        ema=ema,
-        forward=forward,
-        attack_forward=attack_forward,
-        train_step=TrainStep(
-            model,
-            forward,
-            attack_forward,
-            optimizer,
-            make_loss(recipe.loss, beta=recipe.beta, smoothing=smoothing),
-            recipe.attack_schedule,
-            seed=recipe.seed,
-            rank=world.rank,
-            ema=ema,
-            update_forward=update_forward,
-            mixup=mixup,
-            weight_perturbation=WeightPerturbation(recipe.awp_gamma, recipe.awp_start),
-            clipping=Clipping(recipe.clip_grad, recipe.clip_mode, recipe.pssilu_beta_clip),
-            pssilu_reg=recipe.pssilu_reg,
-            update_grad=recipe.update_grad,
-            recomputes=recipe.grad_checkpointing,
-            freeze_bn=recipe.freeze_bn,
-        ),
-        scheduler=make_scheduler(optimizer, recipe, TICKS if budget else total),
+        model=train_step.model,
+        ema=train_step.ema,
+        forward=train_step.forward,
+        attack_forward=train_step.attack_forward,
+        train_step=train_step,
+        scheduler=make_scheduler(train_step.optimizer, recipe, TICKS if budget else total),
         batches=batches,
         held_out=held_out,
         total_steps=total,
@@ -147,27 +112,31 @@ def build(recipe: Recipe) -> Run:
     return run
 
 
-def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint that the recipe resumes from, and what it holds; None for a new run."""
-    if not recipe.resume:
-        return None, None
-    path: Path | None = Path(recipe.resume)
+def find_checkpoint(recipe: Recipe, folder: Path, world: World) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint that the recipe resumes from, and what it holds; None and nothing for a new run.
+
+    Raises:
+        ValueError: if it holds weights, and no run.
+    """
+    path = Path(recipe.resume) if recipe.resume else None
     if recipe.resume == 'auto':
         path = world.broadcast_object(None if unnamed(recipe) else latest_checkpoint(folder))
+        if path is None:
+            logger.info('nothing to resume in %s: starting afresh', folder)
     if path is None:
-        logger.info('nothing to resume in %s: starting afresh', folder)
-        return None, None
-    return path, load_checkpoint(path)
+        return None, {}
+    state = load_checkpoint(path)
+    if 'recipe' not in state or 'optimizer' not in state:
+        raise ValueError(f'{path} holds weights, and no run to resume; start from it with --initial-checkpoint')
+    return path, state
 
 
-def choose_split_seed(recipe: Recipe, path: Path | None, state: dict[str, Any] | None) -> int:
-    """The seed that draws the held-out images: a resumed run keeps that of its beginning, whatever its own seed.
+def find_split_seed(recipe: Recipe, path: Path, state: dict[str, Any]) -> int:
+    """The seed that drew the held-out images of the run that is resumed: it keeps that, whatever its own seed.
 
     Raises:
         ValueError: if the checkpoint's run held other images out: some of the recipe's would have been trained on.
     """
-    if state is None or 'recipe' not in state:
-        return recipe.seed
     for key in ('val_split',) if recipe.val_split not in (None, 'auto') else ('val_split', 'val_size', 'train_split'):
         theirs, ours = state['recipe'][key], getattr(recipe, key)
         if theirs != ours:
@@ -282,6 +251,35 @@ def check_fit(model: nn.Module, recipe: Recipe, data: Any) -> torch.Tensor:
         finally:
             model.train(training)
     return example
+
+
+def make_train_step(
+    model: nn.Module, recipe: Recipe, example: torch.Tensor, num_classes: int, world: World
+) -> TrainStep:
+    """The training step of a network on the device, and what goes with it: average, optimizer, ways to call it.
+
+    Args:
+        model: the network; batch norm may become another kind of layer.
+        recipe: the settings.
+        example: images [B, C, H, W].
+        num_classes: classes of the data.
+        world: this process among the others.
+    """
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.sync_bn and world.size > 1:
+        model = convert_sync_batchnorm(model)  # timm's own keeps the activations inside its batch norms
+    ema = ModelEma(model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+    optimizer = create_optimizer(model, recipe)
+    forward = make_forward(model, recipe, world.device)
+    attack_forward = make_attack_forward(model, forward, recipe, example)
+    update_forward = None
+    if world.size > 1:
+        ids = [world.device.index] if world.device.type == 'cuda' else None
+        wrapped = DistributedDataParallel(forward.net, device_ids=ids, broadcast_buffers=False)
+        update_forward = Forward(wrapped, recipe.precision, world.device)
+    mixup = make_mixup(recipe, num_classes)
+    return TrainStep(recipe, model, forward, attack_forward, optimizer, world.rank, ema, update_forward, mixup)
 
 
 def make_forward(net: nn.Module, recipe: Recipe, device: torch.device) -> Forward:

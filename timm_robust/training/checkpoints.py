@@ -161,17 +161,9 @@ def set_aside(folder: Path, step: int, last: Path | None, best: Path | None) -> 
     return aside
 
 
-def prune_checkpoints(folder: str | Path, keep: int) -> list[Path]:
-    """Delete all checkpoint-<number>.pth.tar but those with the `keep` largest numbers.
-
-    Returns:
-        The files deleted; last.pth.tar, model_best.pth.tar and every other name stay.
-    """
-    if keep < 0:
-        raise ValueError(f'keep {keep} must be >= 0')
+def prune_checkpoints(folder: str | Path, keep: int) -> None:
+    """Delete all checkpoint-<number>.pth.tar but those with the `keep` largest numbers; every other name stays."""
     matches = [match for file in Path(folder).iterdir() if (match := _NUMBERED.fullmatch(file.name))]
     matches.sort(key=lambda match: int(match[1]), reverse=True)
-    removed = [Path(folder) / match[0] for match in matches[keep:]]
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return removed
+    for match in matches[keep:]:
+        (Path(folder) / match[0]).unlink(missing_ok=True)

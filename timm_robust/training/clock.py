@@ -134,10 +134,6 @@ class Clock:
         """The share that is done before this step."""
         return step / self.total_steps if self.budget is None else self._passed()
 
-    def done(self, step: int) -> bool:
-        """Whether the run is over."""
-        return self.progress(step) >= 1
-
     def left(self, step: int, steps_per_second: float) -> float:
         """Estimated seconds to the end of the last step."""
         if self.budget is not None:

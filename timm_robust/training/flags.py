@@ -47,7 +47,9 @@ def _reader(kinds: tuple[type, ...]) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if NoneType in kinds and text.lower() == 'none':
             return None
-        return float(text) if float in kinds and kind is int and not text.isdecimal() else kind(text)
+        if kind is int and float in kinds and not text.isdecimal():
+            return float(text)
+        return kind(text)
 
     read.__name__ = KINDS[kind].removeprefix('a ')  # argparse: invalid whole number value: 'x'
     return read

@@ -14,19 +14,21 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import atomic_file
 
 logger = logging.getLogger('timm_robust')
+Row = Mapping[str, Any]
+"""An epoch's numbers by name; 'epoch', 'step' and 'images' seen are among them."""
 
 
 class RunLog:
     """Where a run's numbers go: summary.csv, a live progress line, TensorBoard, wandb. Quiet on ranks > 0.
 
-    Use it as a context manager, or call `close` at the end. `history` holds the rows so far, a copy of what was given.
+    It is a context manager, which leaves the terminal on a fresh line and finishes TensorBoard and wandb.
 
     Args:
         folder: the run's folder; it gets summary.csv, tensorboard/ and wandb/ with wandb_id.txt.
@@ -34,30 +36,27 @@ class RunLog:
         total_steps: steps of the whole schedule.
         tensorboard: write TensorBoard events.
         wandb: log to wandb, in the project of WANDB_PROJECT or 'timm-robust'; WANDB_MODE=offline keeps it here.
-        wandb_name: name of the run there; the folder's name if not given.
         rank: of this process; above 0 nothing is written or shown.
         history: rows of the run that is resumed: summary.csv is whole again, TensorBoard drops what came after them,
             and wandb goes on with the run of wandb_id.txt.
 
     Raises:
         ImportError: if tensorboard or wandb is missing, with what to type.
-        RuntimeError: if wandb does not start, for example for want of an API key.
+        OSError: if wandb does not start, for example for want of an API key.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: Path,
         *,
         config: dict[str, Any],
         total_steps: int,
         tensorboard: bool = False,
         wandb: bool = False,
-        wandb_name: str | None = None,
         rank: int = 0,
-        history: list[dict[str, Any]] | None = None,
+        history: Sequence[Row] = (),
     ) -> None:
-        self.folder, self.config, self.total_steps, self.rank = Path(folder), config, total_steps, rank
-        self.history = [_plain_row(row) for row in history or []]
+        self.folder, self.config, self.total_steps, self.rank = folder, config, total_steps, rank
         self._tensorboard: Any = None
         self._wandb: Any = None
         self._stream, self._shown = sys.stderr, ''
@@ -65,49 +64,31 @@ class RunLog:
         if rank > 0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.history:
-            self._write_summary()
+        if history:
+            self._write_summary(history)
         if tensorboard:
-            self._tensorboard = self._open_tensorboard()
+            self._tensorboard = self._open_tensorboard(history[-1]['images'] + 1 if history else 0)
         if wandb:
-            self._wandb = self._open_wandb(wandb_name)
+            self._wandb = self._open_wandb(resumed=bool(history))
         self._handlers = [*logging.getLogger().handlers, *logger.handlers]
         for handler in self._handlers:
             handler.addFilter(self._wipe)
 
-    def step(
-        self,
-        *,
-        step: int,
-        loss: float,
-        acc: float,
-        lr: float,
-        images_per_s: float,
-        seconds_left: float,
-        epoch: int,
-        images: int | None = None,
-        **extra: float,
-    ) -> None:
+    def step(self, row: Row, seconds_left: float) -> None:
         """Show how far the run is, and write train/* to TensorBoard and wandb; call it once every so many steps.
 
         Args:
-            step: steps taken.
-            loss: training loss.
-            acc: training accuracy, a fraction.
-            lr: learning rate.
-            images_per_s: speed.
+            row: the present epoch's numbers so far.
             seconds_left: estimated time to the end.
-            epoch: the present epoch.
-            images: training images seen; step * batch_size of the config if not given.
-            extra: further numbers, shown last and written as train/<name>.
         """
         if self.rank > 0:
             return
-        values = _plain_row({'loss': loss, 'acc': acc, 'lr': lr, 'images_per_s': images_per_s, **extra})
-        self._scalars({f'train/{key}': value for key, value in values.items()}, self._images(step, images))
-        percent = f' ({100 * step // self.total_steps} %)' if self.total_steps else ''
-        parts = [f'epoch {epoch}', f'step {step}/{self.total_steps}{percent}', *(_entry(*kv) for kv in values.items())]
-        parts.insert(4, f'{_duration(seconds_left)} left')
+        keys = ('train_loss', 'train_acc', 'lr', 'images_per_s')
+        values = {key.removeprefix('train_'): row[key] for key in keys}
+        self._scalars({f'train/{key}': value for key, value in values.items()}, row['images'])
+        loss, acc, *rest = (_entry(*entry) for entry in values.items())
+        step = f'step {row["step"]}/{self.total_steps} ({100 * row["step"] // self.total_steps} %)'
+        parts = [f'epoch {row["epoch"]}', step, loss, acc, f'{_duration(seconds_left)} left', *rest]
         if not (self._stream.isatty() and os.environ.get('TERM') != 'dumb' and logger.isEnabledFor(logging.INFO)):
             logger.info('%s', '  '.join(parts))
             return
@@ -115,70 +96,57 @@ class RunLog:
         text = _fit(parts, width)
         self._show('\r' + text.ljust(min(len(self._shown), width)), text)
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """Append a row to history and to summary.csv, log it as one line, and write it to TensorBoard and wandb."""
-        row = _plain_row(row)
-        self.history.append(row)
+    def epoch(self, history: Sequence[Row]) -> None:
+        """Write the rows to summary.csv, log the last one as a line, and write it to TensorBoard and wandb."""
         if self.rank > 0:
             return
-        self._write_summary()
+        self._write_summary(history)
+        row = history[-1]
         skip = ('epoch', 'step', 'images')
         names = {key: f'val/{key[4:]}' if key.startswith('val_') else f'epoch/{key}' for key in row if key not in skip}
-        self._scalars({name: row[key] for key, name in names.items()}, self._images(row.get('step'), row.get('images')))
+        self._scalars({name: row[key] for key, name in names.items()}, row['images'])
         if self._tensorboard is not None:
             self._tensorboard.flush()
-        parts = [f'epoch {row["epoch"]} done'] if 'epoch' in row else []
-        parts += [f'step {row["step"]}/{self.total_steps}'] if 'step' in row else []
-        logger.info('%s', '  '.join(parts + [_entry(key, row[key]) for key in names if row[key] is not None]))
-
-    def close(self, failed: bool = False) -> None:
-        """Leave the terminal on a fresh line and finish TensorBoard and wandb; a second call does nothing.
-
-        Args:
-            failed: mark the run as failed in wandb.
-        """
-        for handler in self._handlers:
-            handler.removeFilter(self._wipe)
-        if self._shown:
-            self._show('\n', '')
-        tensorboard, wandb = self._tensorboard, self._wandb
-        self._handlers, self._tensorboard, self._wandb = [], None, None
-        if tensorboard is not None:
-            tensorboard.close()
-        if wandb is not None:
-            wandb.finish(exit_code=int(failed))
+        parts = [f'epoch {row["epoch"]} done', f'step {row["step"]}/{self.total_steps}']
+        logger.info('%s', '  '.join(parts + [_entry(key, row[key]) for key in names]))
 
     def __enter__(self) -> RunLog:
         """The log itself."""
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Close it; an exception marks the run as failed."""
-        self.close(failed=kind is not None)
+        """Close it; an exception marks the run as failed in wandb."""
+        for handler in self._handlers:
+            handler.removeFilter(self._wipe)
+        if self._shown:
+            self._show('\n', '')
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
 
-    def _open_tensorboard(self) -> Any:
-        """An event file of its own in tensorboard/ that hides what older ones there say of later images."""
+    def _open_tensorboard(self, first: int) -> Any:
+        """An event file of its own in tensorboard/ that hides what older ones there say from so many images on."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError('TensorBoard logging needs tensorboard; type: pip install tensorboard') from error
-        seen = self._images(self.history[-1].get('step'), self.history[-1].get('images')) if self.history else -1
-        writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=seen + 1)
-        writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2, default=str)}\n```', seen + 1)
+        writer = SummaryWriter(str(self.folder / 'tensorboard'), purge_step=first)
+        writer.add_text('config', f'```json\n{json.dumps(self.config, indent=2, default=str)}\n```', first)
         return writer
 
-    def _open_wandb(self, name: str | None) -> Any:
+    def _open_wandb(self, resumed: bool) -> Any:
         """The run of wandb_id.txt where this one is resumed, else a new one, noted there."""
         try:
             import wandb
         except ImportError as error:
             raise ImportError("wandb logging needs wandb; type: pip install 'wandb>=0.19'") from error
         file = self.folder / 'wandb_id.txt'
-        stored = file.read_text().strip() or None if self.history and file.is_file() else None
+        stored = file.read_text().strip() or None if resumed and file.is_file() else None
         try:
             run = wandb.init(
                 project=os.environ.get('WANDB_PROJECT') or 'timm-robust',
-                name=name or self.folder.resolve().name,
+                name=self.folder.resolve().name,
                 dir=str(self.folder),
                 config=self.config,
                 id=stored,
@@ -198,25 +166,20 @@ class RunLog:
             out.write(f'{run.id}\n'.encode())
         return run
 
-    def _images(self, step: int | None, images: int | None) -> int:
-        """Images seen: as told, or from the batch size of the config; without either the step itself."""
-        return int(images if images is not None else (step or 0) * int(self.config.get('batch_size') or 1))
-
-    def _scalars(self, values: dict[str, Any], images: int) -> None:
-        """Write the numbers among the values to TensorBoard and wandb at x = images."""
-        numbers = {name: float(value) for name, value in values.items() if isinstance(value, (bool, int, float))}
+    def _scalars(self, values: Mapping[str, float], images: int) -> None:
+        """Write the values to TensorBoard and wandb at x = images."""
         if self._tensorboard is not None:
-            for name, value in numbers.items():
+            for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, images)
         if self._wandb is not None:
-            self._wandb.log({**numbers, 'images': images})
+            self._wandb.log({**values, 'images': images})
 
-    def _write_summary(self) -> None:
-        """summary.csv anew: never half a row; columns in the order they first came up, None as an empty cell."""
+    def _write_summary(self, history: Sequence[Row]) -> None:
+        """summary.csv anew: never half a row; columns in the order they first came up."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self.history for key in row)))
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in history for key in row)))
         writer.writeheader()
-        writer.writerows(self.history)
+        writer.writerows(history)
         with atomic_file(self.folder / 'summary.csv') as file:
             file.write(text.getvalue().encode())
 
@@ -234,22 +197,8 @@ class RunLog:
             self._stream.flush()
 
 
-def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with plain values."""
-    return {key: _plain(value) for key, value in row.items()}
-
-
-def _plain(value: Any) -> Any:
-    """The value as None, a number or text; tensors of one element become numbers."""
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    return value.item() if hasattr(value, 'item') else str(value)
-
-
-def _entry(key: str, value: Any) -> str:
+def _entry(key: str, value: float) -> str:
     """A number for people: 'val PGD acc 51.20 %', '312 images/s', 'time 1:02:03', 'alpha 1.02'."""
-    if not isinstance(value, (int, float)):
-        return f'{key} {value}'
     if key == 'images_per_s':
         return f'{value:.0f} images/s' if value >= 100 else f'{value:.3g} images/s'
     if key == 'seconds':

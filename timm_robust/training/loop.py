@@ -5,7 +5,6 @@ The best checkpoint is chosen by PGD accuracy on images held out of the training
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -20,11 +19,11 @@ from ..files import atomic_file, lock_folder, new_folder, sweep_temporaries
 from ..models import LAST
 from ..precision import fastest_convolutions
 from .advice import near_chance
+from .averaging import averaged_weights
 from .log import RunLog
 from .rollback import roll_back
 from .run import TICKS, Run, Sums, best_row, metric_name, take_lock, training_batch, unnamed
 from .state import save
-from .step import averaged_weights
 from .validation import reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
@@ -70,9 +69,15 @@ def train(run: Run) -> dict[str, Any]:
     if not run.world.rank:
         sweep_temporaries(run.folder)
     describe(run)
-    settings: dict[str, Any] = {'config': recipe.public(), 'total_steps': run.total_steps, 'history': run.history}
-    settings |= {'tensorboard': recipe.tensorboard, 'wandb': recipe.log_wandb}
-    log = RunLog(run.folder, rank=run.world.rank, **settings)
+    log = RunLog(
+        run.folder,
+        config=recipe.public(),
+        total_steps=run.total_steps,
+        tensorboard=recipe.tensorboard,
+        wandb=recipe.log_wandb,
+        rank=run.world.rank,
+        history=run.history,
+    )
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
         while True:
@@ -83,15 +88,12 @@ def train(run: Run) -> dict[str, Any]:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
                 else:  # the budget ended behind an epoch that was not to be validated, or not to be saved
-                    row = run.history.pop()
-                    log.history = list(run.history)
-                    finish_epoch(run, row, log)
+                    finish_epoch(run, run.history.pop(), log)
             except Diverged as error:
                 if not going:  # no time to do better
                     logger.warning('%s: the best checkpoint stands', error)
                     break
                 roll_back(run, error)
-                log.history = list(run.history)
     run.world.wait()
     return result(run)
 
@@ -133,16 +135,15 @@ def describe(run: Run) -> None:
     data = f'{len(run.batches.data)} images'
     if recipe.extra_data:
         data += f' and {len(run.batches.extra)} generated ones, {recipe.extra_fraction:.0%} of each batch'
-    logger.info('output in %s', run.folder)
-    logger.info('%s on %s of %s', recipe.model, data, recipe.dataset)
-    logger.info(
-        '%s in batches of %d x %d; an epoch is %d images seen, %d steps',
-        *(length, recipe.batch_size, world.size, per_epoch * recipe.batch_size * world.size, per_epoch),
-    )
-    logger.info(
-        '%s against %s, %s attack with batch norm in %s mode, on %s',
-        *(recipe.loss, recipe.threat_model, recipe.attack, recipe.attack_bn, world.device),
-    )
+    seen = per_epoch * recipe.batch_size * world.size
+    bn = f'with batch norm in {recipe.attack_bn} mode'
+    for line in (
+        f'output in {run.folder}',
+        f'{recipe.model} on {data} of {recipe.dataset}',
+        f'{length} in batches of {recipe.batch_size} x {world.size}; an epoch is {seen} images seen, {per_epoch} steps',
+        f'{recipe.loss} against {recipe.threat_model}, {recipe.attack} attack {bn}, on {world.device}',
+    ):
+        logger.info('%s', line)
 
 
 def prepare(run: Run) -> None:
@@ -281,16 +282,7 @@ def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
     batch = run.recipe.batch_size * run.world.size
     if run.clock.budget is not None:
         log.total_steps = round(run.step / max(run.clock.progress(run.step), 1e-6))
-    log.step(
-        step=run.step,
-        loss=row['train_loss'],
-        acc=row['train_acc'],
-        lr=row['lr'],
-        images_per_s=row['images_per_s'],
-        seconds_left=run.clock.left(run.step, row['images_per_s'] / batch),
-        epoch=row['epoch'],
-        images=row['images'],
-    )
+    log.step(row, run.clock.left(run.step, row['images_per_s'] / batch))
 
 
 def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
@@ -305,7 +297,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         with averaged_weights(run.model, run.ema):
             if run.ema is not None:
                 reestimate_batch_norm(run, recipe.ema_bn_batches)
-            row.update(validate(run.attack_forward, run.held_out, recipe, run))
+            row.update(validate(run, run.held_out))
     if run.side is not None:
         row['side'] = run.side
     row.update(activation_state(run.model))
@@ -316,7 +308,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         make_folder(run)
         run.lock = lock_folder(run.folder)
     run.history.append(row)
-    log.epoch(row)
+    log.epoch(run.history)
     if (line := near_chance(run)) and not run.world.rank:
         logger.warning(line)
     metric = row.get(metric_name(recipe), -1.0)
@@ -366,4 +358,4 @@ def result(run: Run) -> dict[str, Any]:
         seconds=round(run.clock.elapsed(), 1),
         rollbacks=run.rollbacks,
     )
-    return json.loads(json.dumps(line))
+    return line

@@ -48,10 +48,6 @@ class Loss:
     perturb: Callable[[Model, Attack, torch.Tensor, torch.Tensor], torch.Tensor]
     descend: Callable[[Model, torch.Tensor, torch.Tensor, torch.Tensor], AdvLoss]
 
-    def __call__(self, model: Model, attack: Attack, x: torch.Tensor, y: torch.Tensor) -> AdvLoss:
-        """Both, one after the other."""
-        return self.descend(model, x, self.perturb(model, attack, x, y), y)
-
 
 def pgd_at(smoothing: float = 0.0) -> Loss:
     """Cross-entropy on adversarial images, which climb the same cross-entropy: min_w max_d CE(f_w(x + d), y)."""
@@ -125,14 +121,3 @@ LOSSES: dict[str, Callable[[float, float], Loss]] = {
     'clean': lambda beta, smoothing: clean(smoothing),
 }
 """Every loss by its name in recipes: a function of beta, which is TRADES' and MART's, and label smoothing."""
-
-
-def make_loss(name: str, beta: float = 6.0, smoothing: float = 0.0) -> Loss:
-    """The loss of a recipe.
-
-    Raises:
-        ValueError: for a name that is not there.
-    """
-    if name not in LOSSES:
-        raise ValueError(f'loss {name!r} is unknown; allowed: {", ".join(LOSSES)}')
-    return LOSSES[name](beta, smoothing)

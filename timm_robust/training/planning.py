@@ -41,7 +41,7 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
     sides = {recipe.side_at(share): seconds for share, seconds in timing.steps.items() if recipe.stages}
     counts = images_per_class(run.batches.data)
     images = round(epochs * run.batches.steps_per_epoch) * batch
-    line = {
+    return {
         'model': run.recipe.model,
         'images_per_s': batch / step_seconds,
         **{f'images_per_s_at_{side}': batch / seconds for side, seconds in sides.items()},
@@ -58,7 +58,6 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         'peak_memory_gib': _peak_memory(run.world.device) / 2**30,
         'devices': run.world.size,
     }
-    return line
 
 
 def _step_seconds(run: Run, share: float, steps: int) -> float:

@@ -242,15 +242,7 @@ class Recipe:
     checkpoint_hist: int = _field('run', 2, 'checkpoints to keep beside the best and the last', '>= 1')
 
     def __post_init__(self) -> None:
-        """Check the settings."""
-        self.validate()
-
-    def validate(self) -> None:
-        """Bring every value to its type ('3e-4', as YAML reads it, to 0.0003) and refuse what cannot be meant.
-
-        Raises:
-            ValueError: naming the key, the value and what is allowed.
-        """
+        """Bring every value to its type ('3e-4', as YAML reads it, to 0.0003) and refuse what cannot be meant."""
         for name in SETTINGS:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
         self.threat_model.check_scale()
@@ -295,11 +287,11 @@ class Recipe:
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
             )
         self._check_stages()
-        noisy = ' and '.join(name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes)
-        if self.start_noise is not None and not (self.attack in noisy.split() and self.random_start):
+        noisy = [name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes]
+        if self.start_noise is not None and not (self.attack in noisy and self.random_start):
             raise ValueError(
-                f'start_noise {self.start_noise} is a random start of the attacks {noisy}; leave it out with '
-                f'attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
+                f'start_noise {self.start_noise} is a random start of the attacks {" and ".join(noisy)}; leave it '
+                f'out with attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
             )
         if self.sched == 'onecycle_cosine' and not MOMENTUM_SWING <= self.momentum < 1 - MOMENTUM_SWING:
             raise ValueError(
@@ -379,8 +371,10 @@ class Recipe:
 
     def side_at(self, progress: float) -> int | None:
         """Side of the training images at this share of the run; None without progressive resizing."""
-        sides = [side for side, end in self.stages if progress < end] or [side for side, _ in self.stages[-1:]]
-        return sides[0] if sides else None
+        stages = self.stages
+        if not stages:
+            return None
+        return next((side for side, end in stages if progress < end), stages[-1][0])
 
     @property
     def inner_size(self) -> int | None:
@@ -536,9 +530,11 @@ def kinds_of(name: str) -> tuple[type, ...]:
 def _read_value(name: str, value: Any) -> Any:
     """The value brought to the type of the setting, checked against its choices or range."""
     kinds, allowed = kinds_of(name), SETTINGS[name].metadata['allowed']
-    read = _convert(value, kinds)
-    if read is _convert:
-        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {" or ".join(KINDS[k] for k in kinds)}')
+    try:
+        read = _convert(value, kinds)
+    except (ValueError, OverflowError):
+        listed = ' or '.join(KINDS[kind] for kind in kinds)
+        raise ValueError(f'{name} {value!r} is of the wrong kind; allowed: {listed}') from None
     if isinstance(allowed, tuple) and read not in allowed:
         raise ValueError(f'{name} {value!r} is unknown; allowed: {", ".join(allowed)}')
     if isinstance(allowed, str) and allowed and read is not None and not _RANGES[allowed](read):
@@ -547,22 +543,20 @@ def _read_value(name: str, value: Any) -> Any:
 
 
 def _convert(value: Any, kinds: tuple[type, ...]) -> Any:
-    """The value as one of these types, or this function itself where it fits none."""
-    if isinstance(value, float) and not abs(value) < 3e38:  # of float32
-        return _convert
+    """The value as one of these types.
+
+    Raises:
+        ValueError, OverflowError: if it is none of them.
+    """
     if list in kinds and isinstance(value, (list, tuple)) and all(type(item) is int for item in value):
         return list(value)
     if dict in kinds and isinstance(value, dict) and all(type(key) in (str, int) for key in value):
         return {str(key): item for key, item in value.items()}
-    if type(value) in kinds and not isinstance(value, (list, dict)):
-        return value
-    if float in kinds and type(value) is int:
-        return float(value)
     if str in kinds and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if float in kinds and isinstance(value, str):
-        try:
-            return _convert(float(value), kinds)
-        except ValueError:
-            return _convert
-    return _convert
+    if float in kinds and type(value) in (int, str) and type(value) not in kinds:
+        value = float(value)
+    too_large = isinstance(value, float) and not abs(value) < 3e38  # of float32
+    if too_large or type(value) not in kinds or isinstance(value, (list, dict)):
+        raise ValueError(value)
+    return value

@@ -163,7 +163,7 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
 
 
 def check_resumable(run: Run, path: Path, state: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another model, without an optimizer, of batches of another size, or behind the end.
+    """Refuse a checkpoint of another model, of batches of another size, or behind the end.
 
     Raises:
         ValueError: saying what to type.
@@ -172,8 +172,6 @@ def check_resumable(run: Run, path: Path, state: dict[str, Any]) -> None:
     for key, ours in (('arch', architecture(recipe)[0]), ('num_classes', run.model.num_classes)):
         if state.get(key) != ours:
             raise ValueError(f'{path} holds {key} {state.get(key)!r}, the recipe says {ours!r}; name the right one')
-    if 'optimizer' not in state:
-        raise ValueError(f'{path} holds weights alone, so nothing to resume; start from it with --initial-checkpoint')
     theirs, processes = state['recipe']['batch_size'], processes_of(run, state)
     if theirs * processes != recipe.batch_size * run.world.size:
         raise ValueError(

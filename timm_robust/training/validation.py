@@ -12,30 +12,27 @@ from timm.utils import distribute_bn
 from ..attacks import cross_entropy_of, pgd
 from ..pixels import pixel_input, resized
 from .batch_norm import batch_norms
-from .recipe import Recipe
 from .run import Run, training_batch
-from .step import AttackForward, Forward
+from .step import Forward
 
 
-def validate(attack_forward: AttackForward, data: Any, recipe: Recipe, run: Run | None = None) -> dict[str, float]:
+def validate(run: Run, data: Any) -> dict[str, float]:
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
 
     The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
     The attacks begin at the same points in every epoch of a run, also after it was resumed with another seed.
     """
-    device = next(attack_forward.model.parameters()).device
-    generator = torch.Generator(device).manual_seed(recipe.seed if run is None else run.split_seed)
+    recipe, device = run.recipe, next(run.model.parameters()).device
     counts = torch.zeros(3, dtype=torch.float64, device=device)
     settings: dict[str, Any] = {
         'steps': recipe.eval_steps,
         'step_size': recipe.resolved_eval_step_size,
-        'generator': generator,
+        'generator': torch.Generator(device).manual_seed(run.split_seed),
     }
     fixed = recipe.torchcompile or device.type == 'cuda'
-    side = run.side if run else None
-    with attack_forward.ready('eval') as forward:
+    with run.attack_forward.ready('eval') as forward:
         for x, y in data.batches(recipe.batch_size):
-            x, n = resized(x, side), len(y)
+            x, n = resized(x, run.side), len(y)
             if fixed:
                 x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)
             x_adv = pgd(cross_entropy_of(forward, y), x, recipe.threat_model, **settings)
@@ -43,7 +40,7 @@ def validate(attack_forward: AttackForward, data: Any, recipe: Recipe, run: Run 
                 right = forward(x).argmax(1) == y
                 robust = right & (forward(x_adv).argmax(1) == y)
             counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.full((), n, device=device)])
-    clean, pgd_right, n = (counts if run is None else run.world.sum(counts)).tolist()
+    clean, pgd_right, n = run.world.sum(counts).tolist()
     return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
 
 

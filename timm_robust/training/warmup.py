@@ -66,7 +66,7 @@ def warm_up(run: Run) -> Timing:
             for run.side in dict.fromkeys(recipe.side_at(share) for share in steps):
                 for _ in range(1 + twice):
                     started = time.perf_counter()
-                    validate(run.attack_forward, part, recipe, run)
+                    validate(run, part)
                     validation = run.world.max((time.perf_counter() - started) * len(run.held_out) / len(part))
             if run.ema is not None:  # at most: a step does more
                 validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
