@@ -201,6 +201,33 @@ def test_evaluation_keeps_to_its_devices(name, tmp_path, waits, monkeypatch):
     assert any('autoattack.py, share' in place for place in waits.places)
 
 
+@pytest.mark.parametrize(
+    'ask', [torch.Tensor.item, bool, torch.Tensor.cpu, torch.nonzero], ids=lambda ask: ask.__name__
+)
+def test_a_hidden_wait_is_noted(quick, waits, ask):
+    descend = quick.train_step.loss.descend
+
+    def asking(*args):
+        out = descend(*args)
+        ask(out.loss)
+        return out
+
+    with FakeTensorMode(), waits:
+        to_device(quick).train_step.loss = dataclasses.replace(quick.train_step.loss, descend=asking)
+        quick.train_step(*quick.batches[0], 0)
+    assert len(waits.places) == 1 and waits.places[0].startswith('test_device.py, asking: ask(out.loss)')
+
+
+@pytest.mark.parametrize(
+    'sent', [lambda x: x + torch.ones(3, 1, 1), lambda x: torch._foreach_add([x], [torch.ones(1)])]
+)
+def test_a_tensor_of_another_device_is_an_error(quick, waits, sent):
+    with FakeTensorMode(), waits:
+        x, y = to_device(quick).batches[0]
+        with pytest.raises(RuntimeError, match=r'several devices|two devices'):
+            quick.train_step(sent(x), y, 0)
+
+
 def test_a_generator_of_another_device_is_an_error(waits):
     with FakeTensorMode(), waits:
         x = torch.empty(3, device=DEVICE)

@@ -8,13 +8,33 @@ fights robust overfitting.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 
 from ..attacks import frozen_statistics
+
+
+@dataclass(frozen=True)
+class WeightPerturbation:
+    """When a run perturbs its weights, and how far.
+
+    Args:
+        gamma: length of the move, relative to each weight's own length; 0: never.
+        start: share of the run from which on.
+    """
+
+    gamma: float = 0.0
+    start: float = 0.0
+
+    def at(self, progress: float, model: nn.Module, loss_fn: Callable[[], torch.Tensor]) -> AbstractContextManager[Any]:
+        """`perturbed_weights`, or nothing at this share of the run."""
+        on = self.gamma > 0 and progress >= self.start
+        return perturbed_weights(model, loss_fn, self.gamma) if on else nullcontext()
 
 
 @contextmanager

@@ -28,16 +28,18 @@ from ..models import class_list, input_channels, load_checkpoint, load_model, ma
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
+from .awp import WeightPerturbation
 from .batch_norm import set_bn_momentum
 from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
 from .changes import check_changes, check_equal, check_processes, find_changes
 from .checkpoints import latest_checkpoint
 from .clock import Clock, parse_duration
+from .losses import LOSSES
 from .recipe import Recipe
 from .run import TICKS, Run, architecture, output_folder, take_lock, unnamed
 from .schedule import CosineOneCycle
 from .state import restore
-from .step import AttackForward, Forward, TrainStep, compiled
+from .step import AttackForward, Clipping, Forward, TrainStep, compiled
 
 logger = logging.getLogger('timm_robust')
 
@@ -279,7 +281,26 @@ def make_train_step(
         wrapped = DistributedDataParallel(forward.net, device_ids=ids, broadcast_buffers=False)
         update_forward = Forward(wrapped, recipe.precision, world.device)
     mixup = make_mixup(recipe, num_classes)
-    return TrainStep(recipe, model, forward, attack_forward, optimizer, world.rank, ema, update_forward, mixup)
+    smoothing = 0.0 if mixup else recipe.smoothing  # which is in mixup's labels then
+    return TrainStep(
+        model,
+        forward,
+        attack_forward,
+        optimizer,
+        LOSSES[recipe.loss](recipe.beta, smoothing),
+        recipe.attack_schedule,
+        seed=recipe.seed,
+        rank=world.rank,
+        ema=ema,
+        update_forward=update_forward,
+        mixup=mixup,
+        weight_perturbation=WeightPerturbation(recipe.awp_gamma, recipe.awp_start),
+        clipping=Clipping(recipe.clip_grad, recipe.clip_mode, recipe.pssilu_beta_clip),
+        pssilu_reg=recipe.pssilu_reg,
+        update_grad=recipe.update_grad,
+        recomputes=recipe.grad_checkpointing,
+        freeze_bn=recipe.freeze_bn,
+    )
 
 
 def make_forward(net: nn.Module, recipe: Recipe, device: torch.device) -> Forward:

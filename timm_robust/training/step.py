@@ -6,8 +6,8 @@ Everything random in a step follows from (seed, step, process), so that a resume
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +17,12 @@ from timm.data import Mixup
 from timm.utils import dispatch_clip_grad
 
 from ..activations import PSiLU, PSSiLU, compile_cpu_kernels
-from ..attacks import FoldedNet, attacked, frozen_statistics
+from ..attacks import AttackSchedule, FoldedNet, attacked, frozen_statistics
 from ..precision import Precision
 from .averaging import ModelEma
-from .awp import perturbed_weights
+from .awp import WeightPerturbation
 from .batch_norm import batch_norms
-from .losses import LOSSES, AdvLoss
-from .recipe import Recipe
+from .losses import AdvLoss, Loss
 from .relu_gradient import relu_gradient
 
 
@@ -109,42 +108,73 @@ class AttackForward:
                 yield self._folded_forward
 
 
+@dataclass(frozen=True)
+class Clipping:
+    """Bounds on the gradients.
+
+    Args:
+        value: of all; None: no bound.
+        mode: what it bounds, as timm has it: 'norm', 'value' or 'agc'.
+        beta: on the norm of PSSiLU's beta's gradient on its own (Dai et al. 2021: 0.01); None: no bound.
+    """
+
+    value: float | None = None
+    mode: str = 'norm'
+    beta: float | None = None
+
+    def clip(self, model: nn.Module, betas: list[torch.Tensor]) -> None:
+        """Clip the gradients of the model, then those of its betas."""
+        if self.value is not None:
+            dispatch_clip_grad(model.parameters(), value=self.value, mode=self.mode)
+        if self.beta is not None and betas:
+            nn.utils.clip_grad_norm_(betas, self.beta)
+
+
 @dataclass
 class TrainStep:
     """`step(x, y, number, progress)` trains the model on one batch.
 
     Args:
-        recipe: the settings.
         model: the network, already on the device.
         forward: how it is called.
         attack_forward: how it is called in the attack.
         optimizer: any torch optimizer over the model's parameters.
+        loss: how images are attacked, and what is descended.
+        attack: the attack, over the run.
+        seed: of everything random.
         rank: of this process; each draws its own noise.
         ema: average of the weights to update, or None.
         update_forward: how the network is called in the update, where that differs (DistributedDataParallel).
         mixup: timm's mixing of images and labels, or None.
-
-    Attributes:
-        seed: of everything random; the recipe's, unless it is set to another.
+        weight_perturbation: when and how far the weights are perturbed.
+        clipping: bounds on the gradients.
+        pssilu_reg: lambda of the penalty lambda |beta| on PSSiLU's beta.
+        update_grad: derivative of ReLU in the update, 'exact' or 'smooth'.
+        recomputes: whether the network computes activations again in the backward pass.
+        freeze_bn: whether batch norm keeps its statistics, and normalises by them in the update.
     """
 
-    recipe: Recipe
     model: nn.Module
     forward: Forward
     attack_forward: AttackForward
     optimizer: torch.optim.Optimizer
+    loss: Loss
+    attack: AttackSchedule
+    seed: int = 0
     rank: int = 0
     ema: ModelEma | None = None
     update_forward: Forward | None = None
     mixup: Mixup | None = None
+    weight_perturbation: WeightPerturbation = field(default_factory=WeightPerturbation)
+    clipping: Clipping = field(default_factory=Clipping)
+    pssilu_reg: float = 0.0
+    update_grad: str = 'exact'
+    recomputes: bool = False
+    freeze_bn: bool = False
 
     def __post_init__(self) -> None:
-        """Make the loss and the attack, and find PSSiLU's parameters and the batch norms to freeze."""
-        recipe = self.recipe
-        self.seed, self.attack = recipe.seed, recipe.attack_schedule
-        smoothing = 0.0 if self.mixup else recipe.smoothing  # which is in mixup's labels then
-        self.loss = LOSSES[recipe.loss](recipe.beta, smoothing)
-        self.frozen = batch_norms(self.model) if recipe.freeze_bn else []
+        """Find PSSiLU's parameters, and the batch norms to freeze."""
+        self.frozen = batch_norms(self.model) if self.freeze_bn else []
         self.betas = [module.params()[1] for module in self.model.modules() if isinstance(module, PSSiLU)]
 
     def __call__(self, x: torch.Tensor, y: torch.Tensor, number: int, progress: float = 0.0) -> StepOutput:
@@ -156,7 +186,6 @@ class TrainStep:
             number: steps taken before this one in the whole run.
             progress: share of the run that is done, for the schedules of eps, attack steps and weight perturbation.
         """
-        recipe = self.recipe
         self.draw_from(number)
         self.model.train()
         for norm in self.frozen:
@@ -166,19 +195,14 @@ class TrainStep:
         if self.mixup is not None:
             x, target = self.mixup(x, y)
         x_adv = self.perturb(x, target, progress)
-        perturbed: AbstractContextManager[None] = nullcontext()
-        if recipe.awp_gamma and progress >= recipe.awp_start:
-            perturbed = perturbed_weights(
-                self.model, lambda: self.objective(self.forward, x, x_adv, target)[0], recipe.awp_gamma
-            )
-        with relu_gradient(self.model, recipe.update_grad), perturbed:
+        perturbed = self.weight_perturbation.at(
+            progress, self.model, lambda: self.objective(self.forward, x, x_adv, target)[0]
+        )
+        with relu_gradient(self.model, self.update_grad), perturbed:
             loss, out = self.objective(self.update_forward or self.forward, x, x_adv, target)
-            with frozen_statistics(self.model) if recipe.grad_checkpointing else nullcontext():
+            with frozen_statistics(self.model) if self.recomputes else nullcontext():
                 loss.backward()  # what it recomputes must not count twice in the statistics
-        if recipe.clip_grad is not None:
-            dispatch_clip_grad(self.model.parameters(), value=recipe.clip_grad, mode=recipe.clip_mode)
-        if recipe.pssilu_beta_clip is not None and self.betas:
-            nn.utils.clip_grad_norm_(self.betas, recipe.pssilu_beta_clip)
+        self.clipping.clip(self.model, self.betas)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
@@ -197,8 +221,8 @@ class TrainStep:
         """The loss with PSSiLU's penalty lambda |beta|, and what it came from."""
         out = self.loss.descend(forward, x, x_adv, y)
         loss = out.loss
-        if self.betas and self.recipe.pssilu_reg:
-            loss = loss + self.recipe.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
+        if self.betas and self.pssilu_reg:
+            loss = loss + self.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
         return loss, out
 
     def draw_from(self, number: int) -> None:
