@@ -2,7 +2,6 @@
 
 from .folding import FoldedNet
 from .gradient import Attack, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
-from .packing import pack_convolutions
 from .schedule import TRAINING_ATTACKS, AttackSchedule
 from .surrogates import Model, climb_cross_entropy, cross_entropy, cross_entropy_of, kl_divergence
 
@@ -22,6 +21,5 @@ __all__ = [
     'input_gradient',
     'kl_divergence',
     'n_fgsm',
-    'pack_convolutions',
     'pgd',
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..activations import Kernels, PSiLU, PSSiLU, compiled_kernels, using
-from ..attacks import FoldedNet, pack_convolutions
+from ..attacks import FoldedNet
 from ..precision import ieee_convolutions
 from .runner import device_of, dtype_of
 
@@ -51,8 +51,6 @@ class Bf16(nn.Module):
 def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Module | None:
     """An equal network for the attacks: batch norm folded into the convolutions, channels-last; None if there is none.
 
-    On a CPU the convolutions keep their weights packed (`packing`), for they are called with few images, too.
-
     Args:
         model: images in [0, 1] -> logits, in fp32 and eval mode; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
@@ -63,7 +61,6 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
         return None
     x = x.to(device_of(model, x))
     folded = FoldedNet(model, x[:2])
-    pack_convolutions(folded.net)
     with torch.no_grad(), ieee_convolutions():
         started = time.perf_counter()
         expected = model(x)
