@@ -76,7 +76,7 @@ def test_lines_and_kinks_have_places_of_their_own(tmp_path, monkeypatch):
 
     plots.plot_curvature([row('relu', None)], tmp_path / 'kinks.png')  # no curvature that is finite
     figures = []
-    monkeypatch.setattr(plots, 'save', lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, 'save_figure', lambda figure, path, dpi: figures.append(figure))
     rows = [row('relu', None), row('psilu', 0.0), row('pssilu', 0.5), row('pssilu', 2.0, seed=1)]
     plots.plot_curvature(rows, tmp_path / 'all.png')
     [axis] = figures[0].axes

@@ -10,7 +10,7 @@ import torch
 
 from ..activations import get_activation
 from ..evaluation import set_shape
-from ..files import atomic_file
+from ..plots import new_figure, save_figure
 from ..results import mean_interval
 from .findings import verdicts
 
@@ -56,10 +56,8 @@ def robustness(row: dict[str, Any]) -> tuple[str, float]:
 
 def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
     """Clean and robust accuracy of every arm: the mean with its 95 % interval, and each training as a point."""
-    from matplotlib.figure import Figure
-
     arms = list(dict.fromkeys(row['arm'] for row in rows))
-    figure = Figure(figsize=(9, 1.2 + 0.3 * len(arms)), layout='constrained')
+    figure = new_figure(9, 1.2 + 0.3 * len(arms))
     titles = {'clean_correct': 'clean accuracy (%)', 'robust': _TITLES[rows[0]['attack']]}
     for axis, (key, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for place, arm in enumerate(arms):
@@ -71,7 +69,7 @@ def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
         axis.grid(axis='x', linewidth=0.3)
     axis.set_yticks(range(len(arms)), arms, fontsize=7)
     axis.invert_yaxis()
-    save(figure, path)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
@@ -79,10 +77,9 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
     losses = sorted({row['loss'] for row in rows})
-    figure = Figure(figsize=(4.6 * len(losses), 3.8), layout='constrained')
+    figure = new_figure(4.6 * len(losses), 3.8)
     x = torch.linspace(-4, 3, 300)
     for axis, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
         part = groups(rows, loss)
@@ -98,15 +95,13 @@ def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(f'training: {loss}', fontsize=9)
         axis.set_xlabel('x')
         axis.set_ylim(-1.5, 3.2)
-    save(figure, path)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
     """Robustness against max |f''|, with what has been claimed; lines stand at the left, kinks at the right."""
-    from matplotlib.figure import Figure
-
     losses = sorted({row['loss'] for row in rows})
-    figure = Figure(figsize=(5.4 * len(losses), 4.6), layout='constrained')
+    figure = new_figure(5.4 * len(losses), 4.6)
     finite = [row['max_curvature'] for row in rows if row['max_curvature']] or [1.0]
     line, kink = min(finite) / 4, 4 * max(finite)
     acts = sorted({row['act'] for row in rows})
@@ -139,14 +134,12 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylabel(f'{_TITLES[robustness(some)[0]]}, mean and range of seeds')
         axis.set_title(f'training: {loss}', fontsize=9)
         axis.legend(fontsize=7)
-    save(figure, path)
+    save_figure(figure, path, dpi=150)
 
 
 def plot_paths(rows: list[dict[str, Any]], path: Path) -> None:
     """Alpha and beta over the epochs of points that learn them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.4), layout='constrained')
+    figure = new_figure(8, 3.4)
     for axis, key in zip(figure.subplots(1, 2), ('alpha', 'beta'), strict=True):
         for row in rows:
             if row['path'].get(key):
@@ -155,10 +148,4 @@ def plot_paths(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(key, fontsize=9)
         if axis.lines:
             axis.legend(fontsize=5)
-    save(figure, path)
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with atomic_file(path) as file:
-        figure.savefig(file, format='png', dpi=150)
+    save_figure(figure, path, dpi=150)
