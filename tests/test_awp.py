@@ -64,3 +64,10 @@ def test_the_move_is_each_weights_own_bit_for_bit(net, layout):
         expected.append(w + grad * (0.01 * w.norm() / (grad.norm() + 1e-12)))
     with perturbed_weights(net, loss, 0.01):
         assert all(torch.equal(w, moved) for w, moved in zip(weights, expected, strict=True))
+
+
+def test_the_statistics_of_batch_norm_stay(net):
+    before = {key: value.clone() for key, value in net[1].named_buffers()}
+    with perturbed_weights(net, lambda: net(torch.rand(8, 3, 8, 8)).sum(), 0.01):
+        pass
+    assert all(torch.equal(before[key], value) for key, value in net[1].named_buffers())
