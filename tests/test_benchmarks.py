@@ -74,6 +74,7 @@ def test_a_case_gives_its_memory_back_before_it_answers(monkeypatch):
     assert order == ['measured', 'emptied', {'ready': True, 'value': 1}, *['measured', 'emptied', {'value': 1}] * 2]
 
 
+@pytest.mark.slow
 def test_turns_end_with_the_time_but_there_is_one(tmp_path, capsys):
     script = tmp_path / 'script.py'
     script.write_text(f'{SERVE}serve(json.loads(sys.argv[2]), lambda case: lambda: {{"value": 1}})\n')

@@ -277,6 +277,7 @@ def on_digits(model, flags):
     return main([str(model), '--dataset', 'digits', *flags.split()])
 
 
+@pytest.mark.slow
 def test_the_command_line_end_to_end(checkpoint, tmp_path, capsys):
     files = [tmp_path / 'results.json', tmp_path / 'flags.npz']
     files[0].write_text('{"model": "m", "dataset": "d", "attack": "none", "clean_acc": 0.5, "of": "an older version"}')
@@ -389,6 +390,7 @@ def test_a_disk_that_fills_up_meanwhile_costs_the_files_and_not_the_record(check
     assert all(f'no space for {path}' in err.splitlines()[-1] for path in files)
 
 
+@pytest.mark.slow
 def test_a_log_and_an_output_on_a_full_disk_end_no_measurement(checkpoint, tmp_path, monkeypatch):
     with open('/dev/full', 'w') as full, monkeypatch.context() as patch:
         patch.setattr(sys, 'stderr', full)

@@ -55,6 +55,7 @@ def assert_same_end(folder, undisturbed):
     assert_same(tensors, undisturbed[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('steps', [(2, 9, 17), (14,)])
 def test_sigkill_at_any_step(tmp_path, undisturbed, steps):
     for step in steps:
@@ -151,6 +152,7 @@ def everything(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_rename_link_or_deletion_loses_nothing(tmp_path, monkeypatch):
     recipe = short_run(tmp_path / 'whole', monkeypatch)
     with monkeypatch.context() as patch:

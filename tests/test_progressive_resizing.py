@@ -64,6 +64,7 @@ def test_a_shorter_run_goes_through_the_same_stages(tmp_path):
     assert sides == [8, 8, 16, 16, 32, 32, 32, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stop', [2, 3, 4, 6])  # within a stage, and where the side changes
 def test_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, stop):
     run = signalled_at(stop - 1, build(staged(tmp_path)))

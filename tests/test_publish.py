@@ -127,6 +127,7 @@ def hub():
 MISSING = pytest.mark.skipif(not OLD_CLIENT.is_dir(), reason='huggingface_hub 1.33 is not installed; make test does it')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('client', ['new', pytest.param('old', marks=MISSING)])
 def test_publish_load_by_name_and_publish_again(hub, staged, tmp_path, client):
     run, [outcome] = upload(hub, staged, '--tag', 'v1', client=client)
@@ -257,6 +258,7 @@ def test_a_table_of_other_weights_and_what_is_no_part_of_a_release_keep_it_back(
     assert f'does not hold these weights of {NAME}' in outcome['message'] and not hub.requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('action', [500, 'drop', 'drop_after', 429])
 def test_what_fails_in_passing_after_the_commit_is_tried_again(hub, staged, action):
     hub.fault(f'POST /api/models/{REPO}/tag/', action)
@@ -303,6 +305,7 @@ def test_an_upload_corrupted_on_the_way_is_refused(hub, staged):
     assert run.returncode == 1 and outcome['status'] == 'failed' and 'model.safetensors' not in hub.repos[REPO].files()
 
 
+@pytest.mark.slow
 def test_a_publication_that_comes_back_changed_is_not_announced(hub, staged):
     hub.fault('GET /cdn/', 'corrupt', times=20)
     run, [outcome] = upload(hub, staged, '--tag', 'v1')

@@ -245,6 +245,7 @@ def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps)
     assert torch.equal(again['robust'], upstream['robust'][:8])
 
 
+@pytest.mark.slow
 @NEEDS
 def test_common_corruptions_from_local_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'shot_noise\.npy is missing; unpack CIFAR-10-C\.tar'):

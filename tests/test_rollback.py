@@ -21,6 +21,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / 'run' / 'model_best.pth.tar').exists()
 
 
+@pytest.mark.slow
 def test_nan_rolls_back_with_another_seed_and_the_run_ends_well(tmp_path):
     run, poisoned = build(tiny(tmp_path)), []
 
@@ -107,6 +108,7 @@ def test_a_collapse_goes_back_behind_the_epoch_that_it_was_seen_in(tmp_path, mon
     assert not list((tmp_path / 'run').glob('abandoned*'))
 
 
+@pytest.mark.slow
 def test_a_state_that_diverged_again_is_not_gone_back_to_for_ever(tmp_path):
     run = build(tiny(tmp_path, batch_size=200, epochs=2, max_steps=None, save_interval=2, log_interval=1))
     begun = []

@@ -17,6 +17,7 @@ def test_a_folder_that_nobody_named_is_the_runs_own(tmp_path, monkeypatch):
     assert folders == [str(tmp_path / name) for name in ('now-resnet18_pssilu', 'now-resnet18_pssilu-2')]
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused(undisturbed, tmp_path):
     code = 'import sys, pathlib; from timm_robust.files import lock_folder; '
     code += 'lock = lock_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()'

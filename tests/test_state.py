@@ -19,6 +19,7 @@ from timm_robust.training.state import restore, save
 from timm_robust.training.validation import validate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('resume', ['auto', 'file'])
 def test_resume_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path, resume):
     with pytest.raises(Killed):
@@ -214,6 +215,7 @@ def test_what_is_saved_are_the_weights_of_that_moment(tmp_path, monkeypatch):
     assert state['history'] == [{'epoch': 0, 'train_loss': 1.0}]
 
 
+@pytest.mark.slow
 def test_the_best_that_a_kill_left_without_its_name_gets_it_on_resumption(tmp_path, monkeypatch):
     found = iter([0.3, 0.5, 0.4])
     monkeypatch.setattr(engine, 'validate', lambda *args: {'val_clean_acc': 0.9, 'val_pgd_acc': next(found)})

@@ -122,6 +122,7 @@ def test_regulariser_and_clip_rule_beta(tmp_path):
     assert free.model.act.beta.grad.item() - none.model.act.beta.grad.item() == pytest.approx(10, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss', ['pgd_at', 'trades'])
 def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):
     # a pixel whose gradient is rounding noise may step the other way

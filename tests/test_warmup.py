@@ -62,6 +62,7 @@ def differing(a, b):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'settings',
     [

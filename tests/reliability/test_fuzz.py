@@ -8,6 +8,7 @@ import pytest
 KINDS = ('checkpoint', 'safetensors', 'config', 'recipe', 'npz', 'parquet', 'result', 'releases')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_damaged_and_hostile_files_are_read_right_or_refused(kind):
     script = Path(__file__).with_name('fuzz.py')
