@@ -135,15 +135,19 @@ def test_derivatives_of_what_compiled_kernels_computed(frozen):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('shape', [(3, 5, 7), ()])
 @pytest.mark.parametrize('name', ACTIVATIONS)
-def test_dtype_and_input_are_kept(name, dtype):
-    x = torch.randn(3, 5, 7, dtype=dtype)
+def test_dtype_shape_and_input_are_kept(name, shape, dtype):
+    x = torch.randn(shape, dtype=dtype)
     before = x.clone()
     for act in (make(name, {}), make(name, {}, dtype)):  # fp32 parameters under autocast, and a converted network
         y = act(x.requires_grad_())
         assert y.dtype == dtype and y.shape == x.shape
-        (grad,) = torch.autograd.grad(y.sum(), x)
-        assert grad.dtype == dtype
+        (grad,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert grad.dtype == dtype and grad.shape == x.shape
+        if act.params():
+            grads = torch.autograd.grad(y.sum(), act.params())
+            assert all(grad.dtype == param.dtype for grad, param in zip(grads, act.params(), strict=True))
     assert torch.equal(x, before), 'inplace=True must not overwrite the input'
 
 

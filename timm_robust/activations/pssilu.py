@@ -213,7 +213,7 @@ class _FusedPSSiLU(torch.autograd.Function):
         grad_x = torch.empty_like(x) if needs[0] else None
         grad_a = grad_b = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for v, g, o in _pieces(x, grad, grad_x if grad_x is not None else x):
-            z = v * a
+            z = (v * a).to(v.dtype)  # a number times a number, both without dimensions, would be as wide as a
             if sums:
                 s = torch.sigmoid(z)
                 h = g * v
