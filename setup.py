@@ -1,4 +1,4 @@
-"""What the wheel carries beside the code: the recipes, and the released weights that are not on the Hub yet."""
+"""What the wheel carries beside the code: recipes, records of the releases, and the weights not on the Hub yet."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,8 @@ setup(
         'timm_robust.app': ['examples.png', 'standard/*'],
         'timm_robust.recipes': ['*.yaml'],
         'timm_robust.model_cards': [
-            f'{name}/{file}' for name in STAGED for file in ('model.safetensors', 'config.json')
+            *[f'{name}/{file}' for name in STAGED for file in ('model.safetensors', 'config.json')],
+            *[f'{name}/results.json' for name in RELEASES],  # the app shows them
         ],
     },
     include_package_data=False,

@@ -366,6 +366,10 @@ def test_model_from_safetensors_and_config(tmp_path, network, other):
     (tmp_path / 'card' / 'config.json').write_text('{')
     with pytest.raises(ValueError, match=r'cannot make a model from .*config\.json: .*Expecting'):
         load_model(tmp_path / 'card')
+    config = {'architecture': 'vit_tiny_patch16_224', 'pretrained_cfg': {}, 'model_args': {'num_heads': 0}}
+    (tmp_path / 'card' / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'cannot make a model from .*ZeroDivisionError'):
+        load_model(tmp_path / 'card')
     (tmp_path / 'card' / 'config.json').unlink()
     with pytest.raises(FileNotFoundError, match=r'config\.json is missing'):
         load_model(tmp_path / 'card' / 'model.safetensors')
@@ -381,10 +385,14 @@ def test_model_from_safetensors_and_config(tmp_path, network, other):
         ),
         ({'arch': ARCH, 'state_dict': {'w': torch.ones(1)}}, 'do not fit the model: .*Missing key'),
         ({'arch': ARCH, 'state_dict': {'w': torch.tensor(float('nan'))}}, 'w are not finite'),
+        ({'arch': ARCH, 'state_dict': {'w': torch.eye(2).to_sparse()}}, r'w is a sparse tensor.*to_dense'),
+        ({'arch': ARCH, 'state_dict': {'w': torch.ones(1)}, 'args': {'input_size': 3}}, 'input_size 3; allowed'),
+        ({'arch': ARCH, 'state_dict': {'w': torch.ones(1)}, 'args': {'model_kwargs': 5}}, 'model_kwargs 5.*allowed'),
+        ({'arch': ARCH, 'state_dict': {'w': torch.ones(1)}, 'recipe': [1]}, 'do not fit the model'),
     ],
 )
 def test_checkpoints_that_are_no_model(tmp_path, state, text):
-    save_checkpoint(tmp_path / 'a.pth.tar', state)
+    torch.save(state, tmp_path / 'a.pth.tar')
     with pytest.raises(ValueError, match=f'(?s){text}'):
         load_model(tmp_path / 'a.pth.tar')
 

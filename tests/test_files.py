@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from timm_robust import files
-from timm_robust.files import LOCK, link_file, lock_folder, new_folder, sweep_temporaries
+from timm_robust.files import LOCK, link_file, lock_folder, new_folder, read_yaml, sweep_temporaries
 from timm_robust.training.writer import Writer
 
 HOLD = 'import sys, pathlib; from timm_robust.files import lock_folder; lock = lock_folder(pathlib.Path(sys.argv[1])); '
@@ -112,3 +112,10 @@ def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
 
 def test_a_new_folder_is_nobody_elses(tmp_path):
     assert [new_folder(tmp_path / 'a/run').name for _ in range(3)] == ['run', 'run-2', 'run-3']
+
+
+@pytest.mark.parametrize('value', ['!!bool maybe', '!!int ""', '!!timestamp x'])
+def test_values_that_their_tags_do_not_fit(tmp_path, value):
+    (tmp_path / 'a.yaml').write_text(f'a: {value}\n')
+    with pytest.raises(ValueError, match=r'a\.yaml: not valid YAML: a value is not what its tag says'):
+        read_yaml(tmp_path / 'a.yaml')

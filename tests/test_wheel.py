@@ -55,6 +55,7 @@ def python(installed, tmp_path):
 def test_the_wheel_has_the_weights_that_are_not_on_the_hub_and_no_others(installed):
     held = {path.parent.name for path in installed.glob(f'timm_robust/model_cards/*/{WEIGHTS}')}
     assert held == {name for name, release in RELEASES.items() if release.commit is None}
+    assert {path.parent.name for path in installed.glob('timm_robust/model_cards/*/results.json')} == set(RELEASES)
     assert (installed / 'bin/timm-robust').is_file()
 
 

@@ -72,7 +72,10 @@ def read_yaml(path: str | Path) -> tuple[Any, dict[str, int]]:
         loader = _Loader(content.decode('utf-8-sig'))
         root = loader.get_single_node()
         lines = _check_nodes(root)
-        return (None if root is None else loader.construct_document(root)), lines
+        try:
+            return (None if root is None else loader.construct_document(root)), lines
+        except (LookupError, AttributeError, TypeError) as error:  # PyYAML's, of a value that its tag does not fit
+            raise ValueError(f'a value is not what its tag says ({type(error).__name__})') from None
     except UnicodeDecodeError as error:
         raise ValueError(f'{path}: not a text file in UTF-8: {error}') from None
     except (yaml.YAMLError, ValueError) as error:

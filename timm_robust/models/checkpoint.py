@@ -116,6 +116,8 @@ def weights_of(state: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds no weights: neither 'state_dict' nor tensors, but {', '.join(map(str, state))}")
     weights = {}
     for name, value in raw.items():
+        if value.layout is not torch.strided:
+            raise ValueError(f'{path}: {name} is a sparse tensor; save it as {name}.to_dense()')
         if value.dtype not in _DTYPES:
             allowed = ', '.join(str(dtype).removeprefix('torch.') for dtype in _DTYPES)
             raise ValueError(f'{path}: {name} is {str(value.dtype).removeprefix("torch.")}; allowed: {allowed}')

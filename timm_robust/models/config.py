@@ -84,10 +84,13 @@ def timm_settings(args: Mapping[str, Any], where: object) -> dict[str, Any]:
     Raises:
         ValueError: for what is no setting of timm's.
     """
-    settings = {'global_pool': args.get('gp'), **dict(args.get('model_kwargs') or {})}
+    given, size = args.get('model_kwargs') or {}, args.get('input_size') or (None,)
+    if not isinstance(given, Mapping) or not isinstance(size, (list, tuple)):
+        raise ValueError(f'{where} hold model_kwargs {given!r} and input_size {size!r}; allowed: a dict, a list')
+    settings = {'global_pool': args.get('gp'), **given}
     settings |= {'num_classes': args.get('num_classes'), 'in_chans': args.get('in_chans')}
-    if settings['in_chans'] is None and args.get('input_size'):
-        settings['in_chans'] = args['input_size'][0]
+    if settings['in_chans'] is None:
+        settings['in_chans'] = size[0]
     check_model_kwargs(settings, where)
     return {key: value for key, value in settings.items() if value is not None}
 

@@ -33,7 +33,7 @@ from .config import (
 
 HYPER_PARAMETERS = 'train_hparams.yaml'
 _HUB, _LOCAL = ('hf-hub:', 'hf_hub:'), 'local-dir:'  # as timm.create_model spells them
-_REFUSALS = (ValueError, KeyError, RuntimeError, AssertionError, AttributeError, TypeError, IndexError)
+_REFUSALS = (ValueError, LookupError, RuntimeError, AssertionError, AttributeError, TypeError, ArithmeticError)
 """What timm raises for arguments that cannot be."""
 
 
@@ -149,7 +149,8 @@ def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwarg
         raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
     if arch or args:
         note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
-    _note_size(model, (state.get('recipe') or {}).get('img_size'))
+    recipe = state.get('recipe')
+    _note_size(model, recipe.get('img_size') if isinstance(recipe, Mapping) else None)
     if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):
         note(model, label_names=names)
     return model

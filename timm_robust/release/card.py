@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..data import is_stream
 from ..results import RobustnessResult, check_types, read_object
-from ..training import HELD_OUT
+from ..training import HELD_OUT, RECIPES
 from .papers import Paper, extra_data_of, paper_link, papers_of
 from .record import (
     hours,
@@ -36,7 +36,9 @@ def model_card(folder: Path) -> str:
     data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
     lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
-    lines += [f"model = timm.create_model('{name}', pretrained=True).eval()  # images in, logits out", '```']
+    lines += [f"model = timm.create_model('{_address(name)}', pretrained=True).eval()  # images in, logits out", '```']
+    if not _is_ours(name):
+        lines += ['', 'USER is the owner of the page that you read this on.']
     lines += ['', _input(folder, hyper), '', '## Results', '']
     lines += _measurements(record, hyper)
     if (folder / 'adversarial.png').is_file():
@@ -52,6 +54,16 @@ def model_card(folder: Path) -> str:
     ]
     lines += [f'SHA-256 `{weights["sha256"]}`. Licence: Apache-2.0.', '']
     return '\n'.join(lines)
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a release is this project's, which has a recipe of each name; others are known by their page alone."""
+    return (RECIPES / f'{name}.yaml').is_file()
+
+
+def _address(name: str) -> str:
+    """What timm and the commands call a release."""
+    return name if _is_ours(name) else f'hf-hub:USER/{name}'
 
 
 def _input(folder: Path, hyper: dict[str, Any]) -> str:
@@ -72,7 +84,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
     """The YAML at the head of the card."""
     hub_id, pretty = _HUB_DATA.get(data_set, (data_set, data_set))
     results = []
-    for result in results_of(record):
+    for result in (item['result'] for item in record['measurements'] if not item['note']):  # else not that data set
         share, args = result.robust_acc, dict[str, Any](n=result.n)
         if share is None:
             share = result.clean_acc
@@ -128,11 +140,12 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     if not results:
         return ['Not measured yet.']
     lines = ['| attack | images | clean | robust | hardware, time |', '|---|---|---|---|---|']
-    for result in results:
+    for item in record['measurements']:
+        result, mark = item['result'], '*' * bool(item['note'])
         clean, robust = percent(result.clean_acc, result.n), percent(result.robust_acc, result.n)
         at = '' if result.attack == 'none' else f', {result.norm} {result.eps_text}'
         cost = f'{result.hardware}, {hours(result.wall_time_s)}'
-        lines.append(f'| {result.attack_title}{at} | first {result.n} | {clean} | {robust} | {cost} |')
+        lines.append(f'| {result.attack_title}{at} | first {result.n}{mark} | {clean} | {robust} | {cost} |')
     lines += [
         '',
         'Percent, with one standard error of n images. The verdict on every image is in `flags/`. To repeat:',
@@ -144,13 +157,14 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
             '',
             'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
         ]
-    return lines + [f'\n{note}' for note in measurement_notes(record)]
+    return lines + [f'\n\\* {note}' for note in measurement_notes(record)]
 
 
 def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:
     """What repeats a measurement; images that training held out are known to the folder of its run alone."""
     name, held_out = result.model, result.split == HELD_OUT
-    words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {name}', '--data-dir DIR']
+    words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {_address(name)}']
+    words.append('--data-dir DIR')
     if not held_out:
         dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result.dataset  # a folder's is its own name
         words += [f'--dataset {dataset}'] if dataset != 'cifar10' else []
@@ -171,7 +185,8 @@ def _limits(record: dict[str, Any]) -> list[str]:
     best = strongest(results)
     if best is not None and best.n < 10_000:
         lines.append(f'- Robust accuracy is known from {best.n} images only; mind the standard error.')
-    return [*lines, '- Robust against the threat models of the measurements above, and measured against no other.']
+    attacks = 'the attacks and radii of the table above, and no other' if best else 'no attack'
+    return [*lines, f'- Measured against {attacks}.']
 
 
 def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
@@ -182,6 +197,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     steps = f', {hyper["steps"]} steps' if hyper['attack'] in ('pgd', 'apgd') else ''
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
+    recipe = f'The recipe: `train/recipes/{record["model"]}.yaml`; e' if _is_ours(record['model']) else 'E'
     return [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
@@ -191,11 +207,11 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         f'versions: {versions}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{_held_out(hyper)}; the test set was never looked at.',
-        f'- The recipe: `train/recipes/{record["model"]}.yaml`; every setting of this run: `train_hparams.yaml`; its '
-        'course: `summary.csv`. To train it again:',
+        f'- {recipe}very setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
+        'again, in the folder of this card:',
         '',
         '```bash',
-        f'timm-robust train model_cards/{record["model"]}/train_hparams.yaml --data-dir DIR',
+        'timm-robust train train_hparams.yaml --data-dir DIR',
         '```',
     ]
 

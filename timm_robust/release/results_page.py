@@ -43,8 +43,9 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     lines += ['exactly as stored; at Linf 8/255 or L2 0.5 where no radius is named.', '']
     lines += ['| model | clean | robust | training | images/s | alpha | beta |', '|---|---|---|---|---|---|---|']
     lines += [_row(record) for record in records] or ['| none yet | | | | | | |']
-    notes = dict.fromkeys(n for r in records for n in [*r['training']['notes'], *measurement_notes(r)])
-    lines += ['', *[f'- {note}' for note in notes]] if notes else []
+    notes = list(dict.fromkeys(f'- {note}' for record in records for note in record['training']['notes']))
+    notes += _marked(records, '- ')
+    lines += ['', *notes] if notes else []
     lines += ['', '## Does PSSiLU help?', '', *_question(cards, records)]
     if recipes is not None and (recipes.parent / PILOT).is_file():
         lines += ['', '## Do smaller images first pay?', '', *_stages(read_object(recipes.parent / PILOT))]
@@ -80,25 +81,26 @@ def weights_table(records: list[dict[str, Any]]) -> list[str]:
     """The released models for the README: of each attack the measurement on most images, the strongest attack first."""
     lines = ['| `timm.create_model(NAME, pretrained=True)` | clean | robust | trained in |', '|---|---|---|---|']
     for record in records:
-        results = sorted(results_of(record), key=lambda result: result.n)
-        attacked = {result.attack_title: result for result in results if result.attack != 'none'}
-        robust = [_robust(one, ' %') for one in sorted(attacked.values(), key=lambda one: ATTACKS.index(one.attack))]
-        clean = f'{percent(results[-1].clean_acc, results[-1].n)} % (n {results[-1].n})' if results else ''
+        items = sorted(record['measurements'], key=lambda item: item['result'].n)
+        attacked = {item['result'].attack_title: item for item in items if item['result'].attack != 'none'}
+        strongest_first = sorted(attacked.values(), key=lambda item: ATTACKS.index(item['result'].attack))
+        robust = [_robust(item, ' %') for item in strongest_first]
+        clean = _clean(items[-1], ' %') if items else ''
         training = record['training']
         lines.append(
             f'| `{record["model"]}` | {clean} | {"; ".join(robust)} | {hours(training["seconds"])}, '
             f'{trained_on(training)} |'
         )
-    return lines
+    marked = _marked(records)
+    return [*lines, '', *marked] if marked else lines
 
 
 def _row(record: dict[str, Any]) -> str:
     """A model's line of RESULTS.md."""
     training, activation = record['training'], record['training']['activation']
-    results = results_of(record)
-    most = max(results, key=lambda result: result.n, default=None)
-    clean = '' if most is None else f'{percent(most.clean_acc, most.n)} (n {most.n})'
-    robust = [_robust(result) for result in results if result.attack != 'none']
+    items = record['measurements']
+    clean = _clean(max(items, key=lambda item: item['result'].n)) if items else ''
+    robust = [_robust(item) for item in items if item['result'].attack != 'none']
     shape = [f'{activation[key]:.4g}' if key in activation else '' for key in ('alpha', 'beta')]
     return (
         f'| [{record["model"]}]({record["model"]}) | {clean} | {"; ".join(robust)} | {training["epochs"]} epochs, '
@@ -107,10 +109,26 @@ def _row(record: dict[str, Any]) -> str:
     )
 
 
-def _robust(result: RobustnessResult, unit: str = '') -> str:
+def _clean(item: dict[str, Any], unit: str = '') -> str:
+    """Clean accuracy of a measurement."""
+    return f'{percent(item["result"].clean_acc, item["result"].n)}{unit} {_images(item)}'
+
+
+def _robust(item: dict[str, Any], unit: str = '') -> str:
     """What an attack found; at which radius, where it is not the leaderboard's."""
+    result = item['result']
     at = '' if result.eps_text == LEADERBOARD_EPS[result.norm] else f' at {result.norm} {result.eps_text}'
-    return f'{result.attack_title}{at} {percent(result.robust_acc, result.n)}{unit} (n {result.n})'
+    return f'{result.attack_title}{at} {percent(result.robust_acc, result.n)}{unit} {_images(item)}'
+
+
+def _images(item: dict[str, Any]) -> str:
+    """On how many images; with a star where something is to be known of them."""
+    return f'(n {item["result"].n}{"*" * bool(item["note"])})'
+
+
+def _marked(records: list[dict[str, Any]], bullet: str = '') -> list[str]:
+    """What the stars stand for."""
+    return list(dict.fromkeys(f'{bullet}\\* {note}' for record in records for note in measurement_notes(record)))
 
 
 def _stages(pilot: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def stage(
         run: the folder that training wrote.
         name: '<arch>.<tag>'.
         cards: the folder that gets the folder.
-        notes: what limits the weights, for the card.
+        notes: what limits the weights, for the card; none: those of these weights when they were staged before.
         overwrite: replace the folder, whatever its weights; its measurements are dropped.
 
     Raises:
@@ -75,7 +75,8 @@ def stage(
     kept: list[dict[str, Any]] = []
     if (folder / WEIGHTS).is_file() and not overwrite:
         if (folder / WEIGHTS).read_bytes() == content:
-            kept = read_results(folder)['measurements']
+            old = read_results(folder)
+            kept, training['notes'] = old['measurements'], training['notes'] or old['training']['notes']
         else:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
     with atomic_folder(folder) as new:

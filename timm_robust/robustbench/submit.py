@@ -153,16 +153,15 @@ def _issue(record: dict[str, Any], result: RobustnessResult, info: dict[str, Any
 
 def _zoo_entry(result: RobustnessResult) -> str:
     """What a pull request adds: nothing but a registered timm name."""
-    arch = result.model.partition('.')[0]
-    alias = f'{arch}_{result.dataset}_{result.norm.lower()}'
+    short = result.model.removesuffix(f'_{result.dataset}_{result.norm.lower()}')
     return '\n'.join(
         [
             '# Model zoo',
             '',
-            f'RobustBench finds timm models by name. `import timm_robust` registers `{alias}`, so that',
-            f"`robustbench.load_model('{arch}')` returns it for {result.dataset} and {result.norm}, with its",
-            'weights, for pixels in [0, 1]. The architecture is in `timm_robust/models/` of the package; a pull',
-            'request adds the JSON of `model_info/`, and the package to the requirements.',
+            f'RobustBench finds timm models by name. `import timm_robust` registers `{result.model}`, so that',
+            f"`robustbench.load_model('{short}')` returns it for {result.dataset} and {result.norm}, with its weights,",
+            'for pixels in [0, 1]. The architecture is in `timm_robust/models/` of the package; a pull request adds',
+            'the JSON of `model_info/`, and the package to the requirements.',
             '',
         ]
     )

@@ -120,7 +120,7 @@ def read_table(path: Path = TABLE) -> dict[str, Release]:
 
 def table_of(cards: Path) -> Path:
     """The table of a folder of releases: the package's for its own, else the releases.json beside the folder."""
-    return TABLE if cards == STAGED else cards.parent / TABLE.name
+    return TABLE if cards.resolve() == STAGED.resolve() else cards.parent / TABLE.name
 
 
 def write_table(releases: dict[str, Release], path: Path = TABLE) -> None:
