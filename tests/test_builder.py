@@ -74,6 +74,15 @@ def test_batch_norm_takes_the_momentum_of_the_recipe(tmp_path):
         set_bn_momentum(torch.nn.Linear(2, 2), 0.01)
 
 
+def test_weights_that_were_trained_on_what_is_held_out_now_are_told_of(undisturbed, tmp_path, caplog):
+    start = str(undisturbed[0] / 'run')
+    build(tiny(tmp_path, initial_checkpoint=start))
+    build(tiny(tmp_path, initial_checkpoint=start, val_size=0, seed=1))
+    assert 'holds out' not in caplog.text
+    build(tiny(tmp_path, initial_checkpoint=start, seed=1))
+    assert 'images that this run holds out: accuracies on them will be too high; its own were drawn' in caplog.text
+
+
 def test_a_run_starts_from_the_weights_of_another_with_a_new_head(tmp_path, caplog):
     robust = timm.create_model('resnet18_relu', width=2, num_classes=7)
     state = {'arch': 'resnet18_relu', 'model_kwargs': {'width': 2}, 'num_classes': 7, 'state_dict': robust.state_dict()}

@@ -1,6 +1,7 @@
 """From a folder of pictures to a robust, measured classifier: what the recipes finetune_folder* promise."""
 
 import csv
+import dataclasses
 import json
 import os
 import runpy
@@ -75,6 +76,8 @@ def test_patience_counts_validations_since_the_best_one(tmp_path):
     assert not out_of_patience(run)
     run.history.append({'step': 4, 'val_pgd_acc': 0.45})
     assert out_of_patience(run)
+    run.recipe, run.total_steps = dataclasses.replace(run.recipe, eps_warmup=0.75), 4
+    assert not out_of_patience(run)  # before, the attack of training was a weaker one
 
 
 def test_a_run_out_of_patience_ends_early(tmp_path):

@@ -19,6 +19,7 @@ from timm_robust.training import loop as engine
 from timm_robust.training.builder import build
 from timm_robust.training.loop import Stopped, fit, result
 from timm_robust.training.recipe import Recipe
+from timm_robust.training.validation import validate
 
 
 def test_a_run_leaves_what_its_user_needs(undisturbed):
@@ -90,6 +91,52 @@ def test_a_signal_saves_within_the_step_and_resume_gives_the_same_bits(undisturb
         for f in (tmp_path, undisturbed[0])
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_signal_in_a_validation_saves_before_it_and_resume_gives_the_same_bits(undisturbed, tmp_path, monkeypatch):
+    run = build(tiny(tmp_path))
+
+    def signalled(run, data):
+        run.stop = True
+        return validate(run, data)
+
+    monkeypatch.setattr(engine, 'validate', signalled)
+    with pytest.raises(Stopped, match=r'stopped by a signal at step 3,'):
+        fit(run)
+    assert not load_checkpoint(tmp_path / 'run/last.pth.tar')['history']
+    monkeypatch.undo()
+    again = build(tiny(tmp_path, resume='auto'))
+    fit(again)
+    assert [row['step'] for row in again.history] == [3, 6, 7]
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+
+
+def test_a_kill_in_the_last_validation_loses_no_step(undisturbed, tmp_path, monkeypatch):
+    run = build(tiny(tmp_path))
+
+    def killed(run, data):
+        if run.step == 7:
+            run.writer.wait()
+            raise Killed
+        return validate(run, data)
+
+    monkeypatch.setattr(engine, 'validate', killed)
+    with pytest.raises(Killed):
+        fit(run)
+    monkeypatch.undo()
+    again = build(tiny(tmp_path, resume='auto'))
+    assert again.step == 7
+    line = fit(again)
+    assert line['val_pgd_acc'] == undisturbed[1]['val_pgd_acc']
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+
+
+def test_a_budget_that_start_up_uses_up_is_refused_before_anything_is_written(tmp_path, caplog):
+    run = build(tiny(tmp_path, max_steps=None, budget='1h'))
+    run.clock.started -= 3600
+    with pytest.raises(ValueError, match=r'--budget 1h: start-up took 36\d\d s.*give at least \d+s'):
+        fit(run)
+    assert not list((tmp_path / 'run').glob('*.pth.tar'))
 
 
 @pytest.mark.slow

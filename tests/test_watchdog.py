@@ -18,6 +18,7 @@ def test_bad_losses(loss):
 def test_ordinary_losses(loss):
     check_loss(loss, [row(0, 0.3, loss=1.2)], 7)
     check_loss(1e3, [], 7)  # nothing to compare the first epoch with
+    check_loss(1.5 + loss, [row(0, 0.3, loss=0.05), row(1, 0.3, loss=1.3)], 7)  # grown with eps
 
 
 def test_collapse_of_pgd_accuracy_while_training_accuracy_rises():

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attacks import FoldedNet
 from ..data import StreamData, fingerprint
 from ..distributed import World
-from ..models import class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
+from ..models import BEST, class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
@@ -66,6 +66,8 @@ def build(recipe: Recipe) -> Run:
     with world.in_turn(recipe.dataset_download):
         classes = class_list(state.get('classes'), state.get('num_classes'))
         train, held_out = read_data(recipe, split_seed, classes)
+    if path is None and held_out is not None and recipe.initial_checkpoint:
+        warn_of_leak(recipe)
     images, names = {TRAINING: fingerprint(train)}, held_out_names(recipe, held_out)
     if held_out is not None:
         images[VALIDATION] = fingerprint(held_out)
@@ -148,6 +150,25 @@ def find_split_seed(recipe: Recipe, path: Path, state: dict[str, Any]) -> int:
                 'images that were trained on could be held out, and accuracies before and after would not compare'
             )
     return int(state.get('split_seed', state['recipe']['seed']))  # older checkpoints were drawn by the recipe's
+
+
+def warn_of_leak(recipe: Recipe) -> None:
+    """Tell of initial weights of a run that may have trained on what this one holds out of the same data."""
+    path = Path(recipe.initial_checkpoint or '')
+    path = path / BEST if path.is_dir() else path
+    if not (path.is_file() and path.name.endswith('.pth.tar')):
+        return
+    state = load_checkpoint(path)
+    theirs, data = state.get('recipe'), ('dataset', 'data_dir', 'train_split')
+    if not isinstance(theirs, dict) or any(theirs.get(key) != getattr(recipe, key) for key in data):
+        return
+    split = (theirs.get('val_split'), theirs.get('val_size'), state.get('split_seed', theirs.get('seed')))
+    if split != (recipe.val_split, recipe.val_size, recipe.seed):
+        logger.warning(
+            '%s was trained on images that this run holds out: accuracies on them will be too high; its own were drawn '
+            'by --val-split %s --val-size %s --seed %s',
+            *(path, *split),
+        )
 
 
 def create_model(recipe: Recipe, num_classes: int) -> nn.Module:

@@ -22,9 +22,9 @@ from .advice import near_chance
 from .averaging import averaged_weights
 from .log import RunLog
 from .rollback import roll_back
-from .run import TICKS, Run, Sums, best_row, metric_name, take_lock, training_batch, unnamed
+from .run import TICKS, Run, Sums, best_row, metric_name, shown_share, take_lock, training_batch, unnamed
 from .state import save
-from .validation import reestimate_batch_norm, validate
+from .validation import StopAsked, reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
 from .watchdog import Diverged, check_epoch, check_loss, check_weights
 
@@ -153,10 +153,27 @@ def prepare(run: Run) -> None:
     if timing is not None:
         message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
         logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
-    if run.world.broadcast_object(run.step == 0 or not (run.folder / LAST).is_file()):
-        save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
     if timing is not None and run.clock.budget is not None:
         reserve(run, timing, saving_seconds(run))
+        check_budget(run)
+    if run.world.broadcast_object(run.step == 0 or not (run.folder / LAST).is_file()):
+        save(run, (run.step - 1) // run.batches.steps_per_epoch, numbered=False)
+
+
+def check_budget(run: Run) -> None:
+    """Refuse a budget that start-up and the last validation use up; tell of one that they use half of.
+
+    Raises:
+        ValueError: with what a new run would need.
+    """
+    gone, closing, left = run.world.broadcast_object(
+        (run.clock.elapsed(), run.clock.closing, run.clock.training_seconds())
+    )
+    what = f'--budget {run.recipe.budget}: start-up took {gone:.0f} s, the last validation needs {closing:.0f} s'
+    if not run.step and not left:
+        raise ValueError(f'{what}: nothing is left to train in; give at least {2 * (gone + closing):.0f}s')
+    if not run.step and left < gone + closing:
+        logger.warning('%s, which leaves %.0f s of training', what, left)
 
 
 def progress(run: Run) -> float:
@@ -166,11 +183,12 @@ def progress(run: Run) -> float:
 
 
 def out_of_patience(run: Run) -> bool:
-    """Whether so many validations as the recipe's patience have passed since the best one."""
+    """Whether so many validations as the recipe's patience have passed since the best one, at the full eps."""
     if run.recipe.patience is None or run.sums is not None:
         return False
     best = best_row(run.recipe, run.history, run.best)
-    since = [row for row in run.history if metric_name(run.recipe) in row and best and row['step'] > best['step']]
+    grown = [row for row in run.history if shown_share(run, row) > run.recipe.eps_warmup]
+    since = [row for row in grown if metric_name(run.recipe) in row and best and row['step'] > best['step']]
     if len(since) < run.recipe.patience:
         return False
     logger.info('no better epoch in %d validations: the run ends early', len(since))
@@ -289,15 +307,23 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     """Validate, watch, log and save; between the epochs of val_interval only what has to be."""
     recipe, started = run.recipe, time.perf_counter()
     run.clock.stop()
-    due = progress(run) >= 1 or (row['epoch'] + 1) % recipe.val_interval == 0
-    run.sums = None
+    ended = progress(run) >= 1
+    due = ended or (row['epoch'] + 1) % recipe.val_interval == 0
     if run.world.size > 1:
         distribute_bn(run.model, run.world.size, reduce=True)
     if run.held_out is not None and due:
-        with averaged_weights(run.model, run.ema):
-            if run.ema is not None:
-                reestimate_batch_norm(run, recipe.ema_bn_batches)
-            row.update(validate(run, run.held_out))
+        if run.sums is not None and (ended or save_is_due(run)):  # validation may take long, or be killed
+            save_within(run, row['epoch'])
+        try:
+            with averaged_weights(run.model, run.ema):
+                if run.ema is not None:
+                    reestimate_batch_norm(run, recipe.ema_bn_batches)
+                row.update(validate(run, run.held_out))
+        except StopAsked:
+            if run.sums is None:  # of an epoch that had ended before: its row waits to be validated
+                run.history.append(row)
+            stop_if_asked(run, row['epoch'])
+    run.sums = None
     if run.side is not None:
         row['side'] = run.side
     row.update(activation_state(run.model))

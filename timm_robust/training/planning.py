@@ -28,7 +28,11 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         timing = Timing({share: _step_seconds(run, share, steps) for share in timing.steps}, timing.validation)
     saving = saving_seconds(run)
     ends = [*list(timing.steps)[1:], 1.0]  # of the part of the run that each kind of step holds for
-    step_seconds = sum((end - share) * timing.steps[share] for share, end in zip(timing.steps, ends, strict=True))
+    parts = {share: end - share for share, end in zip(timing.steps, ends, strict=True)}
+    if run.clock.budget is None:  # parts of the steps
+        step_seconds = sum(part * timing.steps[share] for share, part in parts.items())
+    else:  # parts of the time
+        step_seconds = 1 / sum(part / timing.steps[share] for share, part in parts.items())
     per_epoch = run.batches.steps_per_epoch * step_seconds
     if run.clock.budget is not None:
         reserve(run, timing, saving)

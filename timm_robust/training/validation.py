@@ -16,11 +16,18 @@ from .run import Run, training_batch
 from .step import Forward
 
 
+class StopAsked(Exception):
+    """A signal came in the middle of a validation, which is made anew when the run goes on."""
+
+
 def validate(run: Run, data: Any) -> dict[str, float]:
     """Clean and PGD accuracy on held-out images, in the precision of training: {'val_clean_acc', 'val_pgd_acc'}.
 
     The batches are of the training's size; the last one is filled up where another shape would be compiled anew.
     The attacks begin at the same points in every epoch of a run, also after it was resumed with another seed.
+
+    Raises:
+        StopAsked: if the run was asked to stop meanwhile; not with several processes, which do not hear it at once.
     """
     recipe, device = run.recipe, next(run.model.parameters()).device
     counts = torch.zeros(3, dtype=torch.float64, device=device)
@@ -32,6 +39,8 @@ def validate(run: Run, data: Any) -> dict[str, float]:
     fixed = recipe.torchcompile or device.type == 'cuda'
     with run.attack_forward.ready('eval') as forward:
         for x, y in data.batches(recipe.batch_size):
+            if run.stop and run.world.size == 1:
+                raise StopAsked
             x, n = resized(x, run.side), len(y)
             if fixed:
                 x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)

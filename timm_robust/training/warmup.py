@@ -77,7 +77,7 @@ def reserve(run: Run, timing: Timing, saving: float) -> None:
     """Tell the clock what a budget must leave time for."""
     in_flight = run.recipe.log_interval if run.world.device.type == 'cuda' else 1  # a GPU is waited for at a log line
     run.clock.last_step = in_flight * max(timing.steps.values())
-    run.clock.validations.append(timing.validation + saving)
+    run.clock.validations.append(timing.validation + 2 * saving)  # the last one has a save before it too
     run.clock.breaks.append(timing.validation + saving)  # at most: a thread writes
     run.clock.interval = training_interval(run) * timing.steps[0.0]
 
