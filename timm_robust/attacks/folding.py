@@ -91,7 +91,7 @@ def _pairs(net: nn.Module, example: torch.Tensor) -> dict[str, str]:
 
     hooks = []
     for module in names:
-        if type(module) in _CONVS:
+        if type(module) in _CONVS and 'weight' in module._parameters:  # not one that a hook computes anew
             hooks.append(module.register_forward_hook(after_conv))
         elif type(module) in _NORMS and module.running_var is not None:
             hooks.append(module.register_forward_pre_hook(before_norm))
