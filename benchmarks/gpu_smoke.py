@@ -40,7 +40,7 @@ from timm_robust.distributed import World
 from timm_robust.evaluation.autoattack import autoattack, predict
 from timm_robust.evaluation.search_network import search_model
 from timm_robust.models.checkpoint import load_checkpoint
-from timm_robust.precision import ieee_convolutions
+from timm_robust.precision import ieee_fp32
 from timm_robust.threat_model import ThreatModel
 from timm_robust.training.builder import build, make_attack_forward
 from timm_robust.training.loop import Stopped, fit
@@ -262,7 +262,7 @@ def check_compiled(recipe: Recipe) -> str:
     exact, model = dataclasses.replace(recipe, amp=False), copy.deepcopy(eager.model).double()
     forward = Forward(model, exact.precision, device)
     exact_forward = make_attack_forward(model, forward, exact, x[:2].double())
-    with ieee_convolutions():
+    with ieee_fp32():
         expected = gradients(forward, exact_forward, x.double(), y)
         found = [gradients(run.forward, run.attack_forward, x, y) for run in (eager, other)]
     details = []

@@ -10,7 +10,7 @@ from torch import nn
 from timm_robust.evaluation import autoattack as door
 from timm_robust.evaluation import runner as autoattack_runner
 from timm_robust.evaluation.autoattack import autoattack, predict, undisturbed
-from timm_robust.precision import ieee_convolutions
+from timm_robust.precision import ieee_fp32
 from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
@@ -118,9 +118,28 @@ def test_verdicts_are_in_fp32_whatever_the_user_set(everywhere):
     assert seen == ['ieee']
 
 
+@pytest.mark.parametrize('asked', ['highest', 'high', 'medium'])
+def test_matrix_products_of_verdicts_are_in_fp32_and_the_users_setting_comes_back(asked):
+    model, seen = linear_net(), []
+    before = torch.get_float32_matmul_precision()
+    model.register_forward_pre_hook(lambda module, args: seen.append(torch.get_float32_matmul_precision()))
+    try:
+        torch.set_float32_matmul_precision(asked)
+        predict(model, images(model)[0], 250)
+        seen.append(torch.get_float32_matmul_precision())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen[-2:] == ['highest', asked]
+
+
+def test_logits_that_are_nan_are_no_label():
+    logits = torch.tensor([[torch.nan, 1.0], [2.0, torch.nan], [2.0, 1.0]])
+    assert predict(nn.Identity(), logits, 2).tolist() == [-1, -1, 0]
+
+
 def test_the_older_flag_may_be_read_and_set_meanwhile():
     before = torch.backends.cudnn.allow_tf32
-    with ieee_convolutions(), torch.backends.cudnn.flags(enabled=False):
+    with ieee_fp32(), torch.backends.cudnn.flags(enabled=False):
         pass  # as a model may in its forward pass
     assert torch.backends.cudnn.allow_tf32 == before and tf32_allowed() == before
 
@@ -284,6 +303,7 @@ def test_few_classes_are_attacked_and_said_so(num_classes):
     assert f'{num_classes} classes: {num_classes - 1} target classes instead of 9' in result.warnings
     assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
     assert any('apgd-t climbs' in text for text in result.warnings) == (num_classes < 4)
+    assert not any('not possible to use' in text for text in result.warnings)  # upstream's, of the loss replaced
 
 
 @pytest.mark.parametrize('norm', ['Linf', 'L2'])
@@ -325,7 +345,8 @@ def test_progress_reports_batches_and_time_left(monkeypatch):
         ({'y': torch.tensor([1])}, 'labels must be whole numbers'),
         ({'batch_size': 0}, 'batch_size must be at least 1'),
         ({'threat_model': ThreatModel('Linf', 0.1, (-1.0, 1.0))}, r'write bounds=\(0.0, 1.0\)'),
-        ({'x': torch.zeros(2, 3, 4, 8), 'threat_model': L2}, "write version='apgd'"),
+        ({'x': torch.zeros(2, 3, 4, 8), 'threat_model': L2}, "4 x 8 pixels; write version='apgd'"),
+        ({'x': torch.zeros(2, 3, 12, 12), 'threat_model': L2}, r'--attack apgd\)'),
         ({'model': linear_net(1)}, 'at least 2 classes'),
     ],
 )
@@ -334,6 +355,23 @@ def test_wrong_input_is_refused(change, message):
     given |= change
     with pytest.raises(ValueError, match=message):
         autoattack(given.pop('model'), given.pop('x'), given.pop('y'), given.pop('threat_model'), **given)
+
+
+def test_square_l2_is_refused_at_just_the_sizes_at_which_it_fails():
+    logits = torch.tensor([[1.0, 0.0]])
+
+    def works(size):
+        square = pyautoattack.square.SquareAttack(lambda x: logits.expand(len(x), 2).clone(), 'L2', 1, 0.3, seed=0)
+        try:
+            square.perturb(torch.rand(1, 1, *size), torch.tensor([0]))
+        except (RuntimeError, ZeroDivisionError):
+            return False
+        return True
+
+    sizes = [(side, side) for side in range(1, 34)]
+    sizes += [(32, 30), (64, 48), (32, 40), (30, 32), (48, 64), (7, 3), (96, 96)]
+    assert [works(size) for size in sizes] == [door._tiles(*size) for size in sizes]
+    assert not door._tiles(24, 24) and door._tiles(32, 32) and door._tiles(224, 224)
 
 
 def test_a_missing_library_names_the_extra(monkeypatch):

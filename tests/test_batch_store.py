@@ -23,6 +23,7 @@ from timm_robust.threat_model import ThreatModel
 
 pyautoattack = pytest.importorskip('pyautoattack')
 LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
+LOGITS = torch.tensor([[1.0, -2.0]])
 SCRIPT = """
 import sys, torch
 from test_batch_store import conv_net, images
@@ -205,13 +206,53 @@ def test_another_measurements_folder_is_refused(tmp_path):
         autoattack(model, x, y, LINF, version='apgd', batch_size=12, state_dir=tmp_path)
 
 
+class Shifted(nn.Module):
+    """A network with a setting that neither its repr nor its weights show."""
+
+    def __init__(self, shift: float) -> None:
+        super().__init__()
+        self.net, self.shift = conv_net(), shift
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) + self.shift * torch.eye(10)[0]
+
+
+def test_a_setting_that_weights_and_repr_do_not_show_is_another_measurement_and_rounding_is_none(tmp_path):
+    x, y = images(conv_net())
+    settings = {'version': 'apgd', 'batch_size': 5, 'state_dir': tmp_path}
+    autoattack(Shifted(0.0), x, y, LINF, **settings)
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    autoattack(Shifted(1e-6), x, y, LINF, **settings)
+    assert files == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}  # read back whole
+    with pytest.raises(ValueError, match='another measurement: the model has other logits now'):
+        autoattack(Shifted(0.1), x, y, LINF, **settings)
+    path = tmp_path / 'identity.json'
+    facts = json.loads(path.read_text())
+    for logits in (None, 'text', [], [[1.0]]):
+        path.write_text(json.dumps(facts | {'logits': logits}))
+        with pytest.raises(ValueError, match='other logits'):
+            autoattack(Shifted(0.0), x, y, LINF, **settings)
+    del facts['logits']
+    path.write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=r'an older version wrote it.*name another folder, or delete it'):
+        autoattack(Shifted(0.0), x, y, LINF, **settings)
+
+
+def test_logits_that_are_nan_are_themselves(tmp_path):
+    logits = torch.tensor([[torch.nan, torch.inf, 1.0]])
+    BatchStore(tmp_path, {}, logits)
+    BatchStore(tmp_path, {}, logits)
+    with pytest.raises(ValueError, match='other logits'):
+        BatchStore(tmp_path, {}, torch.tensor([[0.0, torch.inf, 1.0]]))
+
+
 def stored(**changes) -> Found:
     values = {'broken': torch.tensor([1]), 'x_adv': torch.rand(1, 3, 2, 2), 'labels': torch.tensor([7])}
     return Found(**(values | {'rejected': 2, 'messages': ['a warning'], 'seconds': 1.5} | changes))
 
 
 def test_damaged_files_are_named(tmp_path):
-    store, part, found = BatchStore(tmp_path, {'seed': 0}), torch.arange(4), stored()
+    store, part, found = BatchStore(tmp_path, {'seed': 0}, LOGITS), torch.arange(4), stored()
     store.save('fab-t', 3, part, found)
     back = store.load('fab-t', 3, part, (3, 2, 2))
     assert torch.equal(back.x_adv, found.x_adv)
@@ -246,7 +287,7 @@ def test_damaged_files_are_named(tmp_path):
     ],
 )
 def test_what_no_attack_can_have_found_is_damage(tmp_path, change, message):
-    store, part = BatchStore(tmp_path, {'seed': 0}), torch.arange(4)
+    store, part = BatchStore(tmp_path, {'seed': 0}, LOGITS), torch.arange(4)
     store.save('fab-t', 3, part, stored(**change))
     with pytest.raises(ValueError, match=f'is damaged .*{message}'):
         store.load('fab-t', 3, part, (3, 2, 2))
@@ -256,12 +297,12 @@ def test_what_no_attack_can_have_found_is_damage(tmp_path, change, message):
 def test_without_a_sound_identity_only_files_of_this_measurement_count(tmp_path, text):
     part = torch.arange(4)
     for seed in (0, 1):
-        BatchStore(tmp_path / str(seed), {'seed': seed}).save('fab-t', seed, part, stored())
+        BatchStore(tmp_path / str(seed), {'seed': seed}, LOGITS).save('fab-t', seed, part, stored())
     shutil.copy(tmp_path / '1/fab-t-00001.npz', tmp_path / '0')
     path = tmp_path / '0/identity.json'
     path.unlink() if text is None else path.write_text(text)
-    store = BatchStore(tmp_path / '0', {'seed': 0})
-    assert json.loads(path.read_text()) == {'seed': 0}
+    store = BatchStore(tmp_path / '0', {'seed': 0}, LOGITS)
+    assert json.loads(path.read_text()) == {'seed': 0, 'logits': LOGITS.tolist()}
     assert store.load('fab-t', 0, part, (3, 2, 2)).seconds == 1.5
     with pytest.raises(ValueError, match='is of another measurement'):
         store.load('fab-t', 1, part, (3, 2, 2))

@@ -19,7 +19,7 @@ from timm_robust.evaluation import measure as module
 from timm_robust.evaluation.measure import SeededStart, evaluate
 from timm_robust.evaluation.split import default_batch_size
 from timm_robust.pixels import PixelInput, pixel_input
-from timm_robust.results import RobustnessResult
+from timm_robust.results import NOT_CHECKED, RobustnessResult
 from timm_robust.threat_model import ThreatModel
 
 LINF = ThreatModel('Linf', 0.02)
@@ -181,6 +181,37 @@ def test_doubts_that_do_not_fit_into_memory_end_it_before_the_long_attack(monkey
         evaluate(linear_net(), fitted(linear_net()), LINF, attack='autoattack')
 
 
+class Lost(nn.Module):
+    """Logits that are NaN for images that are bright on average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = linear_net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) + torch.where(x.mean((1, 2, 3)) > 0.5, torch.nan, 0.0)[:, None]
+
+
+@pytest.mark.parametrize('attack', ['none', 'pgd', 'apgd'])
+def test_images_whose_logits_are_nan_are_wrong_and_said_so(attack):
+    data = image_data()
+    images = torch.cat([torch.full_like(data.images[:5], 200), data.images[5:] // 4])
+    data = dataclasses.replace(data, images=images)  # all of class 0, which argmax says for NaN
+    result, tensors = evaluate(Lost(), data, LINF, attack=attack)
+    assert tensors['y_pred'][:5].tolist() == [-1] * 5 and not tensors['clean_correct'][:5].any()
+    assert 'the logits of 5 images are NaN: they count as wrong' in result.warnings
+    assert attack == 'none' or not tensors['robust'][:5].any()
+
+
+def test_adversarial_images_whose_logits_are_nan_are_broken_and_said_so():
+    data = dataclasses.replace(image_data(), images=torch.full_like(image_data().images, 127))
+    data = dataclasses.replace(data, labels=Lost().net(data.pixels()).argmax(1))
+    result, tensors = evaluate(Lost(), data, ThreatModel('Linf', 0.2), attack='pgd', pgd_steps=1)
+    lost = int((tensors['y_pred_adv'] == -1).sum())
+    assert lost and not tensors['robust'][tensors['y_pred_adv'] == -1].any()
+    assert f'the logits of {lost} adversarial images are NaN: they count as wrong' in result.warnings
+
+
 def test_two_classes_meet_both_attacks_of_apgd():
     torch.manual_seed(5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
@@ -235,15 +266,24 @@ def test_normalisation_comes_from_the_pretrained_cfg():
         ({'pgd_steps': 0}, 'pgd_steps must be at least 1'),
         ({'pgd_restarts': 0}, 'pgd_restarts must be at least 1'),
         ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'threat_model': ThreatModel('Linf', 0.02, (0.0, 2.0)), 'attack': 'pgd'}, r'write bounds=\(0.0, 1.0\)'),
+        ({'pgd_step_size': 0.05}, 'pgd_step_size 0.05 is wider than the ball'),
         ({'model': nn.Linear(8, 10)}, r'gives \[1, 3, 8, 10\], not \[1, classes\]'),
         ({'model': nn.Sequential(nn.Flatten(), nn.Linear(10, 10))}, r'does not take images \[3, 8, 8\] of noise'),
         ({'data': image_data(16, 7)}, 'has 10 outputs, noise has 7 classes'),
     ],
 )
 def test_wrong_input_is_refused(change, message):
-    given = {'model': linear_net(), 'data': image_data()} | change
+    given = {'model': linear_net(), 'data': image_data(), 'threat_model': LINF} | change
     with pytest.raises(ValueError, match=message):
-        evaluate(given.pop('model'), given.pop('data'), LINF, **given)
+        evaluate(given.pop('model'), given.pop('data'), given.pop('threat_model'), **given)
+
+
+def test_a_size_that_square_fails_at_is_refused_before_any_work():
+    images = torch.zeros(2, 3, 12, 12, dtype=torch.uint8)
+    data = dataclasses.replace(image_data(2), images=images)
+    with pytest.raises(ValueError, match=r'--attack apgd\)'):
+        evaluate(lambda x: pytest.fail('asked the model'), data, ThreatModel('L2', 0.5))
 
 
 def test_channels_that_do_not_fit_the_statistics_are_refused():
@@ -316,6 +356,14 @@ def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
     path.write_text(json.dumps(record))
     assert main([str(checkpoint), '--repeat', str(path), '--quiet']) == 1
     assert 'not repeated: pgd_acc is' in capsys.readouterr().err
+
+
+def test_a_record_of_one_step_can_be_repeated_and_says_what_was_not_looked_for(checkpoint, tmp_path, capsys):
+    path = tmp_path / 'r.json'
+    on_digits(checkpoint, f'-n 2 --attack pgd --eps 0.2 --steps 1 --no-checks --quiet --results-file {path}')
+    assert RobustnessResult.from_json(path).warnings == [NOT_CHECKED]
+    assert main([str(checkpoint), '--repeat', str(path), '--quiet']) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])['warnings'] == [NOT_CHECKED]
 
 
 @pytest.mark.slow

@@ -54,9 +54,17 @@ def test_timms_mean_and_std_are_applied_inside():
     seen = []
     model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.full((1, 3, 32, 32), 0.5)
-    attack(model, x, torch.tensor([0]), ThreatModel('Linf', 0.0), steps=1, step_size=0.1)
+    attack(model, x, torch.tensor([0]), ThreatModel('Linf', 0.0), steps=1)
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
     assert torch.allclose(seen[0], (x - mean) / std)
+
+
+def test_a_model_and_images_of_any_floating_type_and_labels_of_any_whole_one(classifier):
+    model, x, y = classifier
+    expected = attack(model, x, y, step_size=2 / 255)
+    assert torch.equal(attack(model, x.double(), y.int(), step_size='2/255'), expected)
+    half = attack(model.bfloat16(), x, y)
+    assert half.dtype == torch.float32 and ThreatModel().contains(half, x).all()
 
 
 @pytest.mark.slow
@@ -74,6 +82,11 @@ def test_autoattack_of_a_batch(classifier):
         ({'x': torch.rand(6, 3, 32, 32) * 255}, r'pixels must lie in \[0, 1\]'),
         ({'y': torch.zeros(5, dtype=torch.int64)}, 'labels must be whole numbers'),
         ({'threat_model': ThreatModel('L2', 128)}, "write '128/255'"),
+        ({'y': torch.full((6,), 10)}, r'labels must lie in 0\.\.9'),
+        ({'steps': 0}, 'steps must be at least 1'),
+        ({'batch_size': 0}, 'batch_size must be at least 1'),
+        ({'step_size': -1}, 'step_size -1 is not a positive number'),
+        ({'step_size': 0.1}, 'wider than the ball'),
     ],
 )
 def test_what_is_no_batch_is_refused(classifier, change, match):

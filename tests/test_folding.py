@@ -164,6 +164,17 @@ def test_what_cannot_be_folded_is_left_alone():
     torch.testing.assert_close(net(x), model(x))
 
 
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('hooked', [nn.utils.spectral_norm, nn.utils.weight_norm])
+def test_weights_that_a_hook_computes_are_not_folded(hooked):
+    layers = [hooked(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)]
+    model, x = unsettle(nn.Sequential(*layers).requires_grad_(False)), torch.rand(2, 3, 8, 8)
+    model(x)
+    net = FoldedNet(model, x)
+    assert net.pairs == {'2': '3'}
+    torch.testing.assert_close(net(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_low_precision_weights():
     model, x = unsettle(timm.create_model('resnet18_silu', width=8)), torch.rand(2, 3, 32, 32)
     net = FoldedNet(model, x, torch.bfloat16)

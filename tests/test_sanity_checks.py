@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_robust.evaluation.sanity_checks import find_problems
+from timm_robust.evaluation.sanity_checks import _outputs, find_problems
 from timm_robust.threat_model import ThreatModel
 
 EPS = ThreatModel('Linf', 0.05)
@@ -62,6 +62,13 @@ class Shattered(Wrapped):
         return self.net(x + 1e-3 * torch.sin(3e4 * x))
 
 
+class Lost(Wrapped):
+    """A root whose derivative at zero is infinite, times zero: the gradient is NaN, the logits are not."""
+
+    def forward(self, x):
+        return self.net(x) + (0 * x).flatten(1).sum(1, keepdim=True).sqrt()
+
+
 def images(model, n=40):
     x = torch.rand(n, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.6 + 0.2
     with torch.no_grad():
@@ -84,6 +91,7 @@ def test_an_honest_model_raises_no_doubt():
         (Rounded, 'PGD without a bound leaves'),
         (Saturated, 'have a gradient of exactly zero'),
         (BatchStatistics, 'depend on the others of its batch'),
+        (Lost, '40 of 40 images have a gradient that is not finite'),
         (Shattered, 'PGD without a bound leaves'),
     ],
 )
@@ -109,3 +117,10 @@ def test_inputs_and_labels():
     assert any('outside [0, 1]: eps is not in pixels' in doubt for doubt in find_problems(model, 4 * x - 2, y, EPS))
     shuffled = (y + 1) % 10
     assert any('about chance for 10 classes' in doubt for doubt in find_problems(model, x, shuffled, EPS))
+
+
+@pytest.mark.parametrize(('classes', 'right', 'said'), [(2, 37, False), (2, 31, True), (10, 8, False), (10, 7, True)])
+def test_chance_is_what_guesses_reach_and_not_half_above_it(classes, right, said):
+    logits = torch.eye(classes)[torch.zeros(50, dtype=torch.long)]
+    found = _outputs(nn.Identity(), logits - 0.5, torch.arange(50) < right, 50)
+    assert any('about chance' in doubt for doubt in found) == said

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from timm_robust.threat_model import ThreatModel, check_images, parse_eps
+from timm_robust.threat_model import ThreatModel, check_images, check_step_size, parse_eps, resolved_step_size
 
 MODELS = [ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5), ThreatModel('Linf', 0.0), ThreatModel('L2', 128 / 255)]
 ids = [str(m) for m in MODELS]
@@ -46,6 +46,23 @@ def test_linf_projects_to_the_nearest_allowed_point_l2_where_no_pixel_is_clipped
     torch.testing.assert_close(linf.flatten(), torch.tensor([0.0, 0.75]))  # nearest in each coordinate
     l2 = ThreatModel('L2', 0.25).project(far, x)  # half of (-0.4, 0.3), then clipped; the nearest is (0, 0.75)
     torch.testing.assert_close(l2.flatten(), torch.tensor([0.0, 0.65]))
+
+
+def test_l2_norms_of_large_images_are_exact_to_rounding():
+    x = torch.full((1, 3, 224, 224), 0.5)
+    far, ball = x + 0.0137, ThreatModel('L2', 3)
+    length = (far - x).double().square().sum().sqrt().item()
+    assert ball.distance(far, x).item() == pytest.approx(length, rel=1e-6)
+    near = (ball.project(far, x) - x).double().square().sum().sqrt().item()
+    assert near == pytest.approx(3, rel=3e-6)  # pixels near 0.5 are rounded by 3e-8 of 0.008
+
+
+@pytest.mark.parametrize('steps', [1, 2, 10])
+def test_the_default_step_of_pgd_may_be_given_too(steps):
+    step = resolved_step_size(None, 8 / 255, steps, 'step_size')
+    check_step_size(step, 8 / 255, 'step_size')
+    assert step == pytest.approx(8 / 255 * {1: 2, 2: 1.25, 10: 0.25}[steps])
+    assert resolved_step_size('2/255', 8 / 255, steps, 'step_size') == 2 / 255
 
 
 def test_step_lengths():

@@ -29,7 +29,7 @@ from .distributed import World
 from .evaluation import DEFAULT_N, default_batch_size, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
 from .models import BEST, check_model_kwargs, load_model
-from .results import ATTACKS, SCREENS, RobustnessResult, is_record
+from .results import ATTACKS, NOT_CHECKED, SCREENS, RobustnessResult, is_record
 from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
 from .training import HELD_OUT, held_out_images
 
@@ -203,6 +203,7 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     if args.dataset is None and named:
         args.dataset = record.dataset
     args.search, args.screen = record.search != 'model', record.screen
+    args.checks &= NOT_CHECKED not in record.warnings
     if record.steps is not None:
         args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
 
@@ -254,7 +255,7 @@ def _parser() -> Parser:
         dest='pgd_step_size',
         type=parse_eps,
         metavar='EPS',
-        help='step of PGD; 2.5 eps / steps if not given',
+        help='step of PGD; 2.5 eps / steps if not given, and 2 eps at most',
     )
     add(
         '--batch-size',

@@ -38,18 +38,23 @@ class Precision:
 
 
 @contextmanager
-def ieee_convolutions() -> Iterator[None]:
-    """Convolutions of fp32 in fp32: PyTorch lets cuDNN round their inputs to TF32 (10 bits), an error of about 5e-4.
+def ieee_fp32() -> Iterator[None]:
+    """Convolutions and matrix products of fp32 in fp32, whatever the user set.
 
-    PyTorch 2.9 has a setting for each operator; the older flag is kept in step: it cannot be read where they differ.
+    By itself PyTorch lets cuDNN round the inputs of convolutions to TF32 (10 bits), an error of about 5e-4. PyTorch 2.9
+    has a setting for each operator; the older flags are kept in step: they cannot be read where they differ.
     """
     cudnn: Any = torch.backends.cudnn
-    operators: list[Any] = [getattr(cudnn, name, None) for name in ('conv', 'rnn')]
+    backends = (cudnn, torch.backends.cuda, torch.backends.mkldnn)
+    operators: list[Any] = [getattr(backend, name, None) for backend in backends for name in ('conv', 'rnn', 'matmul')]
     operators = [operator for operator in operators if hasattr(operator, 'fp32_precision')]
-    before, flag = [op.fp32_precision for op in operators], None
+    before, flag, products = [op.fp32_precision for op in operators], None, None
     with suppress(RuntimeError):  # the operators differ
         flag = cudnn.allow_tf32
         cudnn.allow_tf32 = False
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision('highest')
     for op in operators:
         op.fp32_precision = 'ieee'
     try:
@@ -57,6 +62,8 @@ def ieee_convolutions() -> Iterator[None]:
     finally:
         if flag is not None:
             cudnn.allow_tf32 = flag
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
         for op, value in zip(operators, before, strict=True):
             op.fp32_precision = 'none'  # that is, what holds for all operators
             if op.fp32_precision != value:

@@ -21,6 +21,8 @@ from .provenance import public_name
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
 SCREENS = (None, 'bf16')
+NOT_CHECKED = 'not checked for signs of masked gradients (--no-checks)'
+"""The warning of a record whose measurement left the search for them out."""
 _ACCURACIES = {'clean_acc': 'clean', 'pgd_acc': 'PGD', 'apgd_acc': 'APGD-CE + APGD-T', 'autoattack_acc': 'AutoAttack'}
 
 
@@ -55,7 +57,8 @@ class RobustnessResult:
         model: name of the model; of a path only the last two components are kept.
         dataset: name of the data set.
         split: its part, such as 'test'.
-        n: number of images, the first n of the split.
+        n: number of images: the first of the split (of a stream those that could be read), or evenly spread ones of a
+            folder and of a run's held-out images.
         norm: 'Linf' or 'L2'.
         eps: radius in pixels on the [0, 1] scale.
         eps_text: the radius as the field writes it, '8/255'.

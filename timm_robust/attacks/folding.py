@@ -16,7 +16,7 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from ..precision import ieee_convolutions
+from ..precision import ieee_fp32
 
 _CONVS = (nn.Conv2d, Conv2dSame)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
@@ -91,7 +91,7 @@ def _pairs(net: nn.Module, example: torch.Tensor) -> dict[str, str]:
 
     hooks = []
     for module in names:
-        if type(module) in _CONVS:
+        if type(module) in _CONVS and 'weight' in module._parameters:  # not one that a hook computes anew
             hooks.append(module.register_forward_hook(after_conv))
         elif type(module) in _NORMS and module.running_var is not None:
             hooks.append(module.register_forward_pre_hook(before_norm))
@@ -121,7 +121,7 @@ def _folds(model: nn.Module, pairs: dict[str, str], example: torch.Tensor) -> bo
     folded = copy.deepcopy(probe)
     _fold(folded, pairs)
     _take_weights(folded, probe, pairs)
-    with ieee_convolutions():
+    with ieee_fp32():
         expected = probe(example)
         return bool((folded(example) - expected).abs().max() <= _TOLERANCE * expected.abs().max())
 

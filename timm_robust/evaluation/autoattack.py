@@ -22,10 +22,12 @@ from torch import nn
 
 from ..attacks import attacked
 from ..distributed import World
-from ..precision import ieee_convolutions
+from ..precision import ieee_fp32
 from ..threat_model import ThreatModel, check_images
 from .batch_store import BatchStore, Found, identity
-from .runner import VERSIONS, Fp32Logits, Report, Runner, device_of
+from .runner import VERSIONS, Fp32Logits, Report, Runner, check_counts, device_of, upstream
+
+_KNOWN_BY = 16  # images whose logits tell a state_dir's model from another
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,28 +94,30 @@ def autoattack(
 
     Raises:
         ImportError: if pyautoattack is missing.
-        ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), and a state_dir of
-            another measurement.
+        ValueError: for an unknown version, wrong images or labels, bounds other than (0, 1), images of a size that
+            Square fails at, and a state_dir of another measurement.
     """
-    _check(x, y, threat_model, version, batch_size)
+    check_autoattack(x, y, threat_model, version, batch_size)
     x = x.detach().float().contiguous()
     y = y.detach().long().to(x.device)
     report, store = Report(progress), None
-    if state_dir is not None:
-        facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model), 'eps': threat_model.eps}
-        facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
-        store = BatchStore(state_dir, facts)
+    world = world or World(x.device)
     with undisturbed(model):
         runner = partial(Runner, x=x, threat_model=threat_model, batch_size=batch_size, seed=seed, report=report)
         plain = runner(model)
         check_images(x, y, plain.num_classes)
+        if state_dir is not None:
+            facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model), 'eps': threat_model.eps}
+            facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
+            logits = _logits(plain.logits, x[:_KNOWN_BY], batch_size).cpu()
+            store = BatchStore(state_dir, facts, world.broadcast_object(logits))  # one text for all processes
         y_pred = predict(plain.logits, x, batch_size)
         clean_correct = y_pred == y
         if search is not None and not _labels_alike(search, x, y_pred, batch_size, report):
             search = None
         searcher = plain if search is None else runner(search)
         steps = _steps(plain.plan(version), searcher, None if screen is None else runner(screen))
-        batches = _Batches(plain, x, y, threat_model, report, store, world or World(x.device))
+        batches = _Batches(plain, x, y, threat_model, report, store, world)
         verdicts, per_attack = _Verdicts(clean_correct, x.clone(), y_pred), {'clean': share(clean_correct)}
         for place, step in enumerate(steps):
             batches.attack_all(step, verdicts, later=sum(other.work for other in steps[place + 1 :]))
@@ -280,12 +284,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         sys.settrace(trace)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32."""
+    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32.
+
+    An image with a logit that is NaN has no label: -1, which is never right.
+    """
+    logits = _logits(model, x, batch_size)
+    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Logits [N, classes] on the images' device, in fp32 without TF32."""
     device = device_of(model, x)
-    with ieee_convolutions():
-        return torch.cat([model(part.to(device)).argmax(1).to(x.device) for part in x.split(batch_size)])
+    with ieee_fp32():
+        return torch.cat([model(part.to(device)).to(x.device) for part in x.split(batch_size)])
 
 
 def recheck(
@@ -307,16 +320,34 @@ def share(flags: torch.Tensor) -> float:
     return int(flags.sum()) / len(flags)
 
 
-def _check(x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, version: str, batch_size: int) -> None:
-    """Refuse what AutoAttack cannot do."""
+def check_autoattack(
+    x: torch.Tensor, y: torch.Tensor, threat_model: ThreatModel, version: str, batch_size: int
+) -> None:
+    """Refuse, before any work, what AutoAttack cannot do; the arguments are those of `autoattack`.
+
+    Raises:
+        ImportError: if pyautoattack is missing.
+        ValueError: saying what is allowed.
+    """
+    upstream()
     if version not in VERSIONS:
         raise ValueError(f'version {version!r} is unknown; allowed: {", ".join(VERSIONS)}')
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    check_counts(batch_size=batch_size)
     if threat_model.bounds != (0.0, 1.0):
         raise ValueError(f'AutoAttack clips to [0, 1], got bounds {threat_model.bounds}; write bounds=(0.0, 1.0)')
     check_images(x, y)
     if not len(x):
         raise ValueError('there are no images to attack')
-    if version == 'standard' and threat_model.norm == 'L2' and min(x.shape[2:]) < 5:
-        raise ValueError(f"Square L2 needs sides of at least 5 pixels, got {list(x.shape[2:])}; write version='apgd'")
+    height, width = x.shape[2:]
+    if version == 'standard' and threat_model.norm == 'L2' and not _tiles(height, width):
+        raise ValueError(
+            f"Square L2 of pyautoattack fails at images of {height} x {width} pixels; write version='apgd' "
+            '(--attack apgd), or take images of another size: 32 x 32 and 224 x 224 work'
+        )
+
+
+def _tiles(height: int, width: int) -> bool:
+    """Whether Square L2 finds room for its first windows, of a fifth of the height a side, none cut off at the rim."""
+    side = height // 5
+    start = (height - 5 * side) // 2
+    return side == 1 or (side > 1 and all(start + length // side * side <= length for length in (height, width)))

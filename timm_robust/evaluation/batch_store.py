@@ -21,6 +21,7 @@ from torch import nn
 from ..files import atomic_file
 
 _IDENTITY = 'identity.json'
+_ROUNDING = 1e-4  # of the largest logit; that of fp32 is 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,29 +50,41 @@ class BatchStore:
 
     Args:
         folder: made if missing.
-        facts: what identifies the measurement: a folder of another one is refused. Each file repeats their SHA-256, so
-            that where identity.json is damaged or gone, and so written anew, no file of another measurement counts.
+        facts: what identifies the measurement: a folder of another one is refused.
+        logits: the model's for the first images, [N, classes] on the CPU. They tell apart what the facts do not: two
+            models of the same weights and repr with another setting, such as a ViT's number of heads.
+
+    Each file repeats the SHA-256 of identity.json, which holds both, so that where that is damaged or gone, and so
+    written anew, no file of another measurement counts.
 
     Raises:
         ValueError: saying what differs from the measurement that the folder belongs to.
         OSError: if the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, facts: dict[str, Any]) -> None:
+    def __init__(self, folder: str | Path, facts: dict[str, Any], logits: torch.Tensor) -> None:
         """Claim the folder, or check that it is this measurement's."""
-        self.folder, text = Path(folder), json.dumps(facts, indent=2)
-        self.measurement = hashlib.sha256(text.encode()).hexdigest()
+        self.folder, text = Path(folder), json.dumps(facts | {'logits': logits.tolist()}).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / _IDENTITY
         try:
-            theirs = json.loads(path.read_text(encoding='utf-8'))
+            kept = path.read_bytes()
+            theirs = json.loads(kept)
         except (FileNotFoundError, ValueError, RecursionError):
             theirs = None
         if not isinstance(theirs, dict):
             with atomic_file(path) as file:
-                file.write(text.encode())
+                file.write(text)
+            self.measurement = hashlib.sha256(text).hexdigest()
             return
+        self.measurement = hashlib.sha256(kept).hexdigest()  # of their logits, which rounding may tell from these
         differ = [f'{key} {theirs.get(key)}, now {value}' for key, value in facts.items() if theirs.get(key) != value]
+        if 'logits' not in theirs:
+            differ.append('an older version wrote it, without logits to know the model by')
+        elif not _alike(logits, theirs['logits']):
+            differ.append(
+                'the model has other logits now (a setting that its weights do not show, or a random forward pass)'
+            )
         if differ:
             raise ValueError(
                 f'{self.folder} belongs to another measurement: {"; ".join(differ)}; name another folder, or delete it'
@@ -117,6 +130,16 @@ class BatchStore:
 
     def _path(self, attack: str, number: int) -> Path:
         return self.folder / f'{attack}-{number:05d}.npz'
+
+
+def _alike(logits: torch.Tensor, kept: Any) -> bool:
+    """Whether the logits that a folder holds are these, but for rounding."""
+    try:
+        theirs = torch.tensor(kept, dtype=logits.dtype)
+    except (TypeError, ValueError, RuntimeError):  # they are no numbers
+        return False
+    tolerance = _ROUNDING * logits.nan_to_num(0, 0, 0).abs().max().item()
+    return logits.shape == theirs.shape and torch.allclose(logits, theirs, 0, tolerance, equal_nan=True)
 
 
 def _check(found: Found, size: int, shape: Sequence[int]) -> None:

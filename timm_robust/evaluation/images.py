@@ -16,8 +16,9 @@ from torch import nn
 
 from ..attacks import attacked, cross_entropy_of, pgd
 from ..pixels import pixel_input
-from ..threat_model import ThreatModel, check_images
+from ..threat_model import ThreatModel, check_images, resolved_step_size
 from .autoattack import autoattack
+from .runner import Fp32Logits, check_counts, device_of
 
 METHODS = ('pgd', 'autoattack')
 
@@ -30,7 +31,7 @@ def attack(
     *,
     method: str = 'pgd',
     steps: int = 10,
-    step_size: float | None = None,
+    step_size: float | str | None = None,
     batch_size: int = 250,
     seed: int = 0,
 ) -> torch.Tensor:
@@ -45,30 +46,36 @@ def attack(
             whether it fools the model or not; 'autoattack' is the standard AutoAttack (Croce and Hein 2020), and
             returns the image itself where nothing was found.
         steps: of PGD.
-        step_size: of PGD, in pixels; 2.5 eps / steps if None.
+        step_size: of PGD, in pixels, such as '2/255'; 2.5 eps / steps if None, and 2 eps at most.
         batch_size: images a batch.
         seed: of the attack.
 
     Returns:
-        Images [N, C, H, W], inside the ball and the pixel range, on the device of x.
+        Images [N, C, H, W] of float32, inside the ball and the pixel range, on the device of x; the model may be on
+        another, and of any floating type.
 
     Raises:
         ImportError: if pyautoattack is missing, for 'autoattack'.
-        ValueError: for another method, and for tensors that are no images in [0, 1] with labels.
+        ValueError: for another method, for settings that no attack can have, and for tensors that are no images in
+            [0, 1] with labels of the model's classes.
     """
     threat_model = threat_model or ThreatModel()
     if method not in METHODS:
         raise ValueError(f'method {method!r} is unknown; allowed: {", ".join(METHODS)}')
+    check_counts(steps=steps, batch_size=batch_size)
+    step = resolved_step_size(step_size, threat_model.eps, steps, 'step_size')
     check_images(x, y)
     threat_model.check_scale()
     network = pixel_input(model)
     if method == 'autoattack':
         return autoattack(network, x, y, threat_model, batch_size=batch_size, seed=seed).x_adv
-    step = 2.5 * threat_model.eps / steps if step_size is None else step_size
-    generator = torch.Generator(x.device).manual_seed(seed)
-    parts = []
+    logits, device, x, parts = Fp32Logits(network), device_of(network, x), x.detach().float(), list[torch.Tensor]()
+    generator = torch.Generator(device).manual_seed(seed)
     with attacked(network):
+        with torch.no_grad():
+            check_images(x, y, logits(x[:1].to(device)).shape[1])
         for images, labels in zip(x.split(batch_size), y.split(batch_size), strict=True):
-            climb = cross_entropy_of(network, labels)
-            parts.append(pgd(climb, images, threat_model, steps=steps, step_size=step, generator=generator))
+            climb = cross_entropy_of(logits, labels.to(device).long())
+            found = pgd(climb, images.to(device), threat_model, steps=steps, step_size=step, generator=generator)
+            parts.append(found.to(x.device))
     return torch.cat(parts)

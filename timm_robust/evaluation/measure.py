@@ -19,10 +19,10 @@ from ..distributed import World
 from ..models import trained_classes
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
-from ..results import ATTACKS, SCREENS, RobustnessResult
-from ..threat_model import ThreatModel, check_step_size
-from .autoattack import autoattack, predict, recheck, share, undisturbed
-from .runner import Fp32Logits, device_of, dtype_of, upstream
+from ..results import ATTACKS, NOT_CHECKED, SCREENS, RobustnessResult
+from ..threat_model import ThreatModel, resolved_step_size
+from .autoattack import autoattack, check_autoattack, predict, recheck, share, undisturbed
+from .runner import Fp32Logits, check_counts, device_of, dtype_of
 from .sanity_checks import find_problems
 from .search_network import Bf16, search_model
 from .split import default_batch_size
@@ -74,11 +74,11 @@ def evaluate(
     Args:
         model: images -> logits, as timm trains it; normalisation by its pretrained_cfg is added here.
         data: the split to measure on.
-        threat_model: norm, radius and bounds.
+        threat_model: norm and radius; the bounds must be (0, 1).
         attack: 'autoattack' (standard), 'apgd' (its first two attacks), 'pgd' or 'none'. PGD runs unless 'none'.
         n: number of images, the first of the split; None for all.
         pgd_steps: steps of PGD on the cross-entropy.
-        pgd_step_size: step in pixels; 2.5 eps / pgd_steps if None.
+        pgd_step_size: step in pixels; 2.5 eps / pgd_steps if None, and 2 eps at most.
         pgd_restarts: random starts; an image that falls to one of them is broken.
         batch_size: images a batch; None: 250, or of images above 64 pixels a side as many pixels. PGD's random starts
             do not depend on it, AutoAttack's do.
@@ -91,7 +91,8 @@ def evaluate(
         search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
         screen: 'bf16': APGD-CE and APGD-T run in bfloat16 first, and what the model does not confirm is attacked whole.
         state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
-        checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings.
+        checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings,
+            as does leaving this out.
         world: the processes that share AutoAttack's batches out; each gets the whole result.
 
     Returns:
@@ -104,12 +105,15 @@ def evaluate(
     """
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
     batch_size = default_batch_size(data) if batch_size is None else batch_size
-    counts = {'pgd_steps': pgd_steps, 'pgd_restarts': pgd_restarts, 'batch_size': batch_size}
-    _check_settings(attack, screen, counts, pgd_step_size, threat_model.eps, img_size)
+    check_counts(pgd_steps=pgd_steps, pgd_restarts=pgd_restarts, batch_size=batch_size)
+    _check_settings(attack, screen, threat_model, img_size)
+    step_size = resolved_step_size(pgd_step_size, threat_model.eps, pgd_steps, 'pgd_step_size')
     data = data if n is None else data.first(n)
     if classes := trained_classes(model):
         data = data.with_classes(classes)
     x, pixels = data.pixels(), pixel_input(model, img_size)
+    if attack in _VERSIONS:
+        check_autoattack(x, data.labels, threat_model, _VERSIONS[attack], batch_size)
     facts: dict[str, Any] = {'model': name or _name(model), 'dtype': str(dtype_of(model)).removeprefix('torch.')}
     facts |= {'dataset': data.name, 'split': split, 'n': len(x), 'data_sha256': data.sha256(), 'img_size': img_size}
     facts |= {'norm': threat_model.norm, 'eps': threat_model.eps, 'eps_text': threat_model.eps_text}
@@ -124,16 +128,17 @@ def evaluate(
         tensors = {'y': data.labels, 'y_pred': y_pred, 'clean_correct': y_pred == data.labels}
         facts['clean_acc'] = share(tensors['clean_correct'])
         if attack != 'none':
-            facts |= {'steps': pgd_steps, 'restarts': pgd_restarts}
-            facts['step_size'] = 2.5 * threat_model.eps / pgd_steps if pgd_step_size is None else pgd_step_size
+            facts |= {'steps': pgd_steps, 'step_size': step_size, 'restarts': pgd_restarts}
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
             if checks:
                 few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
                 doubts = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
+            else:
+                doubts = [NOT_CHECKED]
         if attack in _VERSIONS:
             settings: dict[str, Any] = {'search': search, 'screen': screen, 'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
-        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *doubts]
+        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *_without_label(tensors), *doubts]
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
     seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)
@@ -141,27 +146,16 @@ def evaluate(
     return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
 
 
-def _check_settings(
-    attack: str,
-    screen: str | None,
-    counts: dict[str, int],
-    step_size: float | None,
-    eps: float,
-    img_size: int | None,
-) -> None:
-    """Refuse, before any work, what no measurement can mean, and AutoAttack without its library."""
+def _check_settings(attack: str, screen: str | None, threat_model: ThreatModel, img_size: int | None) -> None:
+    """Refuse, before any work, what no measurement can mean."""
     if attack not in ATTACKS:
         raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
     if screen not in SCREENS:
         raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
-    for what, count in counts.items():
-        if count < 1:
-            raise ValueError(f'{what} must be at least 1, got {count}')
-    check_step_size(step_size, eps, 'pgd_step_size')
+    if threat_model.bounds != (0.0, 1.0):
+        raise ValueError(f'images lie in [0, 1], got bounds {threat_model.bounds}; write bounds=(0.0, 1.0)')
     if img_size is not None and not 8 <= img_size <= 4096:
         raise ValueError(f'img_size {img_size} is no size of an image; allowed: 8 to 4096')
-    if attack in _VERSIONS:
-        upstream()
 
 
 def _check_fit(logits: nn.Module, data: ImageData) -> None:
@@ -252,6 +246,14 @@ def _autoattack(
     record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
     return record | {'rejected': facts['rejected'] + result.rejected, 'earlier_s': result.earlier_s}
+
+
+def _without_label(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """How many images and adversarial images the model has no label for; a line of text each."""
+    clean = tensors['y_pred'] < 0
+    flags = {'images': clean, 'adversarial images': (tensors.get('y_pred_adv', tensors['y_pred']) < 0) & ~clean}
+    counts = {what: int(lost.sum()) for what, lost in flags.items()}
+    return [f'the logits of {n} {what} are NaN: they count as wrong' for what, n in counts.items() if n]
 
 
 def _distances(x: torch.Tensor, tensors: dict[str, torch.Tensor], threat_model: ThreatModel) -> dict[str, float]:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..activations import Kernels, PSiLU, PSSiLU, compiled_kernels, using
 from ..attacks import FoldedNet
-from ..precision import ieee_convolutions
+from ..precision import ieee_fp32
 from .runner import device_of, dtype_of
 
 _TOLERANCE = 1e-4  # of the logits' largest value
@@ -61,7 +61,7 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
         return None
     x = x.to(device_of(model, x))
     folded = FoldedNet(model, x[:2])
-    with torch.no_grad(), ieee_convolutions():
+    with torch.no_grad(), ieee_fp32():
         started = time.perf_counter()
         expected = model(x)
         seconds = _LEAST_FORWARDS * images / len(x) * (time.perf_counter() - started)
