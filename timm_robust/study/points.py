@@ -144,8 +144,8 @@ def measure(arm: Arm, measurement: Measurement, folder: Path) -> dict[str, Any]:
     model = load_model(folder, device=device)
     data = read_images(recipe, measurement).to(device)
     result, verdicts = evaluate(model, data, recipe.threat_model, attack=measurement.attack, name=folder.name)
-    keys = ('attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'n', 'data_sha256')
-    row = {key: getattr(result, key) for key in keys}
+    row = {key: getattr(result, key) for key in ('attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'n')}
+    row['data_sha256'] = data.sha256()
     if measurement.landscape:
         x, y, eps, net = data.pixels(), data.labels, recipe.threat_model.eps, pixel_input(model)
         generator, right = torch.Generator(device).manual_seed(0), verdicts['clean_correct']
