@@ -195,7 +195,7 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
     settings += ['--max-steps', '1', '--jobs', '1', '--rates', str(tmp_path / 'rates.csv')]
     assert study(settings) == 2 and 'has no rate for random weights and 16 pictures' in capsys.readouterr().err
     script = study.__wrapped__.__globals__
-    with pytest.raises(ValueError, match=r'timm-robust evaluate nobody failed: error: .* no model in the timm registry'):
+    with pytest.raises(ValueError, match=r'evaluate nobody failed: error: .* no model in the timm registry'):
         script['run']('evaluate', 'nobody')
 
     def run(*words):  # in this process: others take seconds to begin
