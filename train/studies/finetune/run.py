@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--max-steps', type=count, help='end each training early, to try the script')
     args = parser.parse_args(argv)
     starts = [(start, n) for n in args.images for start in COLOURS]
+    test: tuple[str, ...]
     if args.tune:
         seeds, test = [TUNE_SEED], TUNING
         arms = [Arm(*start, TUNE_SEED, lr) for start in starts for lr in GRID]
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_pictures(args.data_dir, args.output, args.images, seeds)
     sources = [(start, seed) for seed in seeds for start in LOSSES]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda source: learn_source(args.output, *source, args.max_steps), sources))
+        list(pool.map(lambda source: learn_source(args.output, source, args.max_steps), sources))
         records = list(pool.map(lambda arm: measure(args.output, arm, test, args.max_steps), arms))
     if args.tune:
         write_rates(args.rates, arms, records)
@@ -161,9 +162,9 @@ def arm_run(arm: Arm, max_steps: int | None) -> tuple[str, list[str]]:
     return named(f'{arm.start}-{arm.images}-s{arm.seed}', settings, source), settings
 
 
-def learn_source(output: Path, start: str, seed: int, max_steps: int | None) -> None:
-    """Train a network on the eight classes, or go on."""
-    name, settings = source_run(start, seed, max_steps)
+def learn_source(output: Path, source: tuple[str, int], max_steps: int | None) -> None:
+    """Train a network on the eight classes, from a start's name and a seed, or go on."""
+    name, settings = source_run(*source, max_steps)
     place = ['--data-dir', str(output / 'source'), '--output', str(output / 'sources'), '--experiment', name]
     run('train', *settings, *place, '--resume', 'auto')
 
