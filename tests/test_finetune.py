@@ -17,7 +17,7 @@ from tiny_runs import tiny
 
 from timm_robust import cli
 from timm_robust.data import CIFAR10_CLASSES
-from timm_robust.training import builder
+from timm_robust.training import builder, parse_recipe
 from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
 from timm_robust.training.checkpoints import save_checkpoint
@@ -184,7 +184,7 @@ def test_a_folder_of_pictures_becomes_a_measured_release(tmp_path, capsys, recip
 
 
 @pytest.mark.slow
-def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was(tmp_path, capsys):
+def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     pa = pytest.importorskip('pyarrow')
     import pyarrow.parquet as pq
 
@@ -194,15 +194,53 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
         rows = [{'bytes': file.read_bytes(), 'path': None} for file in files]
         pq.write_table(pa.table({'img': rows, 'label': [*range(10)] * 20}), tmp_path / f'{split}.parquet')
     study = runpy.run_path(str(Path(__file__).parents[1] / 'train/studies/finetune/run.py'))['main']
-    settings = ['--data-dir', str(tmp_path), '-o', str(tmp_path / 'out'), '--images', '20', '--seeds', '1', '-n', '4']
-    settings += ['--max-steps', '1', '--jobs', '1']
+    settings = ['--data-dir', str(tmp_path), '-o', str(tmp_path / 'out'), '--images', '16', '--seeds', '1', '-n', '4']
+    settings += ['--max-steps', '1', '--jobs', '1', '--rates', str(tmp_path / 'rates.csv')]
+    assert study(settings) == 2 and 'has no rate for random weights and 16 pictures' in capsys.readouterr().err
+    script = study.__wrapped__.__globals__
+    with pytest.raises(ValueError, match=r'evaluate nobody failed: error: .* no model in the timm registry'):
+        script['run']('evaluate', 'nobody')
+
+    def run(*words):  # in this process: others take seconds to begin
+        print('timm-robust', *words)
+        assert cli.main(list(words)) == 0
+
+    monkeypatch.setitem(script, 'run', run)
+    monkeypatch.setattr('timm_robust.train.listen', lambda *_: None)  # signals go to main threads alone
+    monkeypatch.setitem(script, 'GRID', (0.01,))
+    assert study([*settings, '--tune']) == 0
+    rates = [*csv.DictReader((tmp_path / 'rates.csv').read_text().splitlines())]
+    assert [(row['start'], row['lr']) for row in rates] == [(s, '0.01') for s in ('random', 'ordinary', 'robust')]
+    capsys.readouterr()
     assert study(settings) == 0
     out, said = tmp_path / 'out', capsys.readouterr()
     assert (out / 'source/classes.txt').read_text().split() == [*CIFAR10_CLASSES[:1], *CIFAR10_CLASSES[2:9]]
-    assert sorted(path.name for path in (out / 'own-20-s0').iterdir()) == ['automobile', 'truck']
+    with np.load(out / 'own-16-s0/train.npz') as own, np.load(out / 'test/validation.npz') as left:
+        assert own['image'].shape == (32, 3, 32, 32) and own['label'].sum() == 16 and len(left['label']) == 4
+        assert not (own['image'][:, None] == left['image']).all((2, 3, 4)).any()
     rows = [*csv.DictReader((out / 'results.csv').read_text().splitlines())]
     assert [row['start'] for row in rows] == ['random', 'ordinary', 'robust'] and {row['n'] for row in rows} == {'4'}
+    assert {row['steps'] for row in rows} == {'1'}
     assert (out / 'findings.md').read_text() in said.out and (out / 'accuracy.png').stat().st_size > 5000
     assert study(settings) == 0 and 'timm-robust evaluate' not in capsys.readouterr().out
-    (out / 'records/robust-20-s0.npz').unlink()  # as after a kill between the two files of a measurement
+    next(out.glob('records/robust-16-s0-*.npz')).unlink()  # as after a kill between the two files of a measurement
     assert study(settings) == 0 and capsys.readouterr().out.count('timm-robust evaluate') == 1
+    assert study([*settings, '-n', '3']) == 0 and capsys.readouterr().out.count('timm-robust evaluate') == 3
+
+
+def test_every_arm_of_the_study_of_starts_takes_as_many_steps_under_the_rate_that_was_best(tmp_path):
+    names = runpy.run_path(str(Path(__file__).parents[1] / 'train/studies/finetune/run.py'))
+    arm, found = names['Arm'], {}
+    for images in (50, 200, 1000):
+        name, words = names['arm_run'](arm('robust', images, 0, 0.01), None)
+        recipe = parse_recipe(['finetune_folder', *words])
+        steps_per_epoch = 2 * images // recipe.batch_size
+        assert recipe.epochs * steps_per_epoch >= recipe.max_steps == 600 and recipe.held_out_of(2 * images) == 0
+        assert recipe.patience is None and recipe.warmup_epochs == recipe.epochs / 10 and recipe.val_split is None
+        found[name] = words
+    assert names['arm_run'](arm('robust', 50, 0, 0.03), None)[0] not in found
+    rates = tmp_path / 'rates.csv'
+    rates.write_text('start,images,lr,clean_acc,pgd_acc\nrandom,50,0.01,0.5,0.5\nrandom,50,0.1,0.8,0.45\n')
+    assert names['read_rates'](rates, [('random', 50)]) == {('random', 50): 0.1}
+    with pytest.raises(ValueError, match='no rate for robust weights and 50 pictures a class; measure them first'):
+        names['read_rates'](rates, [('robust', 50)])

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_runs import tiny
 
 from timm_robust.study import command, plots, points
 from timm_robust.study.design import read_study
-from timm_robust.study.findings import findings
+from timm_robust.study.findings import findings, write_findings
+from timm_robust.training import build, fit
 from timm_robust.training.watchdog import Diverged
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +63,8 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(tmp_path, ca
         robust, clean = verdicts['relu-frozen-pgd_at/robust'], verdicts['relu-frozen-pgd_at/clean_correct']
     assert robust.shape == clean.shape == (1, 6) and robust.mean() == pytest.approx(float(rows[4]['pgd_acc']))
     assert (robust <= clean).all()
-    assert json.loads((tmp_path / 'published/environment.json').read_text())['hardware']
+    [told] = json.loads((tmp_path / 'published/environment.json').read_text())['environments']
+    assert told['hardware'] and told == learned['environment'] and rows[0]['rollbacks'] == '0'
     kept = tmp_path / 'out/psilu-alpha2-frozen-pgd_at-s0.json'
     before = kept.stat().st_mtime_ns
     (tmp_path / 'out/relu-frozen-clean-s0.json').unlink()
@@ -117,7 +121,7 @@ def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(tmp_pa
     assert [row['clean_acc'] != '' for row in rows] == [True, False, True, True]
     (tmp_path / 'study.yaml').write_text(STUDY.replace('eps: 0.1', 'eps: 0.2'))
     assert command.main(arguments) == 2
-    assert 'was measured with other settings; name another folder with -o' in capsys.readouterr().err
+    assert 'comes from other settings; delete it, and the folder' in capsys.readouterr().err
 
 
 SMALL = {
@@ -156,29 +160,92 @@ def test_a_seed_is_finished_before_the_next_and_an_arm_has_settings_of_its_own(t
 
 
 def test_findings_pair_by_seed_and_image(tmp_path):
-    study = read_study(small(tmp_path, measure='{n: 1000, attack: apgd}'))
+    study = read_study(small(tmp_path, measure='{n: 1000, attack: apgd}', seeds='[0, 1, 2]'))
     rng, rows = np.random.default_rng(0), []
 
     def row(arm, seed, robust):
         return {'arm': arm, 'seed': seed, 'clean_correct': '1' * 1000, 'robust': ''.join('01'[bit] for bit in robust)}
 
-    for seed in (0, 1):
+    for seed in (0, 1, 2):
         plain = rng.random(1000) < 0.4 + 0.1 * seed  # seeds differ by much more than the arms
         better = plain | (rng.random(1000) < 0.03)
         rows += [row('plain', seed, plain * 1), row('psilu-alpha2-frozen-pgd_at', seed, better * 1)]
-    rows.append({'arm': 'plain', 'seed': 2, 'diverged': 'the loss is nan'})
     text = '\n'.join(findings(study, rows))
     effect = np.mean(
-        [int(a != b) for i in (0, 2) for a, b in zip(rows[i]['robust'], rows[i + 1]['robust'], strict=True)]
+        [int(a != b) for i in (0, 2, 4) for a, b in zip(rows[i]['robust'], rows[i + 1]['robust'], strict=True)]
     )
-    assert f'| it helps | psilu-alpha2-frozen-pgd_at - plain | +{100 * effect:.1f} (' in text
-    assert text.endswith('| shown |') and 'Diverged: plain-s2.' in text and '| plain | 2 | 100.0 (' in text
-    turned = [{**r, 'arm': {'plain': 'psilu-alpha2-frozen-pgd_at'}.get(r['arm'], 'plain')} for r in rows[:4]]
-    assert '\n'.join(findings(study, turned)).endswith('| contradicted |')
+    assert f'| it helps | psilu-alpha2-frozen-pgd_at - plain | 3 of 3 | +{100 * effect:.1f} (' in text
+    assert '| shown |\n\nIntervals are 95 %' in text and '| plain | 3 | 100.0 (' in text
+    turned = [{**r, 'arm': {'plain': 'psilu-alpha2-frozen-pgd_at'}.get(r['arm'], 'plain')} for r in rows]
+    assert '| contradicted |' in '\n'.join(findings(study, turned))
     alone = '\n'.join(findings(study, rows[:1]))
-    assert alone.endswith('|  | not measured |') and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
-    both = [{**rows[0], 'arm': arm} for arm in ('plain', 'psilu-alpha2-frozen-pgd_at')]
-    assert '\n'.join(findings(study, both)).endswith('| +0.0 (+0.0 to +0.0) | not shown |')
+    assert '| 0 of 3 |  | not yet |' in alone and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
+    same = [{**rows[0], 'arm': r['arm'], 'seed': r['seed']} for r in rows]
+    assert '| 3 of 3 | +0.0 (+0.0 to +0.0) | not shown |' in '\n'.join(findings(study, same))
+
+
+def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_path):
+    study = read_study(small(tmp_path, seeds='[0, 1, 2]'))
+    psilu = {'arm': 'psilu-alpha2-frozen-pgd_at', 'clean_correct': '1111', 'robust': '1110'}
+    plain = {'arm': 'plain', 'clean_correct': '1111', 'robust': '1000'}
+    rows = [{**arm, 'seed': seed} for seed in (0, 1, 2) for arm in (psilu, plain)]
+    assert '| 3 of 3 | +50.0 (+50.0 to +50.0) | shown |' in '\n'.join(findings(study, rows))
+    assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not yet |' in '\n'.join(findings(study, rows[:5]))
+    assert '| 1 of 3 | +50.0 | not yet |' in '\n'.join(findings(study, rows[:2]))
+    for lost in (4, 5):  # of the arm that is said to be better, and of the other
+        fallen = [*rows[:lost], {'arm': rows[lost]['arm'], 'seed': 2, 'diverged': 'the loss is nan'}, *rows[lost + 1 :]]
+        text = '\n'.join(findings(study, fallen))
+        assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not shown (1 seed lost) |' in text
+        assert f'Diverged: {rows[lost]["arm"]}-s2.' in text
+
+
+def test_a_training_goes_on_in_its_own_folder_alone(tmp_path, monkeypatch):
+    def begin(changed):
+        [arm] = read_study(small(tmp_path, sweeps=changed, claims='[]')).arms
+        points.train(arm, 0, 'one-s0', tmp_path)
+
+    monkeypatch.setattr(points, 'build', lambda recipe: 1 / 0)
+    sweeps = '[{name: one, act: psilu, alpha: [2], learned: true}]'
+    for _ in range(2):  # it begins, and goes on
+        with pytest.raises(ZeroDivisionError):
+            begin(sweeps)
+    for changed in (sweeps.replace('[2]', '[3]'), sweeps.replace('true', 'false')):
+        with pytest.raises(ValueError, match='one-s0 holds a training with other settings; delete it, or name'):
+            begin(changed)
+
+
+def test_images_are_held_against_what_is_kept_before_the_first_training(tmp_path, capsys):
+    study = read_study(small(tmp_path))
+    points.check_images(study, tmp_path)
+    kept = tmp_path / 'plain-s0.json'
+    kept.write_text('{"diverged": "the loss is nan"}')
+    points.check_images(study, tmp_path)
+    kept.write_text('{"data_sha256": "of others"}')
+    with pytest.raises(ValueError, match='psilu-alpha2-frozen-pgd_at-s0 and plain-s0 are of different images'):
+        points.check_images(study, tmp_path)
+    for measure, match in (('{n: 361}', 'cannot take the first 361'), ('{split: validation}', 'split .* is unknown')):
+        assert command.main([str(small(tmp_path, measure=measure)), '-o', str(tmp_path / 'out')]) == 2
+        assert re.search(match, capsys.readouterr().err) and not any((tmp_path / 'out').iterdir())
+
+
+def test_the_environments_of_the_points_are_listed_once_each(tmp_path):
+    study, [a, b] = read_study(small(tmp_path)), [{'commit': commit, 'hardware': 'one core'} for commit in 'ab']
+    row = {'arm': 'plain', 'clean_correct': '11', 'robust': '10'}
+    rows = [{**row, 'seed': seed, 'environment': where} for seed, where in enumerate((a, b, a))]
+    write_findings(study, rows, 'study.yaml', tmp_path / 'out')
+    told = json.loads((tmp_path / 'out/environment.json').read_text())
+    assert told == {'study': 'study.yaml', 'environments': [a, b]}
+    assert 'environment' not in (tmp_path / 'out/results.csv').read_text()
+
+
+@pytest.mark.slow
+def test_runs_that_held_out_other_images_are_not_paired(tmp_path, monkeypatch, capsys):
+    script = str(ROOT / 'train/studies/progressive_resizing/measure.py')
+    for seed in (0, 1):
+        fit(build(tiny(tmp_path, seed=seed, experiment=f's{seed}', max_steps=1)))
+    monkeypatch.setattr(sys, 'argv', [script, str(tmp_path / 's0'), str(tmp_path / 's1'), '--data-dir', 'none'])
+    with pytest.raises(SystemExit, match='held out different images'):
+        runpy.run_path(script)
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ class Arm:
     learned: bool
     recipe: dict[str, Any]
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """All that its training depends on, but seed and place."""
+        recipe = {key: value for key, value in self.recipe.items() if key != 'data_dir'}
+        return {'act': self.act, 'shape': self.shape, 'learned': self.learned, 'recipe': recipe}
+
     def facts(self, seed: int) -> dict[str, Any]:
         """What tells a point from the others, as columns of the table."""
         how = {'learned': self.learned, 'loss': self.recipe['loss']}
@@ -92,9 +98,7 @@ class Study:
 
     def digest(self, arm: Arm) -> str:
         """A short hash of all that a point of this arm depends on."""
-        trained = {key: value for key, value in vars(arm).items() if key not in ('name', 'recipe')}
-        recipe = {key: value for key, value in arm.recipe.items() if key != 'data_dir'}
-        depends = [trained, recipe, vars(self.measurement)]
+        depends = [arm.training, vars(self.measurement)]
         return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 
 from ..files import atomic_file
-from ..provenance import __version__, environment, git_commit
 from ..results import mean_interval
-from .design import Arm, Study
+from .design import Arm, Claim, Study
 from .points import write_json
 
 _ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
-_LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust')
+_LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
+_LIMITS = """
+Intervals are 95 %: mean +- t * sd / sqrt(seeds) of the seeds' accuracies, for a claim of their paired differences.
+They take seeds for normal draws, and say nothing of other images than these. A claim about arms that are equal is
+shown or contradicted one time in twenty; count the claims."""
 
 
 def write_findings(study: Study, rows: list[dict[str, Any]], source: str, folder: Path) -> None:
@@ -39,8 +42,11 @@ def write_findings(study: Study, rows: list[dict[str, Any]], source: str, folder
     arrays: dict[str, Any] = {f'{name}/{kind}': verdicts(name, rows, kind) for name in arms for kind in kinds}
     with atomic_file(folder / 'verdicts.npz') as file:
         np.savez_compressed(file, **arrays)
-    facts = {'study': source, 'timm_robust': __version__, 'commit': git_commit()}
-    write_json(folder / 'environment.json', facts | environment())
+    environments: list[Any] = []
+    for row in rows:
+        if row['environment'] not in environments:
+            environments.append(row['environment'])
+    write_json(folder / 'environment.json', {'study': source, 'environments': environments})
 
 
 def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
@@ -55,28 +61,37 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     if lost:
         lines += ['', f'Diverged: {", ".join(lost)}.']
     if study.claims:
-        lines += ['', '| claim | arms | effect (points) | |', '|---|---|---|---|']
+        lines += ['', '| claim | arms | pairs of seeds | effect (points) | |', '|---|---|---|---|---|']
     for claim in study.claims:
         more, than = (by_seed(name, rows, 'robust') for name in (claim.more, claim.than))
         both = sorted(more.keys() & than.keys())
-        effect, word = '', 'not measured'
-        if both:
-            differences = np.stack([more[seed].astype(float) - than[seed] for seed in both])
-            effect, word = percent(differences, sign='+'), judge(differences)
-        lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {effect} | {word} |')
-    return lines
+        pairs = f'{len(both)} of {len(study.seeds)}'
+        differences = np.stack([more[seed].astype(float) - than[seed] for seed in both]) if both else np.zeros((0, 0))
+        effect = percent(differences, sign='+') if both else ''
+        word = judge(study, claim, rows, differences)
+        lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {pairs} | {effect} | {word} |')
+    return lines + _LIMITS.split('\n')
 
 
-def judge(differences: np.ndarray) -> str:
-    """'shown' or 'contradicted' if the 95 % interval of the mean lies above or below 0, else 'not shown'."""
+def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: np.ndarray) -> str:
+    """'shown' or 'contradicted' if the 95 % interval of the mean lies above or below 0, else 'not shown'.
+
+    'not yet' until every point of both arms is there. Where a training diverged nothing is shown: the seeds that are
+    left would speak for the arm that lost the others.
+    """
+    own = [row for row in rows if row['arm'] in (claim.more, claim.than)]
+    if len(own) < 2 * len(study.seeds):
+        return 'not yet'
+    if lost := {row['seed'] for row in own if 'diverged' in row}:
+        return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
     _, low, high = mean_interval(differences)
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
 
 
 def percent(values: np.ndarray, sign: str = '') -> str:
-    """A mean in percent with its 95 % interval over trainings and images; values [trainings, images]."""
+    """A mean in percent with its 95 % interval over trainings, if there are several; values [trainings, images]."""
     mean, low, high = (100 * value for value in mean_interval(values.astype(float)))
-    return f'{mean:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})'
+    return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) > 1 else '')
 
 
 def by_seed(name: str, rows: list[dict[str, Any]], key: str) -> dict[int, np.ndarray]:

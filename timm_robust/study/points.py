@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from ..command_line import start_worker
-from ..data import load_dataset
+from ..data import ImageData, load_dataset
 from ..evaluation import curve_facts, evaluate, local_lipschitz, minimal_radii, set_shape, square_success
 from ..files import atomic_file
 from ..models import load_model
 from ..pixels import pixel_input
 from ..plots import read_run
+from ..provenance import environment, git_commit
 from ..training import Diverged, Recipe, build, fit
 from .design import Arm, Measurement, Study
 
@@ -30,8 +31,9 @@ def run_points(study: Study, output: Path, jobs: int) -> Iterator[dict[str, Any]
 
     Raises:
         ChildProcessError: if a process was killed.
-        ValueError: as run_point does.
+        ValueError: as check_images and run_point do.
     """
+    check_images(study, output)
     if jobs == 1:
         for arm, seed in study.points:
             yield run_point(study, arm, seed, output)
@@ -49,6 +51,29 @@ def run_points(study: Study, output: Path, jobs: int) -> Iterator[dict[str, Any]
             pool.shutdown(cancel_futures=True)
 
 
+def check_images(study: Study, output: Path) -> None:
+    """Refuse, before the first training, images that are not there, and points of different images.
+
+    Raises:
+        FileNotFoundError, ValueError: naming what is missing, or two points that cannot be paired.
+    """
+    first, known = ('', ''), dict[tuple[str, str | None], str]()
+    for arm, seed in study.points:
+        name = f'{arm.name}-s{seed}'
+        kept, recipe = output / f'{name}.json', Recipe.from_values(arm.recipe, arm.name)
+        place = recipe.dataset, recipe.data_dir
+        if kept.is_file():
+            images = json.loads(kept.read_text()).get('data_sha256')  # none of a training that diverged
+        else:
+            images = known[place] = known.get(place) or read_images(recipe, study.measurement).sha256()
+        first = first if first[1] else (name, images)
+        if images and images != first[1]:
+            raise ValueError(
+                f'{first[0]} and {name} are of different images, which cannot be paired; give both the same with '
+                '--data-dir, or name another folder with -o'
+            )
+
+
 def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]:
     """Train and measure a point, unless that is done; a training that diverged for good is a result too.
 
@@ -58,21 +83,30 @@ def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]
     name = f'{arm.name}-s{seed}'
     kept = output / f'{name}.json'
     if not kept.is_file():
-        row = arm.facts(seed)
+        device = device_of(Recipe.from_values(arm.recipe, arm.name))
+        row = arm.facts(seed) | {'environment': {'commit': git_commit(), **environment(device)}}
         try:
-            train(arm, seed, name, output)
+            row['rollbacks'] = train(arm, seed, name, output)['rollbacks']
             row |= measure(arm, study.measurement, output / name)
         except Diverged as error:
             row['diverged'] = str(error)
         write_json(kept, row | {'settings': study.digest(arm)})
     row = json.loads(kept.read_text())
     if row.get('settings') != study.digest(arm):
-        raise ValueError(f'{kept} was measured with other settings; name another folder with -o, or delete it')
+        raise ValueError(
+            f'{kept} comes from other settings; delete it, and the folder {output / name} too unless `measure` alone '
+            'was changed; or name another folder with -o'
+        )
     return row
 
 
 def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
-    """Train a point, or go on with its training; returns the run's last line."""
+    """Train a point, or go on with its training; returns the run's last line.
+
+    Raises:
+        ValueError: if its folder holds another training.
+    """
+    check_folder(arm, output / name)
     place = {'seed': seed, 'output': str(output), 'experiment': name, 'resume': 'auto'}
     run = build(Recipe.from_values({**arm.recipe, **place}, name))
     networks: list[Any] = [run.model] if run.ema is None else [run.model, run.ema.module]
@@ -81,14 +115,37 @@ def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
     return fit(run)
 
 
+def check_folder(arm: Arm, folder: Path) -> None:
+    """Write down what is trained in a new folder, and refuse to go on there with anything else.
+
+    The recipe of a checkpoint knows no shapes, and a network that was trained keeps its own.
+    """
+    told, training = folder / 'arm.json', json.loads(json.dumps(arm.training))
+    if not folder.is_dir():
+        write_json(told, training)
+    elif not told.is_file() or json.loads(told.read_text()) != training:
+        raise ValueError(f'{folder} holds a training with other settings; delete it, or name another folder with -o')
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Where a point is trained and measured."""
+    return torch.device(recipe.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+
+
+def read_images(recipe: Recipe, measurement: Measurement) -> ImageData:
+    """The images that a point is measured on."""
+    return load_dataset(recipe.dataset, recipe.data_dir, measurement.split).first(measurement.n)
+
+
 def measure(arm: Arm, measurement: Measurement, folder: Path) -> dict[str, Any]:
     """Everything that is measured of a trained point: accuracies, verdicts as '0110...', the curve, the landscape."""
     recipe = Recipe.from_values(arm.recipe, arm.name)
-    device = torch.device(recipe.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    device = device_of(recipe)
     model = load_model(folder, device=device)
-    data = load_dataset(recipe.dataset, recipe.data_dir, measurement.split).first(measurement.n).to(device)
+    data = read_images(recipe, measurement).to(device)
     result, verdicts = evaluate(model, data, recipe.threat_model, attack=measurement.attack, name=folder.name)
     row = {key: getattr(result, key) for key in ('attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'n')}
+    row['data_sha256'] = data.sha256()
     if measurement.landscape:
         x, y, eps, net = data.pixels(), data.labels, recipe.threat_model.eps, pixel_input(model)
         generator, right = torch.Generator(device).manual_seed(0), verdicts['clean_correct']
