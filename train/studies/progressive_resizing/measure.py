@@ -18,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('runs', nargs=2, type=Path, help='folders: without stages, with stages')
 parser.add_argument('--data-dir', required=True)
 args = parser.parse_args()
-arms, verdicts, images = [], [], []
+arms, verdicts, measured = [], [], []
 for run in args.runs:
     state = load_checkpoint(run / LAST)
     recipe, row = Recipe.from_checkpoint(state), state['history'][-1]
@@ -38,8 +38,8 @@ for run in args.runs:
     )
     verdicts.append({key: flags[key].numpy().astype(bool) for key in ('clean_correct', 'robust')})
     origin = state['origins'][-1]
-    images.append(result.data_sha256)
-if images[0] != images[1]:
+    measured.append(result.data_sha256)
+if measured[0] != measured[1]:
     raise SystemExit(f'error: {args.runs[0]} and {args.runs[1]} held out different images, which cannot be paired')
 gains = {key: paired_difference(verdicts[1][key], verdicts[0][key]) for key in ('clean_correct', 'robust')}
 record = {'arms': arms, 'n': len(held_out), 'gains': gains, 'origin': origin}
