@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from tiny_runs import tiny
 
 from timm_robust.study import command, plots, points
 from timm_robust.study.design import read_study
-from timm_robust.study.findings import findings, write_findings
+from timm_robust.study.findings import by_seed, findings, read_points, write_findings
 from timm_robust.training import build, fit
 from timm_robust.training.watchdog import Diverged
 
@@ -54,23 +55,25 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(tmp_path, ca
     ]  # fmt: skip
     assert [row['max_curvature'] for row in rows[:2]] == ['1.0', '4.0'] and rows[3]['max_curvature'] == ''
     assert [row['final_alpha'] for row in rows[:2]] == ['2.0', '8.0']  # frozen
-    learned = json.loads((tmp_path / 'out/pssilu-alpha1.5-learned-pgd_at-s0.json').read_text())
+    points = [json.loads(line) for line in (tmp_path / 'published/points.jsonl').read_text().splitlines()]
+    learned = points[2]
     assert learned['final_alpha'] != 1.5 and len(learned['path']['alpha']) == 2
     names = {path.name for path in (tmp_path / 'published').iterdir()}
-    assert names == {'results.csv', 'verdicts.npz', 'findings.md', 'environment.json', 'accuracy.png', 'curves.png',
-                     'curvature.png', 'paths.png'}  # fmt: skip
-    with np.load(tmp_path / 'published/verdicts.npz') as verdicts:
-        robust, clean = verdicts['relu-frozen-pgd_at/robust'], verdicts['relu-frozen-pgd_at/clean_correct']
-    assert robust.shape == clean.shape == (1, 6) and robust.mean() == pytest.approx(float(rows[4]['pgd_acc']))
+    assert names == {'points.jsonl', 'results.csv', 'findings.md', 'accuracy.png', 'curves.png', 'curvature.png',
+                     'paths.png'}  # fmt: skip
+    robust, clean = (by_seed('relu-frozen-pgd_at', points, key)[0] for key in ('robust', 'clean_correct'))
+    assert robust.shape == clean.shape == (6,) and robust.mean() == pytest.approx(float(rows[4]['pgd_acc']))
     assert (robust <= clean).all()
-    [told] = json.loads((tmp_path / 'published/environment.json').read_text())['environments']
-    assert told['hardware'] and told == learned['environment'] and rows[0]['rollbacks'] == '0'
-    kept = tmp_path / 'out/psilu-alpha2-frozen-pgd_at-s0.json'
-    before = kept.stat().st_mtime_ns
-    (tmp_path / 'out/relu-frozen-clean-s0.json').unlink()
+    assert learned['environment']['hardware'] and rows[0]['rollbacks'] == '0' and rows[3]['max_curvature'] == ''
+    lines = (tmp_path / 'published/points.jsonl').read_text().splitlines(keepends=True)
+    (tmp_path / 'published/points.jsonl').write_text(''.join(lines[:3] + lines[4:]))
+    (tmp_path / 'published/findings.md').unlink()
+    shutil.rmtree(tmp_path / 'out')  # what is published is enough to go on
     assert command.main(arguments) == 0
-    assert kept.stat().st_mtime_ns == before and (tmp_path / 'out/relu-frozen-clean-s0.json').is_file()
-    assert capsys.readouterr().err.count('5/5 ') == 2
+    again = (tmp_path / 'published/points.jsonl').read_text().splitlines(keepends=True)
+    assert again[:3] + again[4:] == lines[:3] + lines[4:] and json.loads(again[3])['arm'] == 'relu-frozen-clean'
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['relu-frozen-clean-s0']
+    assert command.main(arguments) == 0 and capsys.readouterr().err.count('5/5 ') == 2
 
 
 def test_lines_and_kinks_have_places_of_their_own(tmp_path, monkeypatch):
@@ -121,7 +124,7 @@ def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(tmp_pa
     assert [row['clean_acc'] != '' for row in rows] == [True, False, True, True]
     (tmp_path / 'study.yaml').write_text(STUDY.replace('eps: 0.1', 'eps: 0.2'))
     assert command.main(arguments) == 2
-    assert 'comes from other settings; delete it, and the folder' in capsys.readouterr().err
+    assert 'points.jsonl, line 1: psilu-alpha2-frozen-pgd_at-s0 comes from other settings' in capsys.readouterr().err
 
 
 SMALL = {
@@ -216,26 +219,33 @@ def test_a_training_goes_on_in_its_own_folder_alone(tmp_path, monkeypatch):
 
 def test_images_are_held_against_what_is_kept_before_the_first_training(tmp_path, capsys):
     study = read_study(small(tmp_path))
-    points.check_images(study, tmp_path)
-    kept = tmp_path / 'plain-s0.json'
-    kept.write_text('{"diverged": "the loss is nan"}')
-    points.check_images(study, tmp_path)
-    kept.write_text('{"data_sha256": "of others"}')
+    plain = {'arm': 'plain', 'seed': 0}
+    points.check_images(study, [])
+    points.check_images(study, [plain | {'diverged': 'the loss is nan'}])
     with pytest.raises(ValueError, match='psilu-alpha2-frozen-pgd_at-s0 and plain-s0 are of different images'):
-        points.check_images(study, tmp_path)
+        points.check_images(study, [plain | {'data_sha256': 'of others'}])
     for measure, match in (('{n: 361}', 'cannot take the first 361'), ('{split: validation}', 'split .* is unknown')):
         assert command.main([str(small(tmp_path, measure=measure)), '-o', str(tmp_path / 'out')]) == 2
         assert re.search(match, capsys.readouterr().err) and not any((tmp_path / 'out').iterdir())
 
 
-def test_the_environments_of_the_points_are_listed_once_each(tmp_path):
-    study, [a, b] = read_study(small(tmp_path)), [{'commit': commit, 'hardware': 'one core'} for commit in 'ab']
-    row = {'arm': 'plain', 'clean_correct': '11', 'robust': '10'}
-    rows = [{**row, 'seed': seed, 'environment': where} for seed, where in enumerate((a, b, a))]
-    write_findings(study, rows, 'study.yaml', tmp_path / 'out')
-    told = json.loads((tmp_path / 'out/environment.json').read_text())
-    assert told == {'study': 'study.yaml', 'environments': [a, b]}
-    assert 'environment' not in (tmp_path / 'out/results.csv').read_text()
+def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
+    study = read_study(small(tmp_path))
+    row = {'arm': 'plain', 'seed': 1, 'clean_correct': '11', 'robust': '10', 'settings': study.digest(study.arms[1])}
+    write_findings(study, [row], tmp_path)
+    path = tmp_path / 'points.jsonl'
+    assert read_points(study, path) == [row] and read_points(study, tmp_path / 'none.jsonl') == []
+    for changed in ({'settings': 'old'}, {'seed': 2}, {'arm': 'gone'}):
+        path.write_text(json.dumps(row) + '\n' + json.dumps(row | changed) + '\n')
+        name = '{arm}-s{seed}'.format(**row | changed)
+        with pytest.raises(
+            ValueError, match=rf'points\.jsonl, line 2: {name} comes from other settings than the study'
+        ):
+            read_points(study, path)
+    for text in ('3', '{"arm": "plain"}', '{"arm": "pl'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r'points\.jsonl, line 1 is no point of a study; delete the line'):
+            read_points(study, path)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..command_line import Parser, command, count, keep_freed_memory
 from .design import read_study
-from .findings import write_findings
+from .findings import read_points, write_findings
 from .plots import draw
 from .points import run_points
 
@@ -26,17 +26,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         '--jobs', type=count, default=1, metavar='N', help='points at a time, each in a process of its own'
     )
     parser.add_argument(
-        '--publish', type=Path, metavar='DIR', help='put tables, environment and plots there, without runs'
+        '--publish',
+        type=Path,
+        metavar='DIR',
+        help='put points, tables and plots there; what is done there is not done again',
     )
     args = parser.parse_args(argv)
     keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format='%(message)s', stream=sys.stderr, force=True)
     study = read_study(args.study, args.data_dir)
     args.output.mkdir(parents=True, exist_ok=True)
-    rows, folder = [], args.publish or args.output
-    for row in run_points(study, args.output, args.jobs):
-        rows.append(row)
-        write_findings(study, rows, args.study.name, folder)
+    folder = args.publish or args.output
+    rows = read_points(study, folder / 'points.jsonl')
+    if rows:
+        write_findings(study, rows, folder)
+    place = {(arm.name, seed): number for number, (arm, seed) in enumerate(study.points)}
+    for row in run_points(study, rows, args.output, args.jobs):
+        rows = sorted([*rows, row], key=lambda row: place[row['arm'], row['seed']])
+        write_findings(study, rows, folder)
         print(f'{len(rows)}/{len(study.points)} {_describe(row)}', file=sys.stderr, flush=True)
     draw([row for row in rows if 'diverged' not in row], folder)
     return 0

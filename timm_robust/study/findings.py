@@ -1,7 +1,8 @@
-"""What a study found: a row a point, verdicts, a table of the arms, and every claim with its interval."""
+"""What a study found: a row a point with its verdicts, a table of the arms, and every claim with its interval."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from ..files import atomic_file
 from ..results import mean_interval
 from .design import Arm, Claim, Study
-from .points import write_json
 
 _ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
 _LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
@@ -20,33 +20,44 @@ They take seeds for normal draws, and say nothing of other images than these. A 
 shown or contradicted one time in twenty; count the claims."""
 
 
-def write_findings(study: Study, rows: list[dict[str, Any]], source: str, folder: Path) -> None:
-    """Write results.csv, verdicts.npz, findings.md and environment.json of the points that are done.
+def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
+    """The rows of the points that are done, out of points.jsonl; none if there is no such file.
+
+    Raises:
+        ValueError: for a line that is none of this study.
+    """
+    rows, arms = [], {arm.name: arm for arm in study.arms}
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            row = json.loads(line)
+            arm, seed, settings = str(row['arm']), row['seed'], row['settings']
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path}, line {number} is no point of a study; delete the line') from error
+        if arm not in arms or seed not in study.seeds or settings != study.digest(arms[arm]):
+            raise ValueError(
+                f'{path}, line {number}: {arm}-s{seed} comes from other settings than the study has now; undo the '
+                'change, delete the line and the folder of that training, or name another folder'
+            )
+        rows.append(row)
+    return rows
+
+
+def write_findings(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write points.jsonl, results.csv and findings.md of the points that are done.
 
     Args:
         study: as read.
-        rows: of points, in any order.
-        source: name of the study's file.
+        rows: of points.
         folder: they go to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in _LEFT_OUT]
-    lines = [','.join(columns)]
-    lines += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
-    with atomic_file(folder / 'results.csv') as file:
-        file.write(('\n'.join(lines) + '\n').encode())
-    with atomic_file(folder / 'findings.md') as file:
-        file.write(('\n'.join(findings(study, rows)) + '\n').encode())
-    arms = [arm.name for arm in study.arms if by_seed(arm.name, rows, 'robust')]
-    kinds = ('clean_correct', 'robust')
-    arrays: dict[str, Any] = {f'{name}/{kind}': verdicts(name, rows, kind) for name in arms for kind in kinds}
-    with atomic_file(folder / 'verdicts.npz') as file:
-        np.savez_compressed(file, **arrays)
-    environments: list[Any] = []
-    for row in rows:
-        if row['environment'] not in environments:
-            environments.append(row['environment'])
-    write_json(folder / 'environment.json', {'study': source, 'environments': environments})
+    table = [','.join(columns)]
+    table += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
+    texts = {'points.jsonl': map(json.dumps, rows), 'results.csv': table, 'findings.md': findings(study, rows)}
+    for name, lines in texts.items():
+        with atomic_file(folder / name) as file:
+            file.write(('\n'.join(lines) + '\n').encode())
 
 
 def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:

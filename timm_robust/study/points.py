@@ -1,4 +1,4 @@
-"""A study's points: each trained, measured and kept as JSON, several at a time."""
+"""A study's points: each trained and measured, several at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -26,24 +26,26 @@ from ..training import Diverged, Recipe, build, fit
 from .design import Arm, Measurement, Study
 
 
-def run_points(study: Study, output: Path, jobs: int) -> Iterator[dict[str, Any]]:
-    """The rows of all points, in their order, `jobs` of them at a time.
+def run_points(study: Study, done: list[dict[str, Any]], output: Path, jobs: int) -> Iterator[dict[str, Any]]:
+    """The rows of the points that are not done yet, as they end, `jobs` of them at a time.
 
     Raises:
         ChildProcessError: if a process was killed.
-        ValueError: as check_images and run_point do.
+        ValueError: as check_images and train do.
     """
-    check_images(study, output)
+    check_images(study, done)
+    have = {(row['arm'], row['seed']) for row in done}
+    points = [(arm, seed) for arm, seed in study.points if (arm.name, seed) not in have]
     if jobs == 1:
-        for arm, seed in study.points:
+        for arm, seed in points:
             yield run_point(study, arm, seed, output)
         return
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker, initargs=(threads,)) as pool:
-        futures = [pool.submit(run_point, study, arm, seed, output) for arm, seed in study.points]
+        futures = [pool.submit(run_point, study, arm, seed, output) for arm, seed in points]
         try:
-            for future in futures:
+            for future in as_completed(futures):
                 yield future.result()
         except BrokenProcessPool as error:
             raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
@@ -51,53 +53,42 @@ def run_points(study: Study, output: Path, jobs: int) -> Iterator[dict[str, Any]
             pool.shutdown(cancel_futures=True)
 
 
-def check_images(study: Study, output: Path) -> None:
+def check_images(study: Study, done: list[dict[str, Any]]) -> None:
     """Refuse, before the first training, images that are not there, and points of different images.
 
     Raises:
         FileNotFoundError, ValueError: naming what is missing, or two points that cannot be paired.
     """
-    first, known = ('', ''), dict[tuple[str, str | None], str]()
+    kept = {(row['arm'], row['seed']): row.get('data_sha256') for row in done}  # None of a training that diverged
+    first: tuple[str, str | None] = ('', None)
+    known: dict[tuple[str, str | None], str] = {}
     for arm, seed in study.points:
-        name = f'{arm.name}-s{seed}'
-        kept, recipe = output / f'{name}.json', Recipe.from_values(arm.recipe, arm.name)
+        recipe = Recipe.from_values(arm.recipe, arm.name)
         place = recipe.dataset, recipe.data_dir
-        if kept.is_file():
-            images = json.loads(kept.read_text()).get('data_sha256')  # none of a training that diverged
+        if (arm.name, seed) in kept:
+            images = kept[arm.name, seed]
         else:
             images = known[place] = known.get(place) or read_images(recipe, study.measurement).sha256()
-        first = first if first[1] else (name, images)
+        first = first if first[1] else (f'{arm.name}-s{seed}', images)
         if images and images != first[1]:
             raise ValueError(
-                f'{first[0]} and {name} are of different images, which cannot be paired; give both the same with '
-                '--data-dir, or name another folder with -o'
+                f'{first[0]} and {arm.name}-s{seed} are of different images, which cannot be paired; give both the '
+                'same with --data-dir, or name another folder with -o'
             )
 
 
 def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]:
-    """Train and measure a point, unless that is done; a training that diverged for good is a result too.
-
-    Raises:
-        ValueError: if what is kept comes from other settings.
-    """
+    """Train and measure a point; a training that diverged for good is a result too."""
     name = f'{arm.name}-s{seed}'
-    kept = output / f'{name}.json'
-    if not kept.is_file():
-        device = device_of(Recipe.from_values(arm.recipe, arm.name))
-        row = arm.facts(seed) | {'environment': {'commit': git_commit(), **environment(device)}}
-        try:
-            row['rollbacks'] = train(arm, seed, name, output)['rollbacks']
-            row |= measure(arm, study.measurement, output / name)
-        except Diverged as error:
-            row['diverged'] = str(error)
-        write_json(kept, row | {'settings': study.digest(arm)})
-    row = json.loads(kept.read_text())
-    if row.get('settings') != study.digest(arm):
-        raise ValueError(
-            f'{kept} comes from other settings; delete it, and the folder {output / name} too unless `measure` alone '
-            'was changed; or name another folder with -o'
-        )
-    return row
+    device = device_of(Recipe.from_values(arm.recipe, arm.name))
+    row = arm.facts(seed) | {'environment': {'commit': git_commit(), **environment(device)}}
+    try:
+        row['rollbacks'] = train(arm, seed, name, output)['rollbacks']
+        row |= measure(arm, study.measurement, output / name)
+    except Diverged as error:
+        row['diverged'] = str(error)
+    row = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
+    return row | {'settings': study.digest(arm)}
 
 
 def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
@@ -121,8 +112,10 @@ def check_folder(arm: Arm, folder: Path) -> None:
     The recipe of a checkpoint knows no shapes, and a network that was trained keeps its own.
     """
     told, training = folder / 'arm.json', json.loads(json.dumps(arm.training))
-    if not folder.is_dir():
-        write_json(told, training)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        with atomic_file(told) as file:
+            file.write((json.dumps(training, indent=1) + '\n').encode())
     elif not told.is_file() or json.loads(told.read_text()) != training:
         raise ValueError(f'{folder} holds a training with other settings; delete it, or name another folder with -o')
 
@@ -168,11 +161,3 @@ def measure(arm: Arm, measurement: Measurement, folder: Path) -> dict[str, Any]:
 
 def _bits(verdicts: torch.Tensor) -> str:
     return ''.join('1' if verdict else '0' for verdict in verdicts.tolist())
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a record, whole or not at all; infinite curvature becomes null."""
-    plain = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in record.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write((json.dumps(plain, indent=1) + '\n').encode())
