@@ -220,6 +220,17 @@ def test_accuracy_over_eps_falls_at_each_images_margin():
         list(accuracy_curve(narrow, data, 'Linf'))
 
 
+def test_a_network_whose_logits_are_nan_resists_nothing():
+    class Damaged(Brightness):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    data = ImageData(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ('a', 'b'), 'two')
+    assert {right for _, right in list(accuracy_curve(Damaged(), data, 'Linf'))[-1]} == {0}
+    with pytest.raises(ValueError, match='logits of the model are NaN on this picture'):
+        compare(Damaged(), example(3), EIGHT, FIRST)
+
+
 def test_an_answer_shows_both_models_and_runs_no_ones_script(tiny, tmp_path):
     evil = load_model('resnet18_relu', width=4, num_classes=2)
     evil.pretrained_cfg = {**evil.pretrained_cfg, 'label_names': ('<script>alert(1)</script>', 'b')}

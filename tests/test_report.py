@@ -57,6 +57,14 @@ def test_margins_are_those_of_adversarial_images_inside_the_ball():
     assert torch.equal(found.margin > 0, found.y_pred_adv == data.labels)
 
 
+def test_logits_that_are_nan_are_no_report():
+    model = timm.create_model('resnet18_silu', width=4, num_classes=10).eval()
+    with torch.no_grad():
+        model.fc.bias[3] = torch.nan
+    with pytest.raises(ValueError, match='NaN on 6 of 6 images'):
+        examine(model, load_dataset('digits', split='test').first(6), ThreatModel('Linf', 0.1), steps=2)
+
+
 def test_the_command_reports_what_the_run_held_out(tmp_path, capsys):
     settings = ['--model', 'resnet18_silu', '--model-kwargs', 'width=4', '--dataset', 'digits', '--eps', '0.1']
     settings += ['--steps', '1', '--eval-steps', '1', '--val-size', '0.02', '--max-steps', '2', '--device', 'cpu']

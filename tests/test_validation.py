@@ -27,6 +27,9 @@ def test_batches_have_the_trainings_size_and_fillings_do_not_count(tmp_path, mon
     monkeypatch.setattr(net, 'forward', lambda x: sizes.append(len(x)) or forward(x))
     assert validate(run, run.held_out) == {'val_clean_acc': share, 'val_pgd_acc': share}
     assert sizes == [20, 20, 20, 20, *([20, 20] if compiled else [10, 10])]
+    with torch.no_grad():
+        run.model.fc.bias[0] = torch.nan  # what argmax takes for the largest
+    assert validate(run, run.held_out) == {'val_clean_acc': 0, 'val_pgd_acc': 0}
 
 
 def test_validation_agrees_with_evaluation(undisturbed):

@@ -114,6 +114,9 @@ def examine(
         threat_model: norm and radius.
         steps: of PGD.
         batch_size: images a batch.
+
+    Raises:
+        ValueError: if logits are NaN.
     """
     x, network = data.pixels(), pixel_input(model)
     x_adv = attack(model, x, data.labels, threat_model, steps=steps, batch_size=batch_size)
@@ -121,6 +124,8 @@ def examine(
         output, output_adv = (
             torch.cat([network(part).float() for part in images.split(batch_size)]) for images in (x, x_adv)
         )
+    if lost := int((output.isnan() | output_adv.isnan()).any(1).sum()):
+        raise ValueError(f'the logits of the model are NaN on {lost} of {len(x)} images: its training diverged')
     own = data.labels[:, None]
     others = output_adv.scatter(1, own, -torch.inf).amax(1)
     margin = output_adv.gather(1, own)[:, 0] - others

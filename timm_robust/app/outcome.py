@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..attacks import apgd, attacked, cross_entropy_of, fgsm
+from ..attacks import apgd, attacked, cross_entropy_of, fgsm, labels_of
 from ..data import ImageData
 from ..evaluation import attack
 from ..models import trained_classes
@@ -100,7 +100,10 @@ def compare(
 
 def _probabilities(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return network(x).float().softmax(1)[0]
+        found = network(x).float().softmax(1)[0]
+    if found.isnan().any():
+        raise ValueError('the logits of the model are NaN on this picture: its weights may be damaged')
+    return found
 
 
 def accuracy_curve(model: nn.Module, data: ImageData, norm: str) -> Iterator[list[tuple[float, int]]]:
@@ -136,4 +139,4 @@ def accuracy_curve(model: nn.Module, data: ImageData, norm: str) -> Iterator[lis
 
 def _right(network: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return torch.cat([network(part).argmax(1) for part in x.split(250)]) == y
+        return torch.cat([labels_of(network(part)) for part in x.split(250)]) == y

@@ -3,7 +3,7 @@
 from .folding import FoldedNet
 from .gradient import Attack, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
 from .schedule import TRAINING_ATTACKS, AttackSchedule
-from .surrogates import Model, climb_cross_entropy, cross_entropy, cross_entropy_of, kl_divergence
+from .surrogates import Model, climb_cross_entropy, cross_entropy, cross_entropy_of, kl_divergence, labels_of
 
 __all__ = [
     'TRAINING_ATTACKS',
@@ -20,6 +20,7 @@ __all__ = [
     'frozen_statistics',
     'input_gradient',
     'kl_divergence',
+    'labels_of',
     'n_fgsm',
     'pgd',
 ]

@@ -1,4 +1,4 @@
-"""What attackers climb, and the losses of logits that training is made of."""
+"""What attackers climb, the losses of logits that training is made of, and what logits say."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def cross_entropy_of(model: Model, y: torch.Tensor) -> LossFn:
 def cross_entropy(output: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Cross-entropy of each image, [B], in fp32."""
     return F.cross_entropy(output.float(), y, reduction='none')
+
+
+def labels_of(output: torch.Tensor) -> torch.Tensor:
+    """The label of each image, [B], out of logits [B, classes]; -1, which is never right, where a logit is NaN."""
+    return output.argmax(1).masked_fill(output.isnan().any(1), -1)
 
 
 def kl_divergence(output_adv: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..attacks import attacked
+from ..attacks import attacked, labels_of
 from ..distributed import World
 from ..precision import ieee_fp32
 from ..threat_model import ThreatModel, check_images
@@ -285,12 +285,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: nn.Module, x: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32.
-
-    An image with a logit that is NaN has no label: -1, which is never right.
-    """
-    logits = _logits(model, x, batch_size)
-    return logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+    """The model's label of each image, [N], on the images' device; each verdict is one, in fp32 without TF32."""
+    return labels_of(_logits(model, x, batch_size))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..activations import Activation
-from ..attacks import cross_entropy, pgd
+from ..attacks import cross_entropy, labels_of, pgd
 from ..threat_model import ThreatModel
 from .runner import upstream
 
@@ -46,7 +46,7 @@ def minimal_radii(
         Radii [B] in pixels; 0 where the label is wrong from the start.
     """
     with torch.no_grad():
-        right = model(x).argmax(1) == y
+        right = labels_of(model(x)) == y
     high = largest * right
     low = torch.where(_broken(model, x, y, high, generator), 0, high)  # what resists the largest keeps it
     for _ in range(rounds):
@@ -76,7 +76,7 @@ def _broken(
         generator=generator,
     )
     with torch.no_grad():
-        return model(at(z)).argmax(1) != y
+        return labels_of(model(at(z))) != y
 
 
 def square_success(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: float, queries: int = 1000) -> float:
@@ -93,7 +93,7 @@ def square_success(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: floa
         ImportError: if pyautoattack is missing.
     """
     with torch.no_grad():
-        right = model(x).argmax(1) == y
+        right = labels_of(model(x)) == y
     if not right.any():
         return 0.0
     runner = upstream().AutoAttack(model, norm='Linf', eps=eps, seed=0, version='standard', device=x.device)
@@ -101,7 +101,7 @@ def square_success(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: floa
     runner.square.seed = 0
     found = runner.square.perturb(x[right], y[right])
     with torch.no_grad():
-        return float((model(found).argmax(1) != y[right]).float().mean())
+        return float((labels_of(model(found)) != y[right]).float().mean())
 
 
 def local_lipschitz(model: nn.Module, x: torch.Tensor, eps: float, generator: torch.Generator | None = None) -> float:

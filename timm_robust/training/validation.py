@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from timm.utils import distribute_bn
 
-from ..attacks import cross_entropy_of, pgd
+from ..attacks import cross_entropy_of, labels_of, pgd
 from ..pixels import pixel_input, resized
 from .batch_norm import batch_norms
 from .run import Run, training_batch
@@ -46,8 +46,8 @@ def validate(run: Run, data: Any) -> dict[str, float]:
                 x, y = _filled(x, recipe.batch_size), _filled(y, recipe.batch_size)
             x_adv = pgd(cross_entropy_of(forward, y), x, recipe.threat_model, **settings)
             with torch.no_grad():
-                right = forward(x).argmax(1) == y
-                robust = right & (forward(x_adv).argmax(1) == y)
+                right = labels_of(forward(x)) == y
+                robust = right & (labels_of(forward(x_adv)) == y)
             counts += torch.stack([right[:n].sum(), robust[:n].sum(), torch.full((), n, device=device)])
     clean, pgd_right, n = run.world.sum(counts).tolist()
     return {'val_clean_acc': clean / n, 'val_pgd_acc': pgd_right / n}
