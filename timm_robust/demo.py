@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
     )
-    parser.add_argument('-n', type=count, default=12, help='held-out images to attack (default: %(default)s)')
+    parser.add_argument('-n', type=count, default=10, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=count, help='train both models for so many epochs')
     args = parser.parse_args(argv)
     started, output = time.perf_counter(), Path(args.output)

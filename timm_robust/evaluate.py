@@ -29,13 +29,13 @@ from .distributed import World
 from .evaluation import DEFAULT_N, default_batch_size, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
 from .models import BEST, check_model_kwargs, load_model
-from .results import ATTACKS, NOT_CHECKED, SCREENS, RobustnessResult, is_record
+from .results import ATTACKS, NOT_CHECKED, RobustnessResult, is_record
 from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
 from .training import HELD_OUT, held_out_images
 
 _SETTINGS = (
     *('attack', 'pgd_steps', 'pgd_step_size', 'pgd_restarts', 'batch_size', 'seed', 'split', 'img_size'),
-    *('search', 'screen', 'state_dir', 'checks'),
+    *('search', 'state_dir', 'checks'),
 )
 
 
@@ -111,9 +111,8 @@ def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
         found += threat_model.find_problems()
     if args.split == 'train':
         found.append('these are images of the training split; robustness is claimed on others (--split test)')
-    unused = [flag for flag, value in {'--state-dir': args.state_dir, '--screen': args.screen}.items() if value]
-    if unused and args.attack not in ('autoattack', 'apgd'):
-        found.append(f'{" and ".join(unused)} goes with --attack autoattack or apgd, and does nothing here')
+    if args.state_dir and args.attack not in ('autoattack', 'apgd'):
+        found.append('--state-dir goes with --attack autoattack or apgd, and does nothing here')
     return found
 
 
@@ -202,7 +201,7 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     named = record.dataset in DATASETS and record.split != HELD_OUT  # a folder has a name of its own, a run its data
     if args.dataset is None and named:
         args.dataset = record.dataset
-    args.search, args.screen = record.search != 'model', record.screen
+    args.search = record.search != 'model'
     args.checks &= NOT_CHECKED not in record.warnings
     if record.steps is not None:
         args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
@@ -270,11 +269,6 @@ def _parser() -> Parser:
         help='resize images to this size; what the model was trained with if not given',
     )
     add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
-    add(
-        '--screen',
-        choices=SCREENS[1:],
-        help='run APGD in this type first; the model confirms what it finds, and the rest is attacked whole',
-    )
     add('--state-dir', help="keep AutoAttack's finds there batch by batch; type the same again to go on after a kill")
     add('--no-checks', dest='checks', action='store_false', help='skip the search for signs of masked gradients')
     add('--repeat', metavar='FILE', help='repeat the measurement of this record with its settings, and compare')

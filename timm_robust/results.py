@@ -20,7 +20,6 @@ from .files import atomic_file
 from .provenance import public_name
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
-SCREENS = (None, 'bf16')
 NOT_CHECKED = 'not checked for signs of masked gradients (--no-checks)'
 """The warning of a record whose measurement left the search for them out."""
 _ACCURACIES = {'clean_acc': 'clean', 'pgd_acc': 'PGD', 'apgd_acc': 'APGD-CE + APGD-T', 'autoattack_acc': 'AutoAttack'}
@@ -81,7 +80,6 @@ class RobustnessResult:
         attack_version: version of AutoAttack, 'standard' or 'apgd'; None without it.
         search: what AutoAttack searched on: 'model', or 'folded', an equal copy with batch norm folded into the
             convolutions, every find confirmed by the model; None without it.
-        screen: 'bf16' if APGD ran in that type first, every find confirmed by the model; None if not.
         processes: processes that shared AutoAttack's batches out.
         steps: steps of PGD; None without it.
         step_size: its step in pixels; None without it.
@@ -119,7 +117,6 @@ class RobustnessResult:
     img_size: int | None = None
     attack_version: str | None = None
     search: str | None = None
-    screen: str | None = None
     processes: int = 1
     steps: int | None = None
     step_size: float | None = None

@@ -69,7 +69,6 @@ def autoattack(
     seed: int = 0,
     progress: Callable[[str], object] | None = None,
     search: nn.Module | None = None,
-    screen: nn.Module | None = None,
     state_dir: str | Path | None = None,
     world: World | None = None,
 ) -> AutoAttackResult:
@@ -86,8 +85,6 @@ def autoattack(
         progress: called with a line of text after every batch, and with the time left every 10 s.
         search: an equal but faster network to attack, such as `search_model` makes; the verdicts are the model's: an
             adversarial image that the model does not confirm is looked for again on the model itself.
-        screen: a coarser, faster network, such as `Bf16`. APGD-CE and APGD-T run on it first; what they find and the
-            model confirms is broken, and whatever is left goes through the whole attack as without it.
         state_dir: folder that keeps what each batch found, so that a run that was killed goes on where it was, and
             'standard' where 'apgd' ended. What the model does not confirm anew, and what is damaged, is attacked again.
         world: the processes that share the batches out; each gets the whole result, the same as one process alone.
@@ -108,7 +105,7 @@ def autoattack(
         check_images(x, y, plain.num_classes)
         if state_dir is not None:
             facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model), 'eps': threat_model.eps}
-            facts |= identity(model, x, y) | {'search': search is not None, 'screen': screen is not None}
+            facts |= identity(model, x, y) | {'search': search is not None}
             logits = _logits(plain.logits, x[:_KNOWN_BY], batch_size).cpu()
             store = BatchStore(state_dir, facts, world.broadcast_object(logits))  # one text for all processes
         y_pred = predict(plain.logits, x, batch_size)
@@ -116,13 +113,13 @@ def autoattack(
         if search is not None and not _labels_alike(search, x, y_pred, batch_size, report):
             search = None
         searcher = plain if search is None else runner(search)
-        steps = _steps(plain.plan(version), searcher, None if screen is None else runner(screen))
+        steps = [_Step(attack, searcher, work) for attack, work in plain.plan(version).items()]
         batches = _Batches(plain, x, y, threat_model, report, store, world)
         verdicts, per_attack = _Verdicts(clean_correct, x.clone(), y_pred), {'clean': share(clean_correct)}
         for place, step in enumerate(steps):
             batches.attack_all(step, verdicts, later=sum(other.work for other in steps[place + 1 :]))
-            per_attack[step.name] = share(verdicts.robust)
-            report.say(f'{step.name}: {per_attack[step.name]:.2%} of {len(x)} images still robust')
+            per_attack[step.attack] = share(verdicts.robust)
+            report.say(f'{step.attack}: {per_attack[step.attack]:.2%} of {len(x)} images still robust')
         plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
     return AutoAttackResult(
@@ -148,21 +145,11 @@ def _labels_alike(search: nn.Module, x: torch.Tensor, y_pred: torch.Tensor, batc
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """One attack on what is left: its name in the record, the attack, where it runs, and its work on a survivor."""
+    """One attack on what is left: its name, where it runs, and its work on a survivor."""
 
-    name: str
     attack: str
     runner: Runner
     work: int
-
-
-def _steps(plan: dict[str, int], searcher: Runner, coarse: Runner | None) -> list[_Step]:
-    """The planned attacks on the searcher; before them APGD-CE and APGD-T on the coarse network, if there is one."""
-    steps = [_Step(attack, attack, searcher, work) for attack, work in plan.items()]
-    if coarse is None:
-        return steps
-    first = [step for step in steps if step.attack in VERSIONS['apgd']]
-    return [_Step(f'screen-{step.attack}', step.attack, coarse, step.work) for step in first] + steps
 
 
 @dataclass(eq=False)
@@ -203,7 +190,7 @@ class _Batches:
         parts, world = dict(enumerate(left.split(self.plain.batch_size))), self.world
         mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
         work = step.work * sum(len(part) for part in mine.values())
-        self.report.start(step.name, work, len(left) * later / world.size)
+        self.report.start(step.attack, work, len(left) * later / world.size)
         every = world.gather({number: self.attack(step, number, part) for number, part in mine.items()})
         for number, found in every.items():
             verdicts.note(parts[number], found)
@@ -211,17 +198,17 @@ class _Batches:
 
     def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
         """What a step finds in one batch, now or in the run before."""
-        found = self._recall(step.name, number, part) if self.store else None
+        found = self._recall(step.attack, number, part) if self.store else None
         if found is None:
             found = self._find(step, self.x[part], self.y[part])
             try:
                 if self.store:
-                    self.store.save(step.name, number, part, found)
+                    self.store.save(step.attack, number, part, found)
             except OSError as error:  # what was found counts all the same
                 self.report.say(f'{error}; going on without')
         else:
             self.report.resume(len(part) * step.work, found.seconds)
-        self.report.say(f'{step.name}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
+        self.report.say(f'{step.attack}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
         return found
 
     def _recall(self, name: str, number: int, part: torch.Tensor) -> Found | None:
@@ -246,16 +233,14 @@ class _Batches:
         return found
 
     def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
-        """One attack on one batch; but for a screen, what the model does not confirm is attacked again on the model."""
+        """One attack on one batch; what the model does not confirm is attacked again on the model."""
         started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
         claims, claimed = step.runner.run(step.attack, x, y)
         claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model)
         broken &= claimed
         again = claimed & ~broken
-        if step.name != step.attack:  # a screen, which the whole attack follows
-            claimed = broken
-        elif step.runner is not self.plain and again.any():
+        if step.runner is not self.plain and again.any():
             more, sure = self.plain.run(step.attack, x[again], y[again])
             more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model)
             claims[again], labels[again] = more, names

@@ -19,12 +19,12 @@ from ..distributed import World
 from ..models import trained_classes
 from ..pixels import pixel_input
 from ..provenance import environment, git_commit
-from ..results import ATTACKS, NOT_CHECKED, SCREENS, RobustnessResult
+from ..results import ATTACKS, NOT_CHECKED, RobustnessResult
 from ..threat_model import ThreatModel, resolved_step_size
 from .autoattack import autoattack, check_autoattack, predict, recheck, share, undisturbed
 from .runner import Fp32Logits, check_counts, device_of, dtype_of
 from .sanity_checks import find_problems
-from .search_network import Bf16, search_model
+from .search_network import search_model
 from .split import default_batch_size
 
 _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
@@ -64,7 +64,6 @@ def evaluate(
     split: str = 'test',
     img_size: int | None = None,
     search: bool = True,
-    screen: str | None = None,
     state_dir: str | Path | None = None,
     checks: bool = True,
     world: World | None = None,
@@ -89,7 +88,6 @@ def evaluate(
         img_size: side that images are resized to inside the attacked function, so that eps is in the data's pixels;
             None: what the model was trained with (load_model), else no resizing.
         search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
-        screen: 'bf16': APGD-CE and APGD-T run in bfloat16 first, and what the model does not confirm is attacked whole.
         state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
         checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings,
             as does leaving this out.
@@ -106,7 +104,7 @@ def evaluate(
     date, started = datetime.now(timezone.utc).isoformat(timespec='seconds'), time.perf_counter()
     batch_size = default_batch_size(data) if batch_size is None else batch_size
     check_counts(pgd_steps=pgd_steps, pgd_restarts=pgd_restarts, batch_size=batch_size)
-    _check_settings(attack, screen, threat_model, img_size)
+    _check_settings(attack, threat_model, img_size)
     step_size = resolved_step_size(pgd_step_size, threat_model.eps, pgd_steps, 'pgd_step_size')
     data = data if n is None else data.first(n)
     if classes := trained_classes(model):
@@ -136,7 +134,7 @@ def evaluate(
             else:
                 doubts = [NOT_CHECKED]
         if attack in _VERSIONS:
-            settings: dict[str, Any] = {'search': search, 'screen': screen, 'state_dir': state_dir, 'world': world}
+            settings: dict[str, Any] = {'search': search, 'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
         facts['warnings'] = [*data.notes, *facts.get('warnings', []), *_without_label(tensors), *doubts]
     if attack != 'none':
@@ -146,12 +144,10 @@ def evaluate(
     return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
 
 
-def _check_settings(attack: str, screen: str | None, threat_model: ThreatModel, img_size: int | None) -> None:
+def _check_settings(attack: str, threat_model: ThreatModel, img_size: int | None) -> None:
     """Refuse, before any work, what no measurement can mean."""
     if attack not in ATTACKS:
         raise ValueError(f'attack {attack!r} is unknown; allowed: {", ".join(ATTACKS)}')
-    if screen not in SCREENS:
-        raise ValueError(f'screen {screen!r} is unknown; allowed: {", ".join(map(str, SCREENS))}')
     if threat_model.bounds != (0.0, 1.0):
         raise ValueError(f'images lie in [0, 1], got bounds {threat_model.bounds}; write bounds=(0.0, 1.0)')
     if img_size is not None and not 8 <= img_size <= 4096:
@@ -216,7 +212,6 @@ def _autoattack(
     progress: Progress | None,
     *,
     search: bool,
-    screen: str | None,
     state_dir: str | Path | None,
     world: World | None,
 ) -> dict[str, Any]:
@@ -232,7 +227,6 @@ def _autoattack(
         seed=facts['seed'],
         progress=progress,
         search=faster,
-        screen=Bf16(faster or pixels) if screen else None,
         state_dir=state_dir,
         world=world,
     )
@@ -241,7 +235,7 @@ def _autoattack(
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
     tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
     record: dict[str, Any] = {'attack_version': _VERSIONS[attack], 'per_attack': result.per_attack}
-    record |= {'warnings': warnings, 'search': 'folded' if result.searched else 'model', 'screen': screen}
+    record |= {'warnings': warnings, 'search': 'folded' if result.searched else 'model'}
     record['processes'] = world.size if world else 1
     record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None

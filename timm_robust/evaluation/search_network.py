@@ -1,4 +1,4 @@
-"""The networks that AutoAttack searches on: an equal, faster one, and a coarser one; the model gives the verdicts."""
+"""The equal, faster network that AutoAttack searches on; the model gives the verdicts."""
 
 from __future__ import annotations
 
@@ -33,19 +33,6 @@ class ChannelsLast(nn.Module):
         """Logits of images [B, C, H, W]."""
         with using(self.kernels):
             return self.net(x.contiguous(memory_format=torch.channels_last))
-
-
-class Bf16(nn.Module):
-    """A network whose convolutions and matrix products run in bfloat16, to screen images with."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of images [B, C, H, W]."""
-        with torch.autocast(x.device.type, torch.bfloat16):
-            return self.net(x)
 
 
 def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Module | None:
