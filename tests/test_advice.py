@@ -47,5 +47,6 @@ def test_classes_with_few_images_are_named():
     labels = torch.cat([torch.arange(400) % 4, torch.zeros(10, dtype=torch.int64)])
     assert images_per_class(a_run([], labels=labels).batches.data).tolist() == [110, 100, 100, 100]
     assert few_images(a_run([], labels=labels)) == []
+    assert len(few_images(a_run([], labels=labels[1:]))) == 0 and len(few_images(a_run([], labels=labels[2:]))) == 1
     (line,) = few_images(a_run([], labels=labels[labels != 2]))
     assert line.startswith("class 'cat' has 0 training images")

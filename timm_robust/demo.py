@@ -38,19 +38,19 @@ ROBUST = Recipe(
     model_kwargs={'width': 8},  # of 64: full AutoAttack on the full width is too slow for a demo on two cores
     dataset='digits',
     val_size=100,
-    val_interval=3,
+    val_interval=4,
     crop_padding=2,
     hflip=0.0,
     eps=0.1,
     steps=2,
-    epochs=12,
+    epochs=8,
     batch_size=64,
-    warmup_epochs=3.0,
+    warmup_epochs=2.0,
     amp=True,
     log_interval=21,
     checkpoint_hist=1,
 )
-CONTROL = replace(ROBUST, loss='clean', epochs=8, val_interval=8, warmup_epochs=2.0, lr=0.05)
+CONTROL = replace(ROBUST, loss='clean', val_interval=8, lr=0.05)
 
 
 @command
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--output', default='output/demo', help='folder for runs, results and picture (default: %(default)s)'
     )
-    parser.add_argument('-n', type=count, default=10, help='held-out images to attack (default: %(default)s)')
+    parser.add_argument('-n', type=count, default=6, help='held-out images to attack (default: %(default)s)')
     parser.add_argument('--epochs', type=count, help='train both models for so many epochs')
     args = parser.parse_args(argv)
     started, output = time.perf_counter(), Path(args.output)

@@ -9,8 +9,12 @@ import torch
 
 from .run import Run, metric_name, shown_share
 
-FEW = 50
-"""Images of the smallest class below which `few_images` speaks."""
+FEW = 100
+"""Images of the smallest class below which `few_images` speaks.
+
+With 50 a class ordinary and random weights ended at chance or below under attack, with 200 random ones did not
+(train/studies/README.md).
+"""
 ROBUST_START = '--initial-checkpoint with robust weights'
 
 
