@@ -229,6 +229,21 @@ def test_images_are_held_against_what_is_kept_before_the_first_training(tmp_path
         assert re.search(match, capsys.readouterr().err) and not any((tmp_path / 'out').iterdir())
 
 
+def test_what_another_process_publishes_meanwhile_stays(tmp_path, monkeypatch):
+    study, out = read_study(small(tmp_path)), tmp_path / 'out'
+    bits = {'clean_acc': 1.0, 'attack': 'pgd', 'pgd_acc': 0.5, 'clean_correct': '11', 'robust': '10'}
+    rows = [{'arm': 'plain', 'seed': seed, **bits, 'settings': study.digest(study.arms[1])} for seed in (0, 1)]
+
+    def run(*_):
+        write_findings(study, rows[1:], out)  # as another process would
+        yield rows[0]
+
+    monkeypatch.setattr(command, 'run_points', run)
+    monkeypatch.setattr(command, 'draw', lambda *_: None)
+    assert command.main([str(tmp_path / 'study.yaml'), '-o', str(out)]) == 0
+    assert read_points(study, out / 'points.jsonl') == rows
+
+
 def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
     study = read_study(small(tmp_path))
     row = {'arm': 'plain', 'seed': 1, 'clean_correct': '11', 'robust': '10', 'settings': study.digest(study.arms[1])}
@@ -242,6 +257,9 @@ def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
             ValueError, match=rf'points\.jsonl, line 2: {name} comes from other settings than the study'
         ):
             read_points(study, path)
+    path.write_text(2 * (json.dumps(row) + '\n'))  # as of files that were put together
+    with pytest.raises(ValueError, match='line 2: plain-s1 stands there twice; delete one'):
+        read_points(study, path)
     for text in ('3', '{"arm": "plain"}', '{"arm": "pl'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'points\.jsonl, line 1 is no point of a study; delete the line'):

@@ -12,7 +12,7 @@ from ..command_line import Parser, command, count, keep_freed_memory
 from .design import read_study
 from .findings import read_points, write_findings
 from .plots import draw
-from .points import run_points
+from .points import check_images, run_points
 
 
 @command
@@ -38,11 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     folder = args.publish or args.output
     rows = read_points(study, folder / 'points.jsonl')
+    check_images(study, rows)
     if rows:
         write_findings(study, rows, folder)
     place = {(arm.name, seed): number for number, (arm, seed) in enumerate(study.points)}
     for row in run_points(study, rows, args.output, args.jobs):
-        rows = sorted([*rows, row], key=lambda row: place[row['arm'], row['seed']])
+        known = [*rows, *read_points(study, folder / 'points.jsonl'), row]  # others may have published meanwhile
+        found = {(row['arm'], row['seed']): row for row in known}
+        rows = [found[key] for key in sorted(found, key=place.__getitem__)]
         write_findings(study, rows, folder)
         print(f'{len(rows)}/{len(study.points)} {_describe(row)}', file=sys.stderr, flush=True)
     draw([row for row in rows if 'diverged' not in row], folder)

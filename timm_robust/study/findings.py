@@ -26,7 +26,8 @@ def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: for a line that is none of this study.
     """
-    rows, arms = [], {arm.name: arm for arm in study.arms}
+    rows: list[dict[str, Any]] = []
+    arms = {arm.name: arm for arm in study.arms}
     for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
         try:
             row = json.loads(line)
@@ -38,6 +39,8 @@ def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
                 f'{path}, line {number}: {arm}-s{seed} comes from other settings than the study has now; undo the '
                 'change, delete the line and the folder of that training, or name another folder'
             )
+        if any((arm, seed) == (other['arm'], other['seed']) for other in rows):
+            raise ValueError(f'{path}, line {number}: {arm}-s{seed} stands there twice; delete one of the lines')
         rows.append(row)
     return rows
 

@@ -31,9 +31,8 @@ def run_points(study: Study, done: list[dict[str, Any]], output: Path, jobs: int
 
     Raises:
         ChildProcessError: if a process was killed.
-        ValueError: as check_images and train do.
+        ValueError: as train does.
     """
-    check_images(study, done)
     have = {(row['arm'], row['seed']) for row in done}
     points = [(arm, seed) for arm, seed in study.points if (arm.name, seed) not in have]
     if jobs == 1:
