@@ -239,7 +239,7 @@ def test_a_generator_of_another_device_is_an_error(waits):
 def test_a_compiled_run_compiles_each_of_its_four_networks_once(tmp_path, monkeypatch):
     graphs = CompileCounter()
     compiled = partial(torch.compile, dynamic=False, backend=graphs)
-    monkeypatch.setattr(timm_robust.training.builder, 'compiled', lambda net, device: compiled(net))
+    monkeypatch.setattr(timm_robust.training.builder, 'compiled', lambda net, device, sides: compiled(net))
     recipe = dataclasses.replace(small(MAIN[1], tmp_path), batch_size=40, val_size=40, torchcompile=True)
     run = build(recipe)
     found = []

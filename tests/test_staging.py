@@ -19,6 +19,7 @@ from timm_robust.data import load_dataset
 from timm_robust.files import sha256
 from timm_robust.models.load import load_model, read_hyper_parameters, trained_classes
 from timm_robust.plots import read_run
+from timm_robust.release import staging
 from timm_robust.release.card import model_card
 from timm_robust.release.folder import check, files_of
 from timm_robust.release.model_files import canonical, stored
@@ -90,6 +91,17 @@ def test_a_staged_folder_holds_what_the_hub_and_the_reader_need(staged, run):
     everything = ''.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.yaml', '.md', '.csv'))
     assert str(run.parent) not in everything and str(staged) not in everything
     assert read_run(folder) == read_run(run)
+
+
+def test_a_checkout_that_is_not_installed_has_its_licence(monkeypatch):
+    def absent(name):
+        raise staging.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(staging.metadata, 'files', absent)
+    assert 'Apache License' in staging._license()
+    monkeypatch.setattr(staging, 'CHECKOUT', None)
+    with pytest.raises(FileNotFoundError, match='LICENSE of timm-robust is missing'):
+        staging._license()
 
 
 def test_weights_are_those_of_the_best_checkpoint_in_fp16(staged, run):

@@ -10,6 +10,7 @@ from tiny_runs import tiny
 
 from timm_robust.attacks.gradient import input_gradient
 from timm_robust.attacks.surrogates import cross_entropy
+from timm_robust.training import step
 from timm_robust.training.builder import build
 from timm_robust.training.loop import fit
 
@@ -107,6 +108,14 @@ def test_the_compiled_run_follows_the_eager_one(tmp_path, monkeypatch):
         run = build(tiny(tmp_path, model_kwargs={'width': 2}, val_size=0, lr=0.01, torchcompile=compiled))
         losses.append([run.train_step(*run.batches[i], i).loss.item() for i in range(3)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_on_a_gpu_a_network_for_images_of_several_sides_has_its_pssilu_compiled_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(step, 'compile_kernels', asked.append)
+    nets = [timm.create_model(f'resnet18_{act}', width=2) for act in ('pssilu', 'silu')]
+    whole = [step.compiled(net, torch.device('cuda'), sides) is not net for sides in (1, 3) for net in nets]
+    assert whole == [True, True, False, True] and asked == ['cuda']
 
 
 def test_regulariser_and_clip_rule_beta(tmp_path):

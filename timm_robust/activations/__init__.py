@@ -29,7 +29,7 @@ state dict.
 """
 
 from .modules import ACTIVATIONS, Activation, PSiLU, PSSiLU, ReLU, Shape, activation_state, get_activation
-from .pssilu import Kernels, compile_cpu_kernels, compiled_kernels, using
+from .pssilu import Kernels, compile_kernels, compiled_kernels, using
 
 __all__ = [
     'ACTIVATIONS',
@@ -40,7 +40,7 @@ __all__ = [
     'ReLU',
     'Shape',
     'activation_state',
-    'compile_cpu_kernels',
+    'compile_kernels',
     'compiled_kernels',
     'get_activation',
     'using',

@@ -75,6 +75,9 @@ def _pssilu_formula(x: torch.Tensor, alpha: torch.Tensor, beta: Optional[torch.T
     return y.reshape(()) if x.dim() == 0 else y  # alpha's shape [1] makes a vector of a number
 
 
+_ROW = 64
+"""Elements in a row of what compiled kernels of a GPU are called with."""
+
 _COMPILED_FROM = 1 << 16
 """Elements from which compiled kernels run: the compiler makes one thread of what it first sees small."""
 
@@ -85,16 +88,17 @@ _kernels: Kernels | None = None
 """Those in use."""
 
 
-def compile_cpu_kernels() -> None:
-    """From now on PSSiLU and PSiLU of CPU tensors, outside of torch.compile, run in one compiled pass each way.
+def compile_kernels(device: str = 'cpu') -> None:
+    """From now on PSSiLU and PSiLU on 'cpu' or 'cuda', outside of torch.compile, run in one compiled pass each way.
 
-    For training on a CPU: the network around stays eager, for its convolutions gain nothing from compilation.
+    For training where the network around stays eager: on a CPU, whose convolutions gain nothing from compilation, and
+    where images change their size, for each of which the network would be compiled anew.
 
     Raises:
-        RuntimeError: if there is no working C++ compiler, with what to type.
+        RuntimeError: if there is no working compiler, with what to type.
     """
     global _kernels
-    _kernels = _kernels or compiled_kernels()
+    _kernels = compiled_kernels(device)
 
 
 @contextmanager
@@ -115,13 +119,15 @@ def compiled_kernels(device: str = 'cpu') -> Kernels:
     Raises:
         RuntimeError: if there is no working compiler, with what to type.
     """
+    dynamic = True if device == 'cpu' else None  # None: in all but the length of a row, after the second size
     forward, backward, sloped = (
-        torch.compile(kernel, dynamic=True) for kernel in (_forward_kernel, _backward_kernel, _sloped_kernel)
+        torch.compile(kernel, dynamic=dynamic) for kernel in (_forward_kernel, _backward_kernel, _sloped_kernel)
     )
     try:
-        x, one = torch.ones(_COMPILED_FROM, device=device), torch.ones(1, device=device)
+        flat, one = _flat(torch.ones(_COMPILED_FROM, device=device)), torch.ones(1, device=device)
+        assert flat is not None
         with torch.no_grad():
-            forward(x, one, None)
+            forward(*flat, one, None)
     except Exception as error:
         reason = str(error).strip().partition('\n')[0][:200]
         mend = 'install a C++ compiler (apt-get install g++), or train without --torchcompile'
@@ -322,10 +328,17 @@ def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def _flat(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
-    """The tensors as vectors in the order of memory, if they are dense, alike in layout, and on a CPU or a GPU."""
+    """The tensors in the order of memory, if they are dense, alike in layout, and on a CPU or a GPU.
+
+    As vectors; on a GPU in rows of _ROW, if that divides them: kernels of any size then still know that their data can
+    be read 16 bytes at a time.
+    """
     first = tensors[0]
     if first.device.type not in ('cpu', 'cuda') or any(t.stride() != first.stride() for t in tensors):
         return None
     if not first.is_contiguous() and first.ndim == 4 and first.is_contiguous(memory_format=torch.channels_last):
         tensors = tuple(t.permute(0, 2, 3, 1) for t in tensors)
-    return tuple(t.view(-1) for t in tensors) if tensors[0].is_contiguous() else None
+    if not tensors[0].is_contiguous():
+        return None
+    rows = first.device.type == 'cuda' and first.numel() % _ROW == 0
+    return tuple(t.view(-1, _ROW) if rows else t.view(-1) for t in tensors)

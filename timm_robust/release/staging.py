@@ -6,6 +6,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -244,10 +245,12 @@ def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
 
 def _license() -> str:
     """The text of the package's licence."""
-    files = metadata.files('timm-robust') or []
-    for file in ((CHECKOUT or PACKAGE) / 'LICENSE', *(file.locate() for file in files if file.name == 'LICENSE')):
-        if Path(str(file)).is_file():
-            return Path(str(file)).read_text()
+    files = [(CHECKOUT or PACKAGE) / 'LICENSE']
+    with suppress(metadata.PackageNotFoundError):  # run from a checkout
+        files += [Path(str(file.locate())) for file in metadata.files('timm-robust') or [] if file.name == 'LICENSE']
+    for file in files:
+        if file.is_file():
+            return file.read_text()
     raise FileNotFoundError('the LICENSE of timm-robust is missing; install the package again')
 
 

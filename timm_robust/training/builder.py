@@ -327,7 +327,8 @@ def make_train_step(
 def make_forward(net: nn.Module, recipe: Recipe, device: torch.device) -> Forward:
     """How the recipe calls a network on pixels."""
     net = pixel_input(net, recipe.inner_size)
-    return Forward(compiled(net, device) if recipe.torchcompile else net, recipe.precision, device)
+    net = compiled(net, device, len(recipe.stages)) if recipe.torchcompile else net
+    return Forward(net, recipe.precision, device)
 
 
 def make_attack_forward(model: nn.Module, forward: Forward, recipe: Recipe, example: torch.Tensor) -> AttackForward:

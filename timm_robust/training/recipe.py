@@ -218,7 +218,9 @@ class Recipe:
     amp: bool = _field('speed', False, 'automatic mixed precision')
     channels_last: bool = _field('speed', True, 'channels-last memory layout')
     fold_bn: bool = _field('speed', True, 'attack a copy with batch norm folded into the convolutions (eval mode)')
-    torchcompile: bool = _field('speed', False, 'torch.compile the model; on a CPU its PSSiLU alone, if it has any')
+    torchcompile: bool = _field(
+        'speed', False, 'torch.compile the model; on a CPU, and for several sides, its PSSiLU alone, if it has any'
+    )
     sync_bn: bool = _field('speed', False, 'batch norm over all processes (GPU only)')
     device: str | None = _field('speed', None, "as torch names it; none: 'cuda' where there is one, else 'cpu'")
 

@@ -16,7 +16,7 @@ import torch.nn as nn
 from timm.data import Mixup
 from timm.utils import dispatch_clip_grad
 
-from ..activations import PSiLU, PSSiLU, compile_cpu_kernels
+from ..activations import PSiLU, PSSiLU, compile_kernels
 from ..attacks import AttackSchedule, FoldedNet, attacked, frozen_statistics
 from ..precision import Precision
 from .averaging import ModelEma
@@ -56,14 +56,15 @@ class Forward:
             return self.net(x.contiguous(memory_format=self.precision.memory_format))
 
 
-def compiled(net: nn.Module, device: torch.device) -> nn.Module:
-    """The network, compiled; on a CPU its PSSiLU and PSiLU alone, if it has any.
+def compiled(net: nn.Module, device: torch.device, sides: int = 1) -> nn.Module:
+    """The network, compiled; on a CPU, or for images of several sides, its PSSiLU and PSiLU alone, if it has any.
 
     Raises:
-        RuntimeError: on a CPU without a C++ compiler.
+        RuntimeError: without a compiler.
     """
-    if device.type == 'cpu' and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
-        compile_cpu_kernels()
+    alone = device.type == 'cpu' or sides > 1
+    if alone and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
+        compile_kernels(device.type)
         return net
     return torch.compile(net, dynamic=False)  # type: ignore[return-value]
 
