@@ -32,7 +32,7 @@ from activation import formula
 from train_step import sparse_images
 from turns import wait
 
-from timm_robust.activations.pssilu import pssilu
+from timm_robust.activations.pssilu import compiled_kernels, pssilu, using
 from timm_robust.attacks.gradient import attacked, input_gradient
 from timm_robust.command_line import Parser, command, count
 from timm_robust.data import load_dataset
@@ -120,10 +120,10 @@ def outcome(check: Check) -> tuple[str, str]:
 def checks(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Check]]:
     """Name -> what runs it; the shortest first, so that a run that is cut off has told most."""
     compiled = torch.compile(pssilu, dynamic=False, backend=backend(args.device))
-    for variant, function in {'eager': pssilu, 'compiled': compiled}.items():
+    for variant, function in {'eager': pssilu, 'compiled': compiled, 'compiled alone': alone}.items():
         for dtype in (torch.float32, torch.bfloat16):
             name = f'kernels: pssilu {variant} {str(dtype).removeprefix("torch.")}'
-            yield name, partial(check_kernels, function, dtype, args, twice=variant == 'eager')
+            yield name, partial(check_kernels, function, dtype, args, twice=variant != 'compiled')
 
     def of(check: Callable[[Recipe], str], name: str, shallow: bool = False) -> Check:
         return lambda: check(small(name, args, folder, shallow))
@@ -137,6 +137,12 @@ def checks(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Check]
     yield f'autoattack: {MAIN[1]}', of(check_autoattack, MAIN[1], shallow=True)
     for name in MAIN[:2]:
         yield f'compile: {name}', of(check_compiled, name, shallow=True)
+
+
+def alone(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """PSSiLU by the kernels that run where the network around is not compiled."""
+    with using(compiled_kernels(x.device.type)):
+        return pssilu(x, alpha, beta)
 
 
 def backend(device: str) -> str:
