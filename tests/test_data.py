@@ -6,11 +6,15 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_robust.data import ImageData, TrainBatches, load_dataset, split_holdout
 from timm_robust.data.batches import seed_of
+from timm_robust.pixels import to_pixels
 
 CIFAR = Path(__file__).parents[2] / 'shared/data/cifar10'
 needs_cifar = pytest.mark.skipif(not CIFAR.is_dir(), reason='shared/data/cifar10 is not on this machine')
@@ -57,6 +61,23 @@ def test_batches_and_pixels_cover_the_data_in_order():
     assert torch.equal(data.pixels(torch.tensor([7, 2])), x[[7, 2]])
     assert torch.equal(data.subset([3, 1]).images, data.images[[3, 1]])
     assert len(data.first(3)) == 3 and data.first(10).num_classes == 4
+
+
+class Divisors(TorchDispatchMode):
+    """Notes the device of what is divided by, or None for a number."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if 'div' in str(func):
+            self.seen = str(args[1].device) if isinstance(args[1], torch.Tensor) else None
+        return func(*args, **(kwargs or {}))
+
+
+def test_pixels_have_the_same_bits_on_every_device():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert np.array_equal(to_pixels(levels).numpy(), np.arange(256, dtype=np.float32) / np.float32(255))
+    with FakeTensorMode(), Divisors() as divisors:
+        to_pixels(torch.empty(3, dtype=torch.uint8, device='cuda'))
+    assert divisors.seen == 'cuda:0'  # by a number a GPU does not divide, but multiply by its inverse
 
 
 @pytest.mark.parametrize('n', [0, -1, 11])

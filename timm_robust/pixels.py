@@ -1,4 +1,4 @@
-"""Any timm model as one that takes pixels in [0, 1], so that eps is in pixels whatever its mean and std."""
+"""Images as pixels in [0, 1], and any timm model as one that takes them: eps is in pixels whatever its mean and std."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images of 0..255 as float32 in [0, 1], with the same bits on every device.
+
+    A GPU would multiply by the inverse of a divisor that is a number: up to one bit off.
+    """
+    return images.float().div_(torch.full((), 255.0, device=images.device))
 
 
 def resized(x: torch.Tensor, side: int | None) -> torch.Tensor:

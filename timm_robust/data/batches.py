@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..pixels import to_pixels
 from .memory import ImageData
 
 
@@ -97,7 +98,7 @@ class TrainBatches:
             raise IndexError(f'step {step} is negative; steps count from 0')
         images, labels = self._draw(step)
         x = self._augment(images, step)
-        return x[self.own].float().div_(255), labels[self.own]
+        return to_pixels(x[self.own]), labels[self.own]
 
     def indices(self, step: int) -> torch.Tensor:
         """Which images batch `step` holds, [B]."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from ..pixels import to_pixels
 from .classes import new_labels
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class ImageData:
     def pixels(self, indices: torch.Tensor | slice | None = None) -> torch.Tensor:
         """The images (all, or these) as float32 in [0, 1]."""
         images = self.images if indices is None else self.images[indices]
-        return images.float().div_(255)
+        return to_pixels(images)
 
     def sha256(self) -> str:
         """SHA-256 of the images' bytes, [N, C, H, W], and of the labels' as little-endian int64."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from ..pixels import to_pixels
 from .classes import class_names, new_labels, read_labels
 from .memory import ImageData
 from .sources import open_dataset, source_name
@@ -223,7 +224,7 @@ class StreamData:
                 raise ValueError(f'{self.name} has images in colour, the model takes 1 channel; use others, or it')
             x = x[:, :1]
         x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
-        return x.float().div_(255), y
+        return to_pixels(x), y
 
     def _relabelled(self, labels: torch.Tensor) -> torch.Tensor:
         """The reader's labels as `classes` counts them; those without a class are refused."""
