@@ -120,7 +120,7 @@ def outcome(check: Check) -> tuple[str, str]:
 def checks(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Check]]:
     """Name -> what runs it; the shortest first, so that a run that is cut off has told most."""
     compiled = torch.compile(pssilu, dynamic=False, backend=backend(args.device))
-    for variant, function in {'eager': pssilu, 'compiled': compiled, 'compiled alone': alone}.items():
+    for variant, function in {'eager': pssilu, 'compiled': compiled, 'alone': alone}.items():
         for dtype in (torch.float32, torch.bfloat16):
             name = f'kernels: pssilu {variant} {str(dtype).removeprefix("torch.")}'
             yield name, partial(check_kernels, function, dtype, args, twice=variant != 'compiled')

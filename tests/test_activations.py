@@ -305,6 +305,8 @@ def test_kernels_in_use_serve_a_gpu_too():
             assert y.device.type == 'cuda' and y.shape == (batch, 256, 8, 8) and y.stride() == x.stride()
         with torch.no_grad():
             psilu(x, alpha)
+        (odd,) = module._flat(torch.empty(1 << 16 | 1, device='cuda'))
+        assert odd.dim() == 1  # no rows of 64
     assert calls == [1, 0, 1]
 
 

@@ -193,7 +193,7 @@ def test_the_smoke_test_passes_here(capsys):
     assert smoke('kernels', name) == 0
     rows = rows_of(capsys.readouterr().out)
     assert set(rows.values()) == {'ok'}
-    assert {f'{kind}{name}' for kind in KINDS[1:]} < set(rows) and len(rows) == 4 + len(KINDS) - 1
+    assert {f'{kind}{name}' for kind in KINDS[1:]} < set(rows) and len(rows) == 6 + len(KINDS) - 1
 
 
 def test_the_smoke_test_steps_with_every_recipe():

@@ -167,7 +167,7 @@ def quick(tmp_path):
 def test_a_training_step_waits_for_nothing(run, waits):
     with FakeTensorMode(), waits:
         to_device(run)
-        for number, progress in enumerate((0.0, 1.0)):  # the last with AWP and late steps
+        for number, progress in enumerate((0.0, 1.0)):  # the last with AWP and late steps, where there are any
             out = run.train_step(*run.batches[number], number, progress)
         assert out.loss.device == out.correct.device == DEVICE
     assert waits.places == []

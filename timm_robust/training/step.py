@@ -57,12 +57,12 @@ class Forward:
 
 
 def compiled(net: nn.Module, device: torch.device, sides: int = 1) -> nn.Module:
-    """The network, compiled; on a CPU, or for images of several sides, its PSSiLU and PSiLU alone, if it has any.
+    """The network, compiled; on a CPU, or a GPU for images of several sides, its PSSiLU and PSiLU alone, if it has any.
 
     Raises:
         RuntimeError: without a compiler.
     """
-    alone = device.type == 'cpu' or sides > 1
+    alone = device.type == 'cpu' or (device.type == 'cuda' and sides > 1)
     if alone and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
         compile_kernels(device.type)
         return net
