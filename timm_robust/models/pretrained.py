@@ -99,11 +99,9 @@ def _with_weights(arch: str, pretrained: bool, kwargs: Dict[str, Any]) -> Dict[s
         return {**kwargs, 'pretrained_cfg_overlay': {**overlay, 'file': str(external_file(name))}}
     if name not in RELEASES:
         names = [release.name for release in releases_of(arch)] or sorted(RELEASES)
-        others = [other for other in EXTERNAL if other.partition('.')[0] == arch]
         raise RuntimeError(
             f'No pretrained weights exist for {arch}; released are {", ".join(names) or "none yet"}'
-            + ''.join(f'; {other} can be fetched from its authors: ask for it by that name' for other in others)
-            + '. Train it with timm-robust train and one of its recipes, or pass weights of your own: '
+            '. Train it with timm-robust train and one of its recipes, or pass weights of your own: '
             'pretrained_cfg_overlay=dict(file=PATH)'
         )
     weights = safetensors.torch.load(read_release(RELEASES[name]))
