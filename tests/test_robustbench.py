@@ -386,6 +386,17 @@ def test_compare_places_a_model_among_the_published(tmp_path):
         report.entries_of('svhn', 'Linf')
 
 
+def test_compare_without_names_leaves_out_what_was_not_measured(tmp_path, capsys):
+    record(tmp_path, attack='none', tag='fgsm_cifar10_linf')
+    assert main(['compare', '--cards', str(tmp_path)]) == 2
+    assert 'no measurement with AutoAttack or its APGD part; type: timm-robust measure' in capsys.readouterr().err
+    record(tmp_path)
+    assert main(['compare', '--cards', str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert out.count('at_cifar10_linf') and 'fgsm_cifar10_linf' not in out
+    assert 'resnet18_pssilu.fgsm_cifar10_linf is left out' in err
+
+
 @pytest.mark.parametrize('eps', ['0.031', '7.5/255', '4/255'])
 def test_another_radius_is_neither_compared_nor_submitted(tmp_path, eps):
     message = f'was measured at Linf {eps}, the leaderboard is for Linf 8/255 .* --eps RADIUS'

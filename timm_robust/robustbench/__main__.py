@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..command_line import Parser, command, count, keep_freed_memory, whole_number
+from ..command_line import Parser, command, count, keep_freed_memory, say, whole_number
 from ..data import load_dataset
 from ..files import read_yaml
 from ..models import load_model as load_any
@@ -28,7 +28,7 @@ from ..release import RESULTS
 from ..weights import CARDS
 from .conversion import convert, fetch
 from .measure import benchmark, corruptions
-from .report import compare, draw
+from .report import compare, draw, is_measured
 from .submit import submission
 from .zoo import LINF
 
@@ -66,9 +66,14 @@ def _run_fetch(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_compare(args: argparse.Namespace) -> None:
     folders = [args.cards / name for name in args.names]
-    folders = folders or sorted(path.parent for path in args.cards.glob(f'*/{RESULTS}'))
     if not folders:
-        raise ValueError(f'{args.cards} holds no staged model; type: timm-robust stage RUN NAME')
+        staged = sorted(path.parent for path in args.cards.glob(f'*/{RESULTS}'))
+        if not staged:
+            raise ValueError(f'{args.cards} holds no staged model; type: timm-robust stage RUN NAME')
+        folders = [folder for folder in staged if is_measured(folder)] or staged
+        for folder in staged:
+            if folder not in folders:
+                say(f'{folder.name} is left out: it has no measurement with AutoAttack or its APGD part')
     print('\n\n'.join(compare(folder) for folder in folders))
     if args.picture:
         draw(folders, args.picture)
@@ -107,7 +112,9 @@ def _parser() -> Parser:
     one.add_argument('target', help='folder to write')
     one = commands.add_parser('compare', help="a staged model beside RobustBench's published entries")
     one.set_defaults(run=_run_compare)
-    one.add_argument('names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged models if none is given')
+    one.add_argument(
+        'names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged and measured models if none is given'
+    )
     one.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
     one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
     one = commands.add_parser('submission', help='write a folder that submits a staged model')

@@ -86,7 +86,7 @@ def compare(folder: Path) -> str:
 def _measured(folder: Path) -> tuple[dict[str, Any], RobustnessResult]:
     """A staged model's record, and its measurement that the leaderboard's compares with."""
     record = read_results(folder)
-    results = [result for result in results_of(record) if result.attack in ('autoattack', 'apgd')]
+    results = _comparable(record)
     if not results:
         raise ValueError(
             f'{record["model"]} has no measurement with AutoAttack or its APGD part; type: '
@@ -96,6 +96,16 @@ def _measured(folder: Path) -> tuple[dict[str, Any], RobustnessResult]:
     if best is None:
         raise ValueError(other_eps(record))
     return record, best
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether anything of a staged model was measured that a leaderboard measures."""
+    return bool(_comparable(read_results(folder)))
+
+
+def _comparable(record: dict[str, Any]) -> list[RobustnessResult]:
+    """The measurements of a record with AutoAttack or its APGD part."""
+    return [result for result in results_of(record) if result.attack in ('autoattack', 'apgd')]
 
 
 def _same_size(arch: str, architecture: str) -> bool:
