@@ -12,6 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from ..data import CIFAR10_CLASSES, ImageData
 from ..models import input_channels, trained_classes
+from ..pixels import to_pixels
 
 EXAMPLES = Path(__file__).with_name('examples.png')
 """The first official CIFAR-10 test image of each class (Krizhevsky 2009), side by side in the order of the labels."""
@@ -97,11 +98,11 @@ def as_input(picture: Image.Image, model: nn.Module) -> torch.Tensor:
     channels, height, width = input_size(model)
     picture = picture.convert('L' if channels == 1 else 'RGB')
     if picture.size == (width, height):
-        return pil_to_tensor(picture)[None].float() / 255
+        return to_pixels(pil_to_tensor(picture)[None])
     config = resolve_data_config({}, pretrained_cfg=dict(getattr(model, 'pretrained_cfg', None) or {}))
     chosen = {key: config[key] for key in ('interpolation', 'mean', 'crop_pct', 'crop_mode')}
     steps = create_transform((channels, height, width), normalize=False, **chosen)
-    return steps(picture)[None].float() / 255
+    return to_pixels(steps(picture)[None])
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:
