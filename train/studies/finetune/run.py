@@ -48,7 +48,7 @@ OWN = ('automobile', 'truck')
 STEPS, TUNE_SEED = 600, 99
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 NETWORK = ('--model', 'resnet18_pssilu', '--model-kwargs', 'width=16', '--eps', '8/255', '--dataset', 'npz', '--amp')
-SOURCE = ('--attack', 'n_fgsm', '--epochs', '6', '--warmup-epochs', '2', '--lr', '0.2')
+SOURCE = ('--attack', 'n_fgsm', '--epochs', '5', '--warmup-epochs', '2', '--lr', '0.2')
 # nothing is held out, and nothing but the last step chooses the weights
 LAST = ('--val-size', '0', '--val-split', 'none', '--patience', 'none', '--no-model-ema')
 TUNING = ('--split', 'validation', '--attack', 'pgd')
@@ -185,7 +185,7 @@ def measure(output: Path, arm: Arm, test: Sequence[str], max_steps: int | None) 
     run('train', 'finetune_folder', *settings, *pictures, *weights, *place)
     data = ['--dataset', 'npz', '--data-dir', str(output / 'test'), *test]
     files = ['--flags-file', str(flags), '--results-file', str(record)]
-    run('evaluate', str(output / 'runs' / name / 'last.pth.tar'), *data, '--eps', '8/255', '--quiet', *files)
+    run('evaluate', str(output / 'runs' / name / 'last.pth.tar'), *data, '--eps', '8/255', '--no-checks', '--quiet', *files)
     return record
 
 
