@@ -48,7 +48,7 @@ OWN = ('automobile', 'truck')
 STEPS, TUNE_SEED = 600, 99
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 NETWORK = ('--model', 'resnet18_pssilu', '--model-kwargs', 'width=16', '--eps', '8/255', '--dataset', 'npz', '--amp')
-SOURCE = ('--attack', 'n_fgsm', '--epochs', '5', '--warmup-epochs', '2', '--lr', '0.2')
+SOURCE = ('--attack', 'n_fgsm', '--epochs', '4', '--warmup-epochs', '1.333', '--lr', '0.2')
 # nothing is held out, and nothing but the last step chooses the weights
 LAST = ('--val-size', '0', '--val-split', 'none', '--patience', 'none', '--no-model-ema')
 TUNING = ('--split', 'validation', '--attack', 'pgd')
@@ -92,8 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_pictures(args.data_dir, args.output, args.images, seeds)
     sources = [(start, seed) for start in LOSSES for seed in seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda source: learn_source(args.output, source, args.max_steps), sources))
-        records = list(pool.map(lambda arm: measure(args.output, arm, test, args.max_steps), arms))
+        learned = {source: pool.submit(learn_source, args.output, source, args.max_steps) for source in sources}
+
+        def classify(arm: Arm) -> Path:
+            if arm.start in LOSSES:
+                learned[arm.start, arm.seed].result()
+            return measure(args.output, arm, test, args.max_steps)
+
+        first = sorted(arms, key=lambda arm: arm.start in LOSSES)  # random weights wait for no network
+        try:
+            done = dict(zip(first, pool.map(classify, first), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+    records = [done[arm] for arm in arms]
     if args.tune:
         write_rates(args.rates, arms, records)
     else:
@@ -183,15 +194,15 @@ def measure(output: Path, arm: Arm, test: Sequence[str], max_steps: int | None) 
     pictures = ['--data-dir', str(output / f'own-{arm.images}-s{arm.seed}')]
     place = ['--output', str(output / 'runs'), '--experiment', name, '--resume', 'auto']
     run('train', 'finetune_folder', *settings, *pictures, *weights, *place)
-    data = ['--dataset', 'npz', '--data-dir', str(output / 'test'), *test]
-    files = ['--flags-file', str(flags), '--results-file', str(record)]
-    run('evaluate', str(output / 'runs' / name / 'last.pth.tar'), *data, '--eps', '8/255', '--no-checks', '--quiet', *files)
+    data = ['--dataset', 'npz', '--data-dir', str(output / 'test'), *test, '--eps', '8/255', '--no-checks']
+    files = ['--flags-file', str(flags), '--results-file', str(record), '--quiet']
+    run('evaluate', str(output / 'runs' / name / 'last.pth.tar'), *data, *files)
     return record
 
 
 def run(*arguments: str) -> None:
     """One command of timm-robust, on one thread."""
-    print('timm-robust', *arguments, flush=True)
+    print(f'timm-robust {" ".join(arguments)}\n', end='', flush=True)  # one write: threads print beside each other
     one_thread = {**os.environ, 'OMP_NUM_THREADS': '1'}
     command_line = [sys.executable, '-m', 'timm_robust.cli', *arguments]
     done = subprocess.run(command_line, env=one_thread, capture_output=True, text=True)
