@@ -362,15 +362,15 @@ def test_unknown_names(args, text):
 @pytest.mark.parametrize(
     ('name', 'module', 'extra'),
     [
-        ('digits', 'sklearn.datasets', 'demo'),
-        ('cifar10', 'pyarrow.parquet', 'train'),
+        ('digits', 'sklearn.datasets', 'scikit-learn'),
+        ('cifar10', 'pyarrow.parquet', 'pyarrow'),
     ],
 )
-def test_missing_library_says_what_to_install(tmp_path, monkeypatch, name, module, extra):
+def test_missing_library_says_what_to_install(tmp_path, monkeypatch, name, module, package):
     if name == 'cifar10':
         write_parquet(tmp_path / 'train.parquet', [png(SMALL)], [0])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'{module} is not installed; type: pip install timm-robust\[{extra}\]'):
+    with pytest.raises(ImportError, match=rf'{module} is not installed; type: pip install {package}'):
         load_dataset(name, tmp_path)
 
 

@@ -102,6 +102,20 @@ def test_a_tar_holds_the_same_images(tmp_path, workers):
         assert [number % 3 for number in numbers(x)] == y.tolist() == data.labels.tolist()
 
 
+def test_pictures_of_other_formats_are_read_and_folders_without_any_are_named(tmp_path, caplog):
+    train = write_folder(tmp_path, n=3) / 'train'
+    for ending in ('webp', 'BMP', 'tiff'):
+        (train / 'wasp').mkdir(exist_ok=True)
+        Image.new('RGB', (20, 20), (90, 90, 90)).save(train / f'wasp/one.{ending}')
+    (train / 'fly').mkdir()
+    (train / 'fly/one.heic').write_bytes(b'heic')
+    data = stream(tmp_path)
+    assert data.classes == (*sorted(CLASSES), 'wasp') and len(data) == 6
+    assert numbers(next(data.batches(6))[0])[3:] == [90, 90, 90]
+    [record] = caplog.records
+    assert record.getMessage().startswith(f'{train / "fly"} is no class: it holds no picture (.png, ')
+
+
 def test_the_centre_is_cropped_after_resizing(tmp_path):
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 30:50] = 255  # of the 35 pixels in the middle, 0.875 of the shorter side, that a square shows

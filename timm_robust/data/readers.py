@@ -96,7 +96,7 @@ def _parquet(name: str, folder: Path, split: str, download: bool) -> ImageData |
 
 def _digits(name: str, folder: Path, split: str, download: bool) -> ImageData | str:
     """The 1,797 digits of scikit-learn, 8x8 grey of 0..16, as 32x32 RGB; 360 of them, stratified, are the test set."""
-    digits = _optional('sklearn.datasets', 'demo').load_digits()
+    digits = _optional('sklearn.datasets', 'scikit-learn').load_digits()
     grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
     grey = F.interpolate(grey, size=(32, 32), mode='bilinear', align_corners=False).round_().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
@@ -168,7 +168,7 @@ def _load_parquet(name: str, files: list[Path]) -> ImageData:
 def _read_parquet(file: Path) -> tuple[list[bytes], list[int], tuple[str, ...]]:
     """The encoded images, the labels and, where the file names them, the classes."""
     try:
-        table = _optional('pyarrow.parquet', 'train').read_table(file)
+        table = _optional('pyarrow.parquet', 'pyarrow').read_table(file)
     except (ValueError, OSError) as error:
         raise ValueError(f'{file} is no whole parquet file (or a Git LFS pointer to one): {error}') from error
     image, label = _column(file, table, _IMAGE_COLUMNS), _column(file, table, _LABEL_COLUMNS)
@@ -218,9 +218,9 @@ def _decode(rows: list[tuple[Path, int, bytes]]) -> torch.Tensor:
     return torch.from_numpy(images)
 
 
-def _optional(module: str, extra: str) -> Any:
-    """Import a library that only an extra of the package installs."""
+def _optional(module: str, package: str) -> Any:
+    """Import from a package that only an extra of ours installs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'{module} is not installed; type: pip install timm-robust[{extra}]') from error
+        raise ImportError(f'{module} is not installed; type: pip install {package}') from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from timm.data import create_dataset
 
 _FOLDER = ('', 'folder')
+_logger = logging.getLogger('timm_robust')
 _LIBRARIES = {
     'torch': 'torchvision',
     'hfds': 'datasets',
@@ -17,6 +19,8 @@ _LIBRARIES = {
     'hfids': 'datasets',
     'tfds': 'tensorflow_datasets',
 }
+_PICTURES = ['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm']
+"""Endings of what is read in a folder; timm by itself passes over all but the first three."""
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
 
 
@@ -47,8 +51,12 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')
     if folder:
         root = str(_locate(Path(str(root)), split))
-        # an open file shared by worker processes would share its position
-        options = {'cache_tarfiles': False} if root.endswith('.tar') else {}
+        if root.endswith('.tar'):
+            options = {'cache_tarfiles': False}  # an open file shared by worker processes would share its position
+        else:
+            options = {'input_key': ';'.join(_PICTURES)}
+            if Path(root).is_dir():
+                _tell_folders_without_pictures(Path(root))
     else:
         options['download'] = download
     try:
@@ -58,6 +66,13 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
         raise ValueError(f'{index} is no index that timm wrote ({error}); delete it') from None
     except (AssertionError, RuntimeError, KeyError) as error:
         raise ValueError(f'cannot open split {split!r} of dataset {name!r} in {root}: {error}') from error
+
+
+def _tell_folders_without_pictures(root: Path) -> None:
+    """Warn of each sub-folder that makes no class."""
+    for path in sorted(root.iterdir()):
+        if path.is_dir() and not any(file.suffix.lower() in _PICTURES for file in path.rglob('*')):
+            _logger.warning('%s is no class: it holds no picture (%s)', path, ', '.join(_PICTURES))
 
 
 def _locate(root: Path, split: str) -> Path:
