@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,9 +158,9 @@ def test_a_seed_is_finished_before_the_next_and_an_arm_has_settings_of_its_own(t
     assert plain.recipe == {**other.recipe, 'model': 'resnet18_relu', 'epochs': 3}
     assert plain.recipe['data_dir'] == 'elsewhere'
     same = read_study(small(tmp_path, seeds='[0]', claims='[]'))
-    assert [same.digest(arm) for arm in same.arms] == [study.digest(arm) for arm in study.arms]
+    assert [same.settings(arm) for arm in same.arms] == [study.settings(arm) for arm in study.arms]
     changed = read_study(small(tmp_path, measure='{n: 3, attack: pgd}'))
-    assert changed.digest(changed.arms[0]) != study.digest(other)
+    assert changed.settings(changed.arms[0]) != study.settings(other)
 
 
 def test_findings_pair_by_seed_and_image(tmp_path):
@@ -232,7 +233,7 @@ def test_images_are_held_against_what_is_kept_before_the_first_training(tmp_path
 def test_what_another_process_publishes_meanwhile_stays(tmp_path, monkeypatch):
     study, out = read_study(small(tmp_path)), tmp_path / 'out'
     bits = {'clean_acc': 1.0, 'attack': 'pgd', 'pgd_acc': 0.5, 'clean_correct': '11', 'robust': '10'}
-    rows = [{'arm': 'plain', 'seed': seed, **bits, 'settings': study.digest(study.arms[1])} for seed in (0, 1)]
+    rows = [{'arm': 'plain', 'seed': seed, **bits, 'settings': study.settings(study.arms[1])} for seed in (0, 1)]
 
     def run(*_):
         write_findings(study, rows[1:], out)  # as another process would
@@ -246,7 +247,7 @@ def test_what_another_process_publishes_meanwhile_stays(tmp_path, monkeypatch):
 
 def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
     study = read_study(small(tmp_path))
-    row = {'arm': 'plain', 'seed': 1, 'clean_correct': '11', 'robust': '10', 'settings': study.digest(study.arms[1])}
+    row = {'arm': 'plain', 'seed': 1, 'clean_correct': '11', 'robust': '10', 'settings': study.settings(study.arms[1])}
     write_findings(study, [row], tmp_path)
     path = tmp_path / 'points.jsonl'
     assert read_points(study, path) == [row] and read_points(study, tmp_path / 'none.jsonl') == []
@@ -357,3 +358,32 @@ def alive(pid):
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_fault_of_one_network_lets_the_others_end_and_begins_no_more(tmp_path, monkeypatch):
+    study, begun = read_study(small(tmp_path, seeds='[0, 1, 2]')), []
+
+    def run_point(_, arm, seed, output):
+        begun.append((arm.name, seed))
+        if len(begun) == 1:
+            raise ValueError('it does not fit')
+        time.sleep(0.2)
+        return {'arm': arm.name, 'seed': seed}
+
+    monkeypatch.setattr(points, 'run_point', run_point)
+    monkeypatch.setattr(points, 'ProcessPoolExecutor', lambda jobs, **_: ThreadPoolExecutor(jobs))
+    rows = []
+    with pytest.raises(ValueError, match='it does not fit'):
+        rows.extend(row['arm'] for row in points.run_points(study, [], tmp_path, 2))
+    assert rows == ['plain'] and len(begun) == 2
+
+
+def test_settings_that_recipes_had_not_yet_are_taken_for_their_defaults(tmp_path):
+    study = read_study(small(tmp_path))
+    kept = study.settings(study.arms[1])
+    assert kept['recipe']['momentum'] == 0.9 and kept['recipe']['epochs'] == 3  # of no line of the file, and of one
+    assert study.accepts(study.arms[1], kept)
+    del kept['recipe']['momentum']
+    assert study.accepts(study.arms[1], kept)
+    for name, value in (('weight_decay', 0.1), ('gone_since', 1)):
+        assert not study.accepts(study.arms[1], kept | {'recipe': kept['recipe'] | {name: value}})

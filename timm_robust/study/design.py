@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -44,8 +43,9 @@ class Arm:
 
     @property
     def training(self) -> dict[str, Any]:
-        """All that its training depends on, but seed and place."""
-        recipe = {key: value for key, value in self.recipe.items() if key != 'data_dir'}
+        """All that its training depends on, but seed, place and code; settings that the file leaves out included."""
+        recipe = Recipe.from_values(self.recipe, self.name).public()
+        del recipe['seed']
         return {'act': self.act, 'shape': self.shape, 'learned': self.learned, 'recipe': recipe}
 
     def facts(self, seed: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as read; `digest` tells whether a kept point was trained and measured as this one says."""
+    """A study as read."""
 
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
@@ -96,10 +96,18 @@ class Study:
         """Every arm under every seed; a seed is finished before the next, so that a part of the study compares."""
         return [(arm, seed) for seed in self.seeds for arm in self.arms]
 
-    def digest(self, arm: Arm) -> str:
-        """A short hash of all that a point of this arm depends on."""
-        depends = [arm.training, vars(self.measurement)]
-        return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        """How a point of this arm is trained and measured, as JSON holds it."""
+        found: dict[str, Any] = json.loads(json.dumps({**arm.training, 'measure': vars(self.measurement)}))
+        return found
+
+    def accepts(self, arm: Arm, settings: Any) -> bool:
+        """Whether a kept point was trained and measured so; settings that recipes had not yet are at their defaults."""
+        now = self.settings(arm)
+        try:
+            return settings == {**now, 'recipe': {key: now['recipe'].get(key) for key in settings['recipe']}}
+        except (KeyError, TypeError):
+            return False
 
 
 def read_study(path: Path, data_dir: str | None = None) -> Study:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
             arm, seed, settings = str(row['arm']), row['seed'], row['settings']
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{path}, line {number} is no point of a study; delete the line') from error
-        if arm not in arms or seed not in study.seeds or settings != study.digest(arms[arm]):
+        if arm not in arms or seed not in study.seeds or not study.accepts(arms[arm], settings):
             raise ValueError(
                 f'{path}, line {number}: {arm}-s{seed} comes from other settings than the study has now; undo the '
                 'change, delete the line and the folder of that training, or name another folder'
@@ -74,6 +75,9 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     lost = [f'{row["arm"]}-s{row["seed"]}' for row in rows if 'diverged' in row]
     if lost:
         lines += ['', f'Diverged: {", ".join(lost)}.']
+    commits = Counter(str(row['environment']['commit'])[:12] for row in rows if 'environment' in row)
+    if commits:
+        lines += ['', f'Networks by commit: {", ".join(f"{n} at {commit}" for commit, n in commits.items())}.']
     if study.claims:
         lines += ['', '| claim | arms | pairs of seeds | effect (points) | |', '|---|---|---|---|---|']
     for claim in study.claims:

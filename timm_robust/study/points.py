@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from ..plots import read_run
 from ..provenance import environment, git_commit
 from ..training import Diverged, Recipe, build, fit
 from .design import Arm, Measurement, Study
+
+_logger = logging.getLogger('timm_robust')
 
 
 def run_points(study: Study, done: list[dict[str, Any]], output: Path, jobs: int) -> Iterator[dict[str, Any]]:
@@ -42,14 +46,23 @@ def run_points(study: Study, done: list[dict[str, Any]], output: Path, jobs: int
     threads = max(1, (os.cpu_count() or 1) // jobs)
     spawn = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker, initargs=(threads,)) as pool:
-        futures = [pool.submit(run_point, study, arm, seed, output) for arm, seed in points]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as error:
-            raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        waiting, running, fault = iter(points), set[Future[dict[str, Any]]](), None
+        while True:
+            free = jobs - len(running) if fault is None else 0
+            running |= {pool.submit(run_point, study, *point, output) for point in itertools.islice(waiting, free)}
+            if not running:
+                break
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                if error := future.exception():
+                    fault = fault or error
+                    _logger.warning('%s; what is in training is ended first', error)
+                else:
+                    yield future.result()
+    if isinstance(fault, BrokenProcessPool):
+        raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from fault
+    if fault is not None:
+        raise fault
 
 
 def check_images(study: Study, done: list[dict[str, Any]]) -> None:
@@ -87,7 +100,7 @@ def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]
     except Diverged as error:
         row['diverged'] = str(error)
     row = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
-    return row | {'settings': study.digest(arm)}
+    return row | {'settings': study.settings(arm)}
 
 
 def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
@@ -135,7 +148,8 @@ def measure(arm: Arm, measurement: Measurement, folder: Path) -> dict[str, Any]:
     device = device_of(recipe)
     model = load_model(folder, device=device)
     data = read_images(recipe, measurement).to(device)
-    result, verdicts = evaluate(model, data, recipe.threat_model, attack=measurement.attack, name=folder.name)
+    attack, state_dir = measurement.attack, folder / 'attack'
+    result, verdicts = evaluate(model, data, recipe.threat_model, attack=attack, name=folder.name, state_dir=state_dir)
     row = {key: getattr(result, key) for key in ('attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc', 'n')}
     row['data_sha256'] = data.sha256()
     if measurement.landscape:
