@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -199,13 +200,13 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
     assert study(settings) == 2 and 'has no rate for random weights and 16 pictures' in capsys.readouterr().err
     script = study.__wrapped__.__globals__
     with pytest.raises(ValueError, match=r'evaluate nobody failed: error: .* no model in the timm registry'):
-        script['run']('evaluate', 'nobody')
+        script['Run'](ThreadPoolExecutor(1), tmp_path, None)('evaluate', 'nobody')
 
-    def run(*words):  # in this process: others take seconds to begin
+    def run(_, *words):  # in this process: others take seconds to begin
         print('timm-robust', *words)
         assert cli.main(list(words)) == 0
 
-    monkeypatch.setitem(script, 'run', run)
+    monkeypatch.setattr(script['Run'], '__call__', run)
     monkeypatch.setattr('timm_robust.train.listen', lambda *_: None)  # signals go to main threads alone
     monkeypatch.setitem(script, 'GRID', (0.01,))
     assert study([*settings, '--tune']) == 0

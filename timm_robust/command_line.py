@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import difflib
 import functools
+import io
 import multiprocessing
 import os
 import platform
@@ -145,6 +146,17 @@ def say(message: str) -> None:
     """A line on stderr, at once; a log that cannot be written, as on a full disk, ends nothing."""
     with contextlib.suppress(OSError, ValueError):  # closed: ValueError
         print(message, file=sys.stderr, flush=True)
+
+
+def run_quietly(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> tuple[int, str]:
+    """Run a command within this process: its exit status, and the last line of what it wrote to stderr."""
+    errors = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+        try:
+            status = main(argv)
+        except SystemExit as end:
+            status = int(end.code or 0)
+    return status, ''.join(errors.getvalue().strip().splitlines()[-1:])
 
 
 def start_worker(threads: int) -> None:

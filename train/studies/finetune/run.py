@@ -16,7 +16,7 @@ that always says the same.
 
 results.csv, findings.md and accuracy.png go to OUT; what was done with the same settings is not done again.
 
-Hours: 1.0 for --tune and 1.2 for the rest with -n 200, on two CPU cores with bf16 beside light work.
+Hours: 1.0 for --tune and 1.0 for the rest with -n 200, on two CPU cores with bf16.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ import hashlib
 import io
 import json
 import math
-import os
-import subprocess
+import multiprocessing
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.figure
 import numpy as np
 
-from timm_robust.command_line import Parser, command, count
+from timm_robust import cli
+from timm_robust.command_line import Parser, command, count, run_quietly, start_worker
 from timm_robust.data import ImageData, load_dataset
 from timm_robust.files import atomic_file
 from timm_robust.plots import read_run
@@ -63,6 +63,26 @@ class Arm(NamedTuple):
     images: int
     seed: int
     lr: float
+
+
+class Run(NamedTuple):
+    """How commands of timm-robust are run: each in a process of one thread that has its libraries in memory already."""
+
+    workers: ProcessPoolExecutor
+    output: Path
+    max_steps: int | None
+
+    def __call__(self, *arguments: str) -> None:
+        """Run one.
+
+        Raises:
+            ValueError: if it failed, with its last line.
+        """
+        words = f'timm-robust {" ".join(arguments)}'
+        print(f'{words}\n', end='', flush=True)  # one write: threads print beside each other
+        status, last = self.workers.submit(run_quietly, cli.main, arguments).result()
+        if status:
+            raise ValueError(f'{words} failed: {last}')
 
 
 @command
@@ -91,13 +111,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arms = [Arm(*start, seed, chosen[start]) for start in starts for seed in seeds]
     write_pictures(args.data_dir, args.output, args.images, seeds)
     sources = [(start, seed) for start in LOSSES for seed in seeds]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        learned = {source: pool.submit(learn_source, args.output, source, args.max_steps) for source in sources}
+    spawn = multiprocessing.get_context('spawn')
+    workers = ProcessPoolExecutor(args.jobs, mp_context=spawn, initializer=start_worker, initargs=(1,))
+    with workers, ThreadPoolExecutor(args.jobs) as pool:
+        run = Run(workers, args.output, args.max_steps)
+        learned = {source: pool.submit(learn_source, run, source) for source in sources}
 
         def classify(arm: Arm) -> Path:
             if arm.start in LOSSES:
                 learned[arm.start, arm.seed].result()
-            return measure(args.output, arm, test, args.max_steps)
+            return measure(run, arm, test)
 
         first = sorted(arms, key=lambda arm: arm.start in LOSSES)  # random weights wait for no network
         try:
@@ -172,16 +195,17 @@ def arm_run(arm: Arm, max_steps: int | None) -> tuple[str, list[str]]:
     return named(f'{arm.start}-{arm.images}-s{arm.seed}', settings, source), settings
 
 
-def learn_source(output: Path, source: tuple[str, int], max_steps: int | None) -> None:
+def learn_source(run: Run, source: tuple[str, int]) -> None:
     """Train a network on the eight classes, from a start's name and a seed, or go on."""
-    name, settings = source_run(*source, max_steps)
-    place = ['--data-dir', str(output / 'source'), '--output', str(output / 'sources'), '--experiment', name]
+    name, settings = source_run(*source, run.max_steps)
+    place = ['--data-dir', str(run.output / 'source'), '--output', str(run.output / 'sources'), '--experiment', name]
     run('train', *settings, *place, '--resume', 'auto')
 
 
-def measure(output: Path, arm: Arm, test: Sequence[str], max_steps: int | None) -> Path:
+def measure(run: Run, arm: Arm, test: Sequence[str]) -> Path:
     """Train a classifier of the two classes and attack it; returns its record, beside which its verdicts lie."""
-    name, settings = arm_run(arm, max_steps)
+    output = run.output
+    name, settings = arm_run(arm, run.max_steps)
     record = output / 'records' / f'{named(name, test)}.json'
     flags = record.with_suffix('.npz')
     if record.exists() and flags.exists():  # a kill may come between the two
@@ -189,7 +213,7 @@ def measure(output: Path, arm: Arm, test: Sequence[str], max_steps: int | None) 
     record.parent.mkdir(parents=True, exist_ok=True)
     weights = ['--no-pretrained']
     if arm.start in LOSSES:
-        source = output / 'sources' / source_run(arm.start, arm.seed, max_steps)[0]
+        source = output / 'sources' / source_run(arm.start, arm.seed, run.max_steps)[0]
         weights = ['--initial-checkpoint', str(source / 'last.pth.tar')]
     pictures = ['--data-dir', str(output / f'own-{arm.images}-s{arm.seed}')]
     place = ['--output', str(output / 'runs'), '--experiment', name, '--resume', 'auto']
@@ -198,17 +222,6 @@ def measure(output: Path, arm: Arm, test: Sequence[str], max_steps: int | None) 
     files = ['--flags-file', str(flags), '--results-file', str(record), '--quiet']
     run('evaluate', str(output / 'runs' / name / 'last.pth.tar'), *data, *files)
     return record
-
-
-def run(*arguments: str) -> None:
-    """One command of timm-robust, on one thread."""
-    print(f'timm-robust {" ".join(arguments)}\n', end='', flush=True)  # one write: threads print beside each other
-    one_thread = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    command_line = [sys.executable, '-m', 'timm_robust.cli', *arguments]
-    done = subprocess.run(command_line, env=one_thread, capture_output=True, text=True)
-    if done.returncode:
-        last = ''.join(done.stderr.strip().splitlines()[-1:])
-        raise ValueError(f'timm-robust {" ".join(arguments)} failed: {last}')
 
 
 def write_rates(path: Path, arms: Sequence[Arm], records: Sequence[Path]) -> None:
