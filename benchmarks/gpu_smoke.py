@@ -339,7 +339,7 @@ def check_validation(recipe: Recipe) -> str:
 def check_autoattack(recipe: Recipe) -> str:
     """AutoAttack on images whose labels are the network's own, so that each has to be broken."""
     if importlib.util.find_spec('pyautoattack') is None:
-        raise Skipped('pyautoattack is not installed; type: pip install timm-robust[eval]')
+        raise Skipped("pyautoattack is not installed; type: pip install 'pyautoattack>=0.2.0'")
     model, n = build(recipe).model.eval(), 16
     data = load_dataset(recipe.dataset, recipe.data_dir, 'train').first(n).to(recipe.device)
     x, threat_model = (

@@ -300,7 +300,7 @@ def test_models_of_one_name_are_told_apart_and_five_are_too_many(folders):
 
 def test_without_gradio_the_error_says_what_to_type(monkeypatch, tiny):
     monkeypatch.setitem(sys.modules, 'gradio', None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'timm-robust[app]'")):
+    with pytest.raises(ImportError, match=re.escape("pip install 'gradio>=6.31'")):
         build_page(Shown({'one': tiny}))
 
 
@@ -322,7 +322,7 @@ def test_the_space_has_what_the_hub_asks_for_and_what_the_package_needs():
 @pytest.fixture(scope='module')
 def page(folders):
     """The page, served at a free port."""
-    pytest.importorskip('gradio', reason='the page needs gradio: pip install timm-robust[app]')
+    pytest.importorskip('gradio', reason='the page needs gradio: pip install gradio')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('GRADIO_ALLOWED_PATHS', '/')
         patch.setenv('GRADIO_SHARE', 'True')

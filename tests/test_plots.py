@@ -160,7 +160,7 @@ def test_nothing_to_draw_and_no_matplotlib(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='no run has a number in train_loss'):
         run_figure(tmp_path / 'a.png', {})
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    with pytest.raises(ImportError, match='pip install timm-robust'):
+    with pytest.raises(ImportError, match='pip install matplotlib'):
         run_figure(tmp_path / 'a.png', {'run': rows()})
 
 

@@ -237,7 +237,7 @@ def _matplotlib() -> Any:
         import matplotlib
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib; type: pip install timm-robust[train]') from error
+        raise ImportError('pictures need matplotlib; type: pip install matplotlib') from error
     return matplotlib
 
 

@@ -87,7 +87,7 @@ def build_page(shown: Shown) -> tuple[Any, dict[str, Any]]:
     try:
         import gradio as gr
     except ImportError as error:
-        raise ImportError("the page needs gradio; type: pip install 'timm-robust[app]'") from error
+        raise ImportError("the page needs gradio; type: pip install 'gradio>=6.31'") from error
     classes = dict.fromkeys(name for model in shown.models.values() for name in classes_of(model))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(

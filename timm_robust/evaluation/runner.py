@@ -191,5 +191,5 @@ def upstream() -> Any:
     try:
         import pyautoattack.checks
     except ImportError as error:
-        raise ImportError('AutoAttack needs pyautoattack; type: pip install timm-robust[eval]') from error
+        raise ImportError("AutoAttack needs pyautoattack; type: pip install 'pyautoattack>=0.2.0'") from error
     return pyautoattack

@@ -184,7 +184,7 @@ def _limits(record: dict[str, Any]) -> list[str]:
     lines += [f'- Evaluation warned: {text}' for text in warnings]
     best = strongest(results)
     if best is not None and best.n < 10_000:
-        lines.append(f'- Robust accuracy is known from {best.n} images only; mind the standard error.')
+        lines.append(f'- {best.attack_title} accuracy is known from {best.n} images only; mind the standard error.')
     attacks = 'the attacks and radii of the table above, and no other' if best else 'no attack'
     return [*lines, f'- Measured against {attacks}.']
 

@@ -53,7 +53,8 @@ def results_page(cards: Path, recipes: Path | None = None) -> str:
     waiting = [path.stem for path in sorted(recipes.glob('*.*.yaml')) if path.stem not in done] if recipes else []
     if waiting:
         lines += ['', '## What has not run', '']
-        lines += ['Each with the command that runs it (the head of the file says on what,', 'and for how long):', '']
+        lines += ['Each with the command that runs it (the head of the file says on what, and for how long; ddpm and']
+        lines += ['edm want their images too, by `--extra-data FILE.npz`):', '']
         lines += [f'- `timm-robust train {name} --data-dir DIR`' for name in waiting]
     return '\n'.join([*lines, ''])
 

@@ -1,6 +1,6 @@
 """The one door to RobustBench: load, benchmark, convert, compare, submit.
 
-    pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench==1.1.1
+    pip install -e '.[robustbench]' && pip install --no-deps robustbench==1.1.1
     timm-robust robustbench benchmark NAME --data-dir DIR -n 200
     timm-robust robustbench convert Dai2021Parameterizing FILE.pt OUT
     timm-robust robustbench compare NAME

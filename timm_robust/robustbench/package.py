@@ -25,7 +25,7 @@ from torch import nn
 from ..evaluation import upstream
 
 _VERSION = '1.1.1'
-_INSTALL = f"type: pip install 'timm-robust[robustbench]' && pip install --no-deps robustbench=={_VERSION}"
+_INSTALL = f"in a checkout, type: pip install -e '.[robustbench]' && pip install --no-deps robustbench=={_VERSION}"
 
 
 def robustbench() -> Any:

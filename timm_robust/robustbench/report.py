@@ -143,7 +143,7 @@ def draw(folders: Sequence[Path], path: str | Path) -> None:
         label = f'{ours.model} ({ours.attack_title}, n {ours.n})'
         axis.errorbar([x], [y], xerr=xerr, yerr=yerr, fmt='*', color=color, markersize=11, label=label)
     axis.set_xlabel('clean accuracy (%)')
-    axis.set_ylabel('AutoAttack accuracy (%)')
+    axis.set_ylabel('robust accuracy (%); AutoAttack where nothing else is said')
     axis.set_title(f'{dataset}, {norm} {eps}', fontsize=10)
     axis.legend(fontsize=7)
     save_figure(figure, path, dpi=150)
