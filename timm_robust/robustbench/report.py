@@ -133,7 +133,7 @@ def draw(folders: Sequence[Path], path: str | Path) -> None:
     axis = figure.subplots()
     for extra, marker in ((False, 'o'), (True, '^')):
         part = [entry for entry in entries_of(dataset, norm) if bool(entry['additional_data']) == extra]
-        label = 'RobustBench, extra data' if extra else 'RobustBench'
+        label = 'RobustBench (AutoAttack), extra data' if extra else 'RobustBench (AutoAttack)'
         points = [entry['clean_acc'] for entry in part], [entry['robust_acc'] for entry in part]
         axis.plot(*points, marker, color='0.7', markersize=4, label=label)
     for ours, color in zip(found, itertools.cycle(_COLORS), strict=False):
@@ -143,7 +143,7 @@ def draw(folders: Sequence[Path], path: str | Path) -> None:
         label = f'{ours.model} ({ours.attack_title}, n {ours.n})'
         axis.errorbar([x], [y], xerr=xerr, yerr=yerr, fmt='*', color=color, markersize=11, label=label)
     axis.set_xlabel('clean accuracy (%)')
-    axis.set_ylabel('robust accuracy (%); AutoAttack where nothing else is said')
+    axis.set_ylabel('robust accuracy (%)')
     axis.set_title(f'{dataset}, {norm} {eps}', fontsize=10)
     axis.legend(fontsize=7)
     save_figure(figure, path, dpi=150)
