@@ -360,7 +360,7 @@ def test_unknown_names(args, text):
 
 
 @pytest.mark.parametrize(
-    ('name', 'module', 'extra'),
+    ('name', 'module', 'package'),
     [
         ('digits', 'sklearn.datasets', 'scikit-learn'),
         ('cifar10', 'pyarrow.parquet', 'pyarrow'),

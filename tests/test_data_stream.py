@@ -107,13 +107,37 @@ def test_pictures_of_other_formats_are_read_and_folders_without_any_are_named(tm
     for ending in ('webp', 'BMP', 'tiff'):
         (train / 'wasp').mkdir(exist_ok=True)
         Image.new('RGB', (20, 20), (90, 90, 90)).save(train / f'wasp/one.{ending}')
+    (tmp_path / 'elsewhere').mkdir()
+    Image.new('RGB', (20, 20), (90, 90, 90)).save(tmp_path / 'elsewhere/one.png')
+    (train / 'flying').mkdir()
+    (train / 'flying/moth').symlink_to(tmp_path / 'elsewhere')
     (train / 'fly').mkdir()
     (train / 'fly/one.heic').write_bytes(b'heic')
     data = stream(tmp_path)
-    assert data.classes == (*sorted(CLASSES), 'wasp') and len(data) == 6
-    assert numbers(next(data.batches(6))[0])[3:] == [90, 90, 90]
+    assert data.classes == (*CLASSES, 'moth', 'wasp') and len(data) == 7
+    assert numbers(next(data.batches(7))[0])[3:] == [90] * 4
     [record] = caplog.records
     assert record.getMessage().startswith(f'{train / "fly"} is no class: it holds no picture (.png, ')
+
+
+def test_pictures_of_more_than_eight_bits_are_named_not_cut_off(tmp_path, caplog):
+    train = write_folder(tmp_path, n=300) / 'train'
+    Image.fromarray(np.full((20, 20), 3000, np.uint16)).save(train / 'ant/000.tiff')
+    data = stream(tmp_path)
+    assert (
+        len(data) == 301
+        and sum(len(y) for _, y in data.batches(100)) == 300
+        and list(data.unreadable.values()) == ['ant/000.tiff']
+    )
+    assert 'more than 8 bits a channel; save it with 8' in caplog.text
+
+
+def test_a_tar_holds_pictures_of_other_formats_too(tmp_path):
+    train = write_folder(tmp_path / 'unpacked', n=3) / 'train'
+    Image.new('RGB', (20, 20), (90, 90, 90)).save(train / 'ant/one.webp')
+    with tarfile.open(tmp_path / 'train.tar', 'w') as tar:
+        tar.add(train, '.')
+    assert len(stream(tmp_path)) == 4
 
 
 def test_the_centre_is_cropped_after_resizing(tmp_path):

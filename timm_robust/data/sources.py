@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from timm.data import add_img_extensions, create_dataset
 
 _FOLDER = ('', 'folder')
 _logger = logging.getLogger('timm_robust')
@@ -20,7 +21,7 @@ _LIBRARIES = {
     'tfds': 'tensorflow_datasets',
 }
 _PICTURES = ['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm']
-"""Endings of what is read in a folder; timm by itself passes over all but the first three."""
+"""Endings of what is read in folders and tars."""
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
 
 
@@ -51,12 +52,11 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')
     if folder:
         root = str(_locate(Path(str(root)), split))
-        if root.endswith('.tar'):
-            options = {'cache_tarfiles': False}  # an open file shared by worker processes would share its position
-        else:
-            options = {'input_key': ';'.join(_PICTURES)}
-            if Path(root).is_dir():
-                _tell_folders_without_pictures(Path(root))
+        # an open file shared by worker processes would share its position
+        options = {'cache_tarfiles': False} if root.endswith('.tar') else {}
+        add_img_extensions(_PICTURES)  # timm by itself passes over all but the first three
+        if Path(root).is_dir():
+            _tell_folders_without_pictures(Path(root))
     else:
         options['download'] = download
     try:
@@ -71,7 +71,8 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
 def _tell_folders_without_pictures(root: Path) -> None:
     """Warn of each sub-folder that makes no class."""
     for path in sorted(root.iterdir()):
-        if path.is_dir() and not any(file.suffix.lower() in _PICTURES for file in path.rglob('*')):
+        names = (name for _, _, files in os.walk(path, followlinks=True) for name in files)
+        if path.is_dir() and not any(Path(name).suffix.lower() in _PICTURES for name in names):
             _logger.warning('%s is no class: it holds no picture (%s)', path, ', '.join(_PICTURES))
 
 

@@ -92,6 +92,8 @@ def read_sample(dataset: Any, number: int) -> tuple[Image.Image, int]:
         image = Image.open(file)
     else:
         image, label = dataset[number]
+    if image.mode[0] in 'IF':  # which Pillow would cut off at 255
+        raise ValueError(f'mode {image.mode} has more than 8 bits a channel; save it with 8')
     return image.convert('RGB'), -1 if label is None else int(label)
 
 
