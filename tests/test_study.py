@@ -385,5 +385,8 @@ def test_settings_that_recipes_had_not_yet_are_taken_for_their_defaults(tmp_path
     assert study.accepts(study.arms[1], kept)
     del kept['recipe']['momentum']
     assert study.accepts(study.arms[1], kept)
+    for name in ('epochs', 'model_kwargs'):  # which the study has set since
+        less = {key: value for key, value in kept['recipe'].items() if key != name}
+        assert not study.accepts(study.arms[1], kept | {'recipe': less})
     for name, value in (('weight_decay', 0.1), ('gone_since', 1)):
         assert not study.accepts(study.arms[1], kept | {'recipe': kept['recipe'] | {name: value}})

@@ -44,7 +44,8 @@ class Arm:
     @property
     def training(self) -> dict[str, Any]:
         """All that its training depends on, but seed, place and code; settings that the file leaves out included."""
-        recipe = Recipe.from_values(self.recipe, self.name).public()
+        made = Recipe.from_values(self.recipe, self.name)
+        recipe = made.public() | {'extra_data': made.extra_data, 'initial_checkpoint': made.initial_checkpoint}
         del recipe['seed']
         return {'act': self.act, 'shape': self.shape, 'learned': self.learned, 'recipe': recipe}
 
@@ -102,12 +103,18 @@ class Study:
         return found
 
     def accepts(self, arm: Arm, settings: Any) -> bool:
-        """Whether a kept point was trained and measured so; settings that recipes had not yet are at their defaults."""
-        now = self.settings(arm)
-        try:
-            return settings == {**now, 'recipe': {key: now['recipe'].get(key) for key in settings['recipe']}}
-        except (KeyError, TypeError):
-            return False
+        """Whether a kept point was trained and measured so."""
+        return alike(settings, self.settings(arm))
+
+
+def alike(kept: Any, now: dict[str, Any]) -> bool:
+    """Whether settings are those of now; what recipes did not have when they were kept was at its default."""
+    defaults = json.loads(json.dumps(Recipe().public()))
+    del defaults['seed']
+    try:
+        return now == {**kept, 'recipe': {**defaults, **kept['recipe']}}
+    except (KeyError, TypeError):
+        return False
 
 
 def read_study(path: Path, data_dir: str | None = None) -> Study:

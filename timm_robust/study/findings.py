@@ -75,7 +75,7 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     lost = [f'{row["arm"]}-s{row["seed"]}' for row in rows if 'diverged' in row]
     if lost:
         lines += ['', f'Diverged: {", ".join(lost)}.']
-    commits = Counter(str(row['environment']['commit'])[:12] for row in rows if 'environment' in row)
+    commits = Counter(str(row['environment']['commit'] or 'none') for row in rows if 'environment' in row)
     if commits:
         lines += ['', f'Networks by commit: {", ".join(f"{n} at {commit}" for commit, n in commits.items())}.']
     if study.claims:

@@ -25,7 +25,7 @@ from ..pixels import pixel_input
 from ..plots import read_run
 from ..provenance import environment, git_commit
 from ..training import Diverged, Recipe, build, fit
-from .design import Arm, Measurement, Study
+from .design import Arm, Measurement, Study, alike
 
 _logger = logging.getLogger('timm_robust')
 
@@ -47,20 +47,24 @@ def run_points(study: Study, done: list[dict[str, Any]], output: Path, jobs: int
     spawn = multiprocessing.get_context('spawn')
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=start_worker, initargs=(threads,)) as pool:
         waiting, running, fault = iter(points), set[Future[dict[str, Any]]](), None
-        while True:
-            free = jobs - len(running) if fault is None else 0
-            running |= {pool.submit(run_point, study, *point, output) for point in itertools.islice(waiting, free)}
-            if not running:
-                break
-            ended, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                if error := future.exception():
-                    fault = fault or error
-                    _logger.warning('%s; what is in training is ended first', error)
-                else:
-                    yield future.result()
-    if isinstance(fault, BrokenProcessPool):
-        raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from fault
+        try:
+            while True:
+                free = jobs - len(running) if fault is None else 0
+                running |= {pool.submit(run_point, study, *point, output) for point in itertools.islice(waiting, free)}
+                if not running:
+                    break
+                ended, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    error = future.exception()
+                    if error is None:
+                        yield future.result()
+                    elif isinstance(error, BrokenProcessPool):
+                        raise error
+                    else:
+                        fault = fault or error
+                        _logger.warning('%s; what is in training is ended first', error)
+        except BrokenProcessPool as error:
+            raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
     if fault is not None:
         raise fault
 
@@ -128,7 +132,7 @@ def check_folder(arm: Arm, folder: Path) -> None:
     if not any(folder.iterdir()):
         with atomic_file(told) as file:
             file.write((json.dumps(training, indent=1) + '\n').encode())
-    elif not told.is_file() or json.loads(told.read_text()) != training:
+    elif not told.is_file() or not alike(json.loads(told.read_text()), training):
         raise ValueError(f'{folder} holds a training with other settings; delete it, or name another folder with -o')
 
 
