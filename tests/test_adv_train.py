@@ -123,14 +123,16 @@ def test_every_signal_that_ends_a_program_asks_for_a_save(monkeypatch):
     before = [signal.getsignal(number) for number in numbers]
     try:
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
             run, got = SimpleNamespace(stop=False), []
-            train.listen(run, got)
-            os.kill(os.getpid(), number)
-            assert run.stop and got == [number] and signal.getsignal(number) is signal.SIG_DFL  # a second one ends it
+            with train.listen(run, got):
+                os.kill(os.getpid(), number)
+                assert run.stop and got == [number]
+                assert signal.getsignal(number) is signal.SIG_DFL  # a second one ends it
+            assert signal.getsignal(number) is signal.default_int_handler
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-        train.listen(run, got)
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        with train.listen(run, got):
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)

@@ -13,7 +13,7 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_plan(line)
             return 0
         signals: list[int] = []
-        listen(run, signals)
-        logging.info('timm_robust %s', __version__)
-        line = fit(run)
+        with listen(run, signals):
+            logging.info('timm_robust %s', __version__)
+            line = fit(run)
     except Stopped as stopped:
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(stopped, file=sys.stderr)
@@ -73,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def listen(run: Run, signals: list[int]) -> None:
-    """On a signal that ends programs finish the step, save and end; a second one ends at once.
+@contextlib.contextmanager
+def listen(run: Run, signals: list[int]) -> Iterator[None]:
+    """In the body, on a signal that ends programs finish the step, save and end; a second one ends at once.
 
     SIGHUP comes from a terminal that closes (nohup has it ignored), SIGUSR1 from SLURM's --signal ahead of the limit.
     """
@@ -84,10 +85,16 @@ def listen(run: Run, signals: list[int]) -> None:
         run.stop = True
         signal.signal(number, signal.SIG_DFL)
 
+    before = {}
     for name in ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1'):
         asked = getattr(signal, name, None)  # Windows lacks some
         if asked is not None and not (name == 'SIGHUP' and signal.getsignal(asked) is signal.SIG_IGN):
-            signal.signal(asked, note)
+            before[asked] = signal.signal(asked, note)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def print_plan(line: dict[str, Any]) -> None:

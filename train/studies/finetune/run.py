@@ -30,6 +30,7 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +78,14 @@ class Run(NamedTuple):
 
         Raises:
             ValueError: if it failed, with its last line.
+            ChildProcessError: if a process was killed.
         """
         words = f'timm-robust {" ".join(arguments)}'
         print(f'{words}\n', end='', flush=True)  # one write: threads print beside each other
-        status, last = self.workers.submit(run_quietly, cli.main, arguments).result()
+        try:
+            status, last = self.workers.submit(run_quietly, cli.main, arguments).result()
+        except BrokenProcessPool as error:
+            raise ChildProcessError('a process was killed, perhaps for memory; type the same again to go on') from error
         if status:
             raise ValueError(f'{words} failed: {last}')
 
