@@ -308,7 +308,9 @@ def test_norm_chooses_as_threat_model_does(monkeypatch):
 
 def test_a_missing_package_says_what_to_type(monkeypatch):
     monkeypatch.setattr(importlib, 'import_module', lambda name: (_ for _ in ()).throw(ImportError('no geotorch')))
-    with pytest.raises(ImportError, match=r"no geotorch\); type: pip install -e '\.\[robustbench\]' && pip install"):
+    with pytest.raises(
+        ImportError, match=r"no geotorch\); in a checkout, type: pip install -e '\.\[robustbench\]' && pip install"
+    ):
         package.robustbench()
 
 

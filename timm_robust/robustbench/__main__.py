@@ -115,7 +115,7 @@ def _parser() -> Parser:
     one.add_argument(
         'names', nargs='*', metavar='NAME', help='<arch>.<tag>; all staged and measured models if none is given'
     )
-    one.add_argument('--picture', metavar='FILE.png', help='save clean against AutoAttack accuracy there')
+    one.add_argument('--picture', metavar='FILE.png', help='save clean against robust accuracy there')
     one.add_argument('--cards', type=Path, default=CARDS, help='folder of staged models')
     one = commands.add_parser('submission', help='write a folder that submits a staged model')
     one.set_defaults(run=_run_submission)
