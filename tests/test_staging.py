@@ -502,9 +502,9 @@ def test_recipes_without_weights_are_listed(staged, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_measure_a_release_and_one_keeps_the_record(copy):
-    folder, flags = copy / 'model_cards' / NAME, 'flags/apgd_6.npz'
+    folder, flags = copy / 'model_cards' / NAME, 'flags/apgd_4.npz'
     where = ['--cards', str(folder.parent), '--table', str(copy / 'releases.json'), '--recipes', str(copy)]
-    where += ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '6', '--batch-size', '2']
+    where += ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '4', '--batch-size', '2']
     assert main(['measure', NAME, *where]) == 0
     alone = results_of(read_results(folder))[0], dict(np.load(folder / flags))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
