@@ -183,14 +183,14 @@ def test_whole_numbers_have_bounds(capsys):
         assert end.value.code == 2 and match in capsys.readouterr().err
 
 
-def test_what_is_rarely_meant_is_said(capsys, monkeypatch):
+def test_what_is_rarely_meant_is_said(tmp_path, capsys, monkeypatch):
     evaluate = load('evaluate').main
 
     def end(*_, **__):
         raise ValueError('the end')
 
     monkeypatch.setattr('timm_robust.evaluate.evaluate', end)
-    flags = ['--split', 'train', '--state-dir', 'x', '--eps', '0.5', '--attack', 'pgd']
+    flags = ['--split', 'train', '--state-dir', str(tmp_path / 'x'), '--eps', '0.5', '--attack', 'pgd']
     assert evaluate([*MEASURE, 'width=2', *flags]) == 2
     said = capsys.readouterr().err
     for text in (

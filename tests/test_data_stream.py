@@ -124,11 +124,8 @@ def test_pictures_of_more_than_eight_bits_are_named_not_cut_off(tmp_path, caplog
     train = write_folder(tmp_path, n=300) / 'train'
     Image.fromarray(np.full((20, 20), 3000, np.uint16)).save(train / 'ant/000.tiff')
     data = stream(tmp_path)
-    assert (
-        len(data) == 301
-        and sum(len(y) for _, y in data.batches(100)) == 300
-        and list(data.unreadable.values()) == ['ant/000.tiff']
-    )
+    assert len(data) == 301 and sum(len(y) for _, y in data.batches(100)) == 300
+    assert list(data.unreadable.values()) == ['ant/000.tiff']
     assert 'more than 8 bits a channel; save it with 8' in caplog.text
 
 

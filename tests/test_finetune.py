@@ -208,9 +208,8 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
         assert cli.main(list(words)) == 0
 
     monkeypatch.setattr(script['Run'], '__call__', run)
-    monkeypatch.setattr(
-        'timm_robust.train.listen', lambda *_: contextlib.nullcontext()
-    )  # signals go to main threads alone
+    # signals go to main threads alone
+    monkeypatch.setattr('timm_robust.train.listen', lambda *_: contextlib.nullcontext())
     monkeypatch.setitem(script, 'GRID', (0.01,))
     assert study([*settings, '--tune']) == 0
     rates = [*csv.DictReader((tmp_path / 'rates.csv').read_text().splitlines())]
