@@ -49,7 +49,7 @@ OWN = ('automobile', 'truck')
 STEPS, TUNE_SEED = 600, 99
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 NETWORK = ('--model', 'resnet18_pssilu', '--model-kwargs', 'width=16', '--eps', '8/255', '--dataset', 'npz', '--amp')
-SOURCE = ('--attack', 'n_fgsm', '--epochs', '4', '--warmup-epochs', '1.333', '--lr', '0.2')
+SOURCE = ('--attack', 'n_fgsm', '--epochs', '3', '--warmup-epochs', '1', '--lr', '0.2')
 # nothing is held out, and nothing but the last step chooses the weights
 LAST = ('--val-size', '0', '--val-split', 'none', '--patience', 'none', '--no-model-ema')
 TUNING = ('--split', 'validation', '--attack', 'pgd')
