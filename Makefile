@@ -22,14 +22,15 @@ $(VENV)/.robustbench: $(VENV)/.installed
 
 # the client of those who have not changed to huggingface_hub 2 yet
 $(VENV)/hub1: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --target $@ huggingface_hub==1.33.0
+	$(BIN)/python -m pip install --quiet --upgrade --target $@ huggingface_hub==1.33.0
+	@touch $@
 
 # one thread a process: the tests' networks are tiny, and threads of two processes would wait for each other
 test: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 test-all: $(VENV)/.installed $(VENV)/hub1 $(VENV)/.robustbench
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # an hour and more: kills, damaged files, memory
 soak: $(VENV)/.installed
@@ -44,7 +45,8 @@ lint: $(VENV)/.installed
 # benchmarks/peers.py looks into a folder of its own
 $(VENV)/peers: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[bench]'
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchattacks
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $@ torchattacks
+	@touch $@
 
 # make bench DATA=FOLDER attacks the released ResNet-18 on CIFAR-10, half an hour on two cores; else a small one on digits
 bench: $(VENV)/peers

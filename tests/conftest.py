@@ -32,3 +32,18 @@ def undisturbed(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp('undisturbed')
     return folder, fit(build(tiny(folder)))
+
+
+@pytest.fixture
+def short_attacks(monkeypatch):
+    """AutoAttack with fewer steps and queries, the library's own and ours alike: for claims that hold at any length."""
+    pyautoattack = pytest.importorskip('pyautoattack')
+
+    class Short(pyautoattack.AutoAttack):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            for apgd in (self.apgd, self.apgd_targeted):
+                apgd.n_iter = apgd.n_iter_orig = 20
+            self.fab.n_iter, self.square.n_queries = 10, 300
+
+    monkeypatch.setattr(pyautoattack, 'AutoAttack', Short)

@@ -43,7 +43,7 @@ def upstream(model, x, y, threat_model, batch_size, seed, attacks=None):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
-def test_standard_is_the_library_bit_for_bit(threat_model):
+def test_standard_is_the_library_bit_for_bit(threat_model, short_attacks):
     model = conv_net()
     x, y = images(model)
     y[0] = (y[0] + 1) % 10
@@ -58,6 +58,16 @@ def test_standard_is_the_library_bit_for_bit(threat_model):
     assert list(result.per_attack) == ['apgd-ce', 'apgd-t', 'fab-t', 'square']
     assert result.per_attack['square'] == result.robust.float().mean().item()
     assert result.rejected == 0
+
+
+def test_steps_restarts_and_queries_are_the_librarys():
+    model = conv_net()
+    runner = autoattack_runner.Runner(model, images(model)[0], LINF, 7, 0, autoattack_runner.Report(None)).runner
+    own = pyautoattack.AutoAttack(model, norm='Linf', eps=LINF.eps, version='standard')
+    for attack, steps in (('apgd', 100), ('apgd_targeted', 100), ('fab', 100)):
+        ours, theirs = getattr(runner, attack), getattr(own, attack)
+        assert (ours.n_iter, ours.n_restarts) == (theirs.n_iter, theirs.n_restarts) == (steps, 1)
+    assert runner.square.n_queries == own.square.n_queries == 5000
 
 
 def test_square_draws_the_same_positions_and_keeps_them_on_the_cpu():
@@ -75,7 +85,7 @@ def test_square_draws_the_same_positions_and_keeps_them_on_the_cpu():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
-def test_apgd_is_the_first_half_of_standard(threat_model):
+def test_apgd_is_the_first_half_of_standard(threat_model, short_attacks):
     model = conv_net()
     x, y = images(model)
     robust, x_adv = upstream(model, x, y, threat_model, batch_size=7, seed=5, attacks=['apgd-ce', 'apgd-t'])
@@ -199,7 +209,7 @@ def test_a_compiled_model_is_not_called_dynamic():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
-def test_layouts_and_precisions(threat_model):
+def test_layouts_and_precisions(threat_model, short_attacks):
     x, y = images(conv_net())
     last = conv_net().to(memory_format=torch.channels_last)
     result = autoattack(last, x.contiguous(memory_format=torch.channels_last), y, threat_model)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from torch import nn
 
 from timm_robust.evaluation import search_network as search
@@ -70,7 +71,7 @@ def same(a, b) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('threat_model', [LINF, L2], ids=str)
-def test_the_folded_search_gives_the_librarys_verdicts(threat_model):
+def test_the_folded_search_gives_the_librarys_verdicts(threat_model, short_attacks):
     model = conv_net()
     x, y = images(model, 16)
     runner = pyautoattack.AutoAttack(model, norm=threat_model.norm, eps=threat_model.eps, seed=5, version='standard')
@@ -116,10 +117,9 @@ def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
     model = conv_net()
     x, y = images(model)
     expected = autoattack(model, x, y, LINF, batch_size=5)
-    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
     (tmp_path / 'pair.py').write_text(PAIR)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    subprocess.run([*command, str(tmp_path / 'pair.py'), str(tmp_path)], env=environment, check=True)
+    warm.run_pair([tmp_path / 'pair.py', tmp_path], env=environment).check_returncode()
     first, second = (torch.load(tmp_path / f'{rank}.pt', weights_only=True) for rank in (0, 1))
     for key, value in first.items():
         assert value == getattr(expected, key) if key == 'per_attack' else value.equal(getattr(expected, key)), key
@@ -136,11 +136,10 @@ def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
     x, y = images(model)
     expected = autoattack(model, x, y, LINF, batch_size=3)
     state, kills = tmp_path / 'state', 0
-    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent), 'OMP_NUM_THREADS': '1'}
+    environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
     for delay in (0.2, 0.6):  # after the first finds are there
         before = len(list(state.glob('*.npz')))
-        command = [sys.executable, '-c', SCRIPT, str(state)]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        process = warm.Popen(['-c', SCRIPT, state], env=environment, stdout=subprocess.DEVNULL)
         while process.poll() is None and len(list(state.glob('*.npz'))) == before:
             time.sleep(0.01)
         time.sleep(delay)
@@ -154,7 +153,7 @@ def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_attack_goes_on_where_its_first_half_ended_and_counts_its_time(tmp_path):
+def test_the_whole_attack_goes_on_where_its_first_half_ended_and_counts_its_time(tmp_path, short_attacks):
     model = conv_net()
     x, y = images(model)
     expected = autoattack(model, x, y, LINF, batch_size=5)

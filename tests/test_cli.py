@@ -1,7 +1,5 @@
 """`timm-robust`: the same mains, under one name."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -55,20 +53,6 @@ def test_recipes_are_found_by_name_and_by_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path(name).write_text('model: resnet18\n')  # a file of the user's own wins
     assert find_recipe(name) == Path(name)
-
-
-@pytest.mark.slow
-def test_a_plan_and_a_training_by_the_command(tmp_path):
-    flags = ['--dataset', 'digits', '--model', 'resnet18_relu', '--model-kwargs', 'width=2', '--val-size', '20']
-    flags += f'--eps 0.1 --max-steps 1 --batch-size 20 --output {tmp_path} --experiment run'.split()
-    for command in ('plan', 'train'):
-        run = subprocess.run(
-            [sys.executable, '-m', 'timm_robust.cli', command, *flags, '--device', 'cpu'],
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        assert (tmp_path / 'run/last.pth.tar').is_file() == (command == 'train')
 
 
 @pytest.mark.parametrize('script', ['train/adv_train.py', 'train/demo.py', 'hub_upload.py'])

@@ -1,11 +1,10 @@
 import io
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+import warm
 
 from timm_robust.data import ExtraImages, load_dataset
 from timm_robust.data import arrays as arrays_module
@@ -138,7 +137,7 @@ def test_a_compressed_archive_is_read_whole_but_not_mapped(tmp_path):
     with pytest.raises(ValueError, match=r'compressed, .* `python -m zipfile -e .*` and name the folder') as caught:
         ExtraImages(file, 3)
     command = str(caught.value).split('`')[1].split()
-    subprocess.run([sys.executable, *command[1:]], check=True, cwd=tmp_path)
+    warm.run(command[1:], cwd=tmp_path).check_returncode()
     assert torch.equal(
         ExtraImages(tmp_path / 'train', 3)[torch.arange(7)][0], FIRST
     )  # the command of the message works

@@ -6,19 +6,19 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
+import warm
 
 from timm_robust.distributed import World
 from timm_robust.models.checkpoint import load_checkpoint
 
 ONE_THREAD = {**os.environ, 'OMP_NUM_THREADS': '1'}
-ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).parents[1] / 'train/adv_train.py'
 # layer norm alone: batch norm on CPU processes sees their own halves of the batch
 ARGS = [
     '--dataset', 'digits', '--model', 'convnext_atto', '--model-kwargs', 'dims=(8,8,16,16)', 'depths=(1,1,1,1)',
@@ -27,19 +27,12 @@ ARGS = [
 ]  # fmt: skip
 
 
-def command(processes, *args):
-    script = [str(ROOT / 'train/adv_train.py'), *ARGS, *map(str, args)]
-    if processes == 1:
-        return [sys.executable, *script]
+def torchrun(*args):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    torchrun = ['-m', 'torch.distributed.run', '--nproc-per-node', str(processes), '--master-port', str(port)]
-    return [sys.executable, *torchrun, *script]
-
-
-def adv_train(processes, *args):
-    return subprocess.run(command(processes, *args), capture_output=True, text=True, env=ONE_THREAD)
+    launch = ['-m', 'torch.distributed.run', '--nproc-per-node', '2', '--master-port', port]
+    return [*launch, SCRIPT, *ARGS, *args]
 
 
 # not TRADES: without a random start its surrogate begins where its gradient is rounding noise
@@ -49,7 +42,9 @@ def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settin
     lines = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
-        run = adv_train(processes, *settings, '--batch-size', 100 // processes, '--max-steps', 3, '--output', folder)
+        how = {1: warm.run, 2: warm.run_pair}[processes]
+        cut = ['--batch-size', 100 // processes, '--max-steps', 3, '--output', folder]
+        run = how([SCRIPT, *ARGS, *settings, *cut])
         assert run.returncode == 0, run.stderr
         assert run.stdout.count('"model"') == 1, 'only the first process prints'
         lines.append(json.loads(run.stdout.strip().splitlines()[-1]))
@@ -65,7 +60,7 @@ def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settin
 @pytest.mark.slow
 def test_a_stopped_pair_saves_and_resumes(tmp_path):
     settings = ['--batch-size', 50, '--epochs', 400, '--output', tmp_path, '--log-interval', 1, '--max-steps', 2000]
-    process = subprocess.Popen(command(2, *settings), stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+    process = warm.Popen(torchrun(*settings), stderr=PIPE, env=ONE_THREAD)
     deadline = time.monotonic() + 120
     for line in process.stderr:  # wait for the second step
         if ' step 2/' in line or time.monotonic() > deadline:
@@ -76,7 +71,7 @@ def test_a_stopped_pair_saves_and_resumes(tmp_path):
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     assert state['step'] >= 2, rest
     settings[-1] = state['step'] + 2
-    run = adv_train(2, *settings, '--resume', 'auto', '--allow-changes')
+    run = warm.run_pair([SCRIPT, *ARGS, *settings, '--resume', 'auto', '--allow-changes'])
     assert run.returncode == 0, run.stderr
     assert f'at step {state["step"]} of' in run.stderr
 
@@ -84,10 +79,8 @@ def test_a_stopped_pair_saves_and_resumes(tmp_path):
 @pytest.mark.slow
 def test_two_processes_with_different_settings_are_refused(tmp_path):
     code = 'import os, sys; sys.argv += ["--eps", "0." + os.environ["RANK"] + "1"]; from runpy import run_path; '
-    script = command(2, '--output', tmp_path, '--max-steps', 1, '--batch-size', 50)
-    script[script.index(str(ROOT / 'train/adv_train.py'))] = str(tmp_path / 'train.py')
-    (tmp_path / 'train.py').write_text(code + f'run_path({str(ROOT / "train/adv_train.py")!r}, run_name="__main__")\n')
-    run = subprocess.run(script, capture_output=True, text=True, env=ONE_THREAD, timeout=300)
+    (tmp_path / 'train.py').write_text(code + f'run_path({str(SCRIPT)!r}, run_name="__main__")\n')
+    run = warm.run_pair([tmp_path / 'train.py', *ARGS, '--output', tmp_path, '--max-steps', 1, '--batch-size', 50])
     assert run.returncode and 'error: eps 0.01 in process 0, 0.11 in process 1: the processes of a run' in run.stderr
     assert not (tmp_path / 'run').exists()
 

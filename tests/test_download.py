@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
+import warm
 
 from timm_robust.weights import download, without_password
 
@@ -73,6 +72,6 @@ for call in (lambda: read_release(release), lambda: load_model('hf-hub:owner/nam
 print(json.dumps(messages))
 """
     environment = {**os.environ, 'HF_ENDPOINT': 'http://me:canary@127.0.0.1:9', 'HF_HOME': str(tmp_path)}
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=environment, timeout=200)
+    run = warm.run(['-c', code], env=environment, timeout=200)
     messages = json.loads(run.stdout.splitlines()[-1])
     assert len(messages) == 3 and 'at http://127.0.0.1:9' in messages[1] and 'canary' not in run.stdout

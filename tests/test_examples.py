@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 
-import timm_robust
 from timm_robust import ThreatModel, attack
 
 MODULES = (
@@ -68,8 +67,7 @@ def test_a_model_and_images_of_any_floating_type_and_labels_of_any_whole_one(cla
 
 
 @pytest.mark.slow
-def test_autoattack_of_a_batch(classifier):
-    pytest.importorskip('pyautoattack')
+def test_autoattack_of_a_batch(classifier, short_attacks):
     model, x, y = classifier
     x_adv = attack(model.eval(), x, y, ThreatModel('Linf', 0.05), method='autoattack')
     assert ThreatModel('Linf', 0.05).contains(x_adv, x).all()
@@ -93,7 +91,3 @@ def test_what_is_no_batch_is_refused(classifier, change, match):
     model, x, y = classifier
     with pytest.raises(ValueError, match=match):
         attack(**{'model': model, 'x': x, 'y': y, **change})
-
-
-def test_the_front_door_has_what_it_names():
-    assert all(hasattr(timm_robust, name) for name in timm_robust.__all__)

@@ -6,6 +6,7 @@ import sys
 import threading
 
 import pytest
+import warm
 
 from timm_robust import files
 from timm_robust.files import LOCK, link_file, lock_folder, new_folder, read_yaml, sweep_temporaries
@@ -88,7 +89,7 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
 def test_a_folder_is_held_by_one_process_until_it_dies(tmp_path):
     """Of whatever it dies, and though what it forked lives on, as the workers of a loader do for some seconds."""
     work = 'import os, time; child = os.fork(); child and print(child, flush=True); time.sleep(600)'
-    process = subprocess.Popen([sys.executable, '-c', HOLD + work, tmp_path], stdout=subprocess.PIPE, text=True)
+    process = warm.Popen(['-c', HOLD + work, tmp_path], stdout=subprocess.PIPE)
     child = int(process.stdout.readline())
     with pytest.raises(BlockingIOError, match=rf'held by process {process.pid} on .* since .*--experiment') as error:
         lock_folder(tmp_path)

@@ -1,7 +1,7 @@
-import subprocess
-import sys
+from subprocess import PIPE
 
 import pytest
+import warm
 from tiny_runs import tiny
 
 from timm_robust.training import run as run_module
@@ -22,8 +22,7 @@ def test_a_folder_in_use_is_refused(undisturbed, tmp_path):
     code = 'import sys, pathlib; from timm_robust.files import lock_folder; '
     code += 'lock = lock_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()'
     (tmp_path / 'run').mkdir()
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'text': True}
-    with subprocess.Popen([sys.executable, '-c', code, tmp_path / 'run'], **pipes) as other:
+    with warm.Popen(['-c', code, tmp_path / 'run'], stdin=PIPE, stdout=PIPE) as other:
         assert other.stdout.readline()
         for go in (lambda: fit(build(tiny(tmp_path))), lambda: build(tiny(tmp_path, resume='auto'))):
             with pytest.raises(BlockingIOError, match=f'is held by process {other.pid} on'):

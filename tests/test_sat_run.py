@@ -1,14 +1,12 @@
 """Smooth Adversarial Training as its user runs it: a folder of images, one and two processes, evaluation, export."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import warm
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -18,11 +16,10 @@ ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / 'train/recipes/resnet50_silu.sat_imagenet_linf.yaml'
 
 
-def call(*command):
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    run = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return run
+def call(*command, how=warm.run):
+    done = how(command)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope='module')
@@ -47,8 +44,7 @@ def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp
     call(train, *settings, '--experiment', 'one', '--max-steps', 2)
     again = call(train, *settings, '--experiment', 'one', '--max-steps', 3, '--resume', 'auto', '--allow-changes')
     assert json.loads(again.stdout.splitlines()[-1])['steps'] == 3 and 'at step 2 of 3' in again.stderr
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', 2]
-    pair = call(*torchrun, train, *settings, '--experiment', 'two', '--max-steps', 2)
+    pair = call(train, *settings, '--experiment', 'two', '--max-steps', 2, how=warm.run_pair)
     assert json.loads(pair.stdout.splitlines()[-1])['images'] == 16
 
     evaluate = ['-m', 'timm_robust.evaluate', tmp_path / 'one', '--dataset', 'folder', '--data-dir', folder]

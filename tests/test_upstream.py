@@ -11,22 +11,23 @@ from pathlib import Path
 
 import pytest
 import timm
+import warm
 
 import timm_robust
 
 ROOT = Path(__file__).parents[1]
 # ResNet-18 with every activation, and each wide size; of wrn70_16 (267 million parameters) what fits a small machine
-SELECTIONS = {
-    'resnet18': ' or '.join(f'resnet18_{act}' for act in timm_robust.ACTIVATIONS),
-    'wrn28_10': 'wrn28_10_pssilu or wrn28_10_relu',
-    'wrn34_10': 'wrn34_10_pssilu',
-    'wrn70_16': 'test_model_default_cfgs and wrn70_16_pssilu',
-    'resnet50': ' or '.join(f'resnet50_{act}' for act in ('silu', 'gelu', 'elu', 'softplus', 'smoothrelu')),
-    'resnet50_pssilu': 'resnet50_pssilu and not torchscript',  # deprecated, and unable to share an activation
-    'resnext50': 'resnext50_32x4d_silu or resnet101_silu',
-    'efficientnet': 'efficientnet_b0_silu or efficientnet_b1_silu or efficientnet_b2_silu',
-    'large': 'test_model_default_cfgs and (resnet152_silu or resnext152_32x8d_silu or efficientnet_b7_silu)',
-}
+CIFAR = (
+    *(f'resnet18_{act}' for act in timm_robust.ACTIVATIONS),
+    *('wrn28_10_pssilu', 'wrn28_10_relu', 'wrn34_10_pssilu', 'test_model_default_cfgs and wrn70_16_pssilu'),
+)
+LARGE = 'resnet152_silu or resnext152_32x8d_silu or efficientnet_b7_silu'
+IMAGENET = (
+    *(f'resnet50_{act}' for act in ('silu', 'gelu', 'elu', 'softplus', 'smoothrelu')),
+    'resnet50_pssilu and not torchscript',  # deprecated, and unable to share an activation
+    *('resnext50_32x4d_silu', 'resnet101_silu', 'efficientnet_b0_silu', 'efficientnet_b1_silu', 'efficientnet_b2_silu'),
+    f'test_model_default_cfgs and ({LARGE})',
+)
 
 
 @pytest.fixture(scope='module')
@@ -53,10 +54,11 @@ def upstream(tmp_path_factory):
 
 @pytest.mark.upstream
 @pytest.mark.slow
-@pytest.mark.parametrize('name', SELECTIONS)
-def test_upstream_model_tests_pass(name, upstream):
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', '-k', SELECTIONS[name]]
-    run = subprocess.run([*command, 'test_models.py'], capture_output=True, text=True, cwd=upstream)
+@pytest.mark.parametrize('models', [CIFAR, IMAGENET], ids=['CIFAR', 'ImageNet'])
+def test_upstream_model_tests_pass(models, upstream):
+    chosen = ' or '.join(f'({model})' for model in models)
+    command = ['-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-W', 'ignore', '-k', chosen, 'test_models.py']
+    run = warm.run(command, cwd=upstream)
     tail = run.stdout[-3000:]
     assert run.returncode == 0, tail
     assert 'passed' in tail and 'failed' not in tail and ' skipped' not in tail, tail

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from timm_robust.weights import RELEASES, WEIGHTS
 
@@ -91,5 +92,9 @@ def test_a_recipe_by_its_name_is_trained_measured_and_staged(python, tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_runs(python, tmp_path):
-    python('-m', 'timm_robust.cli', 'demo', '-n', '1', '--epochs', '1')
-    assert (tmp_path / 'output/demo/demo.png').is_file()
+    run = python('-m', 'timm_robust.cli', 'demo', '-n', '1', '--epochs', '1')
+    assert set(json.loads(run.splitlines()[-1])) == {'standard training', 'robust training'}
+    assert (tmp_path / 'output/demo/.demo').is_file()
+    with Image.open(tmp_path / 'output/demo/demo.png') as picture:
+        assert picture.size[0] > 600
+        assert len(picture.convert('L').getcolors(1 << 16)) > 50  # not blank

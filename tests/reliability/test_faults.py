@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training.builder import build
@@ -110,10 +111,10 @@ def test_a_folder_that_vanishes_is_made_anew(tmp_path, caplog):
 
 @pytest.mark.slow
 def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_written(tmp_path):
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    command = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     command += [str(ROOT / 'train/adv_train.py'), *ARGS, '--output', str(tmp_path), '--epochs', '500']
     command += ['--save-interval', '1', '--resume', 'auto']
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = warm.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT)
     for line in process.stderr:
         if ' step 3/' in line:
             break
@@ -128,7 +129,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_writt
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     assert state['step'] >= 2 and not list((tmp_path / 'run').glob('.*'))
     steps = ['--max-steps', str(state['step'] + 1), '--allow-changes']
-    again = subprocess.run([*command, *steps], capture_output=True, text=True, env=ENVIRONMENT)
+    again = warm.run([*command, *steps], env=ENVIRONMENT)
     assert again.returncode == 0 and f'at step {state["step"]} of' in again.stderr, again.stderr
 
 
@@ -198,7 +199,7 @@ def test_a_token_appears_nowhere(tmp_path):
     name = 'resnet18_pssilu.fgsm_digits_linf'
 
     def call(*command, status=0):
-        run = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+        run = warm.run(command, env=environment)
         assert run.returncode == status, run.stderr
         return run.stdout + run.stderr
 
