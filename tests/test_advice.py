@@ -15,7 +15,8 @@ LABELS = torch.arange(100) % 4
 def a_run(rows, recipe=RECIPE, labels=LABELS, total=90):
     data = SimpleNamespace(labels=labels, num_classes=4, classes=('ant', 'bee', 'cat', 'dog'))
     batches, clock = SimpleNamespace(data=data), SimpleNamespace(budget=None)
-    return SimpleNamespace(recipe=recipe, batches=batches, held_out=data, clock=clock, total_steps=total, history=rows)
+    data = {'batches': batches, 'held_out': data, 'world': SimpleNamespace(size=1)}
+    return SimpleNamespace(recipe=recipe, clock=clock, total_steps=total, history=rows, **data)
 
 
 def rows(*accuracies):

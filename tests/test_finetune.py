@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny_runs import tiny
+from tiny_runs import signalled_at, tiny
 
 from timm_robust import cli
 from timm_robust.data import CIFAR10_CLASSES
@@ -23,7 +23,7 @@ from timm_robust.training import builder, parse_recipe
 from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
 from timm_robust.training.checkpoints import save_checkpoint
-from timm_robust.training.loop import fit, out_of_patience
+from timm_robust.training.loop import Stopped, fit, out_of_patience
 
 
 def draw_pictures(folder, classes=('ant', 'bee', 'cat'), n=10, side=32):
@@ -83,8 +83,17 @@ def test_patience_counts_validations_since_the_best_one(tmp_path):
 
 
 def test_a_run_out_of_patience_ends_early(tmp_path):
-    line = fit(build(tiny(tmp_path, patience=1, epochs=9, lr=1e-9, model_ema=False)))  # nothing gets better
-    assert line['steps'] < 9 * 3
+    settings = {'patience': 1, 'epochs': 9, 'max_steps': None, 'lr': 1e-9, 'model_ema': False}  # nothing gets better
+    assert fit(build(tiny(tmp_path, **settings)))['steps'] < 9 * 3
+
+
+def test_patience_may_end_behind_an_epoch_that_was_not_to_be_validated(tmp_path):
+    settings = {'val_interval': 2, 'epochs': 9, 'max_steps': None, 'model_ema': False}
+    with pytest.raises(Stopped):
+        fit(signalled_at(13, build(tiny(tmp_path, **settings))))  # in epoch 4
+    run = build(tiny(tmp_path, patience=1, resume='auto', **settings))
+    run.history[1]['val_pgd_acc'] = run.best = 1.0
+    assert fit(run)['steps'] == 15 and 'val_pgd_acc' in run.history[-1]
 
 
 @pytest.mark.parametrize(('size', 'images', 'held'), [(0.2, 1437, 287), (50, 1437, 50), (0, 1437, 0), (0.01, 10, 1)])

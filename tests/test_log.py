@@ -180,7 +180,7 @@ def test_tensorboard_over_images_with_resume(tmp_path):
         log.epoch([row(0, val_pgd_acc=0.5, max_curvature=float('inf'))])
         log.step(part(15, epoch=1, train_loss=float('nan')), 4000.0)
         log.epoch([row(0), row(1)])  # then it is killed, and resumed from the first epoch
-    with make(tmp_path, tensorboard=True, history=[row(0)]) as log:
+    with make(tmp_path, tensorboard=True, history=[row(0)], images=1280) as log:
         log.step(part(15, epoch=1, train_loss=1.5), 4000.0)
     events = accumulator.EventAccumulator(str(tmp_path / 'tensorboard'))
     events.Reload()
@@ -205,7 +205,7 @@ def test_wandb_offline_with_resume(tmp_path, monkeypatch):
         log.step(part(5, train_loss=float('nan')), 4000.0)
         log.epoch(history)
     first = (folder / 'wandb_id.txt').read_text().strip()
-    with make(folder, wandb=True, history=history) as log:
+    with make(folder, wandb=True, history=history, images=1280) as log:
         log.epoch([*history, row(1)])
     assert (folder / 'wandb_id.txt').read_text().strip() == first
     with make(folder, wandb=True):  # a fresh start in the same folder is another run

@@ -14,18 +14,16 @@ from timm_robust.training.builder import build
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import epoch_row, fit
 from timm_robust.training.recipe import Recipe
-from timm_robust.training.run import Sums
+from timm_robust.training.run import Sums, best_row, redescends, remeasures, rows_since
 from timm_robust.training.state import restore, save
 from timm_robust.training.validation import validate
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('resume', ['auto', 'file'])
-def test_resume_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path, resume):
+def test_a_file_resumed_ends_with_the_undisturbed_runs_bits(undisturbed, tmp_path):  # auto: test_kill
     with pytest.raises(Killed):
         fit(killed_at(5, build(tiny(tmp_path))))
-    path = 'auto' if resume == 'auto' else str(tmp_path / 'run' / 'checkpoint-0.pth.tar')
-    again = build(tiny(tmp_path, resume=path))
+    again = build(tiny(tmp_path, resume=str(tmp_path / 'run/checkpoint-0.pth.tar')))
     assert again.step == 3 and again.folder == tmp_path / 'run'
     fit(again)
     assert_same(weights(tmp_path), weights(undisturbed[0]))
@@ -95,12 +93,27 @@ def test_a_course_is_changed_on_purpose_and_noted(undisturbed, tmp_path):
     assert {group['weight_decay'] for group in again.train_step.optimizer.param_groups} == {0.0, 0.1}
     assert again.train_step.optimizer.state_dict()['state']  # the moments go on
     fit(again)
-    assert Recipe.from_yaml(tmp_path / 'run/args.yaml') == tiny(tmp_path, resume='auto', **changes)
+    assert Recipe.from_yaml(tmp_path / 'run/args.yaml') == tiny(tmp_path, **changes)
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     noted = {'weight_decay': [0.0005, 0.1], 'eps': [0.1, 0.2], 'seed': [42, 7], 'lr': [0.05, 0.01]}
     assert state['changes'] == [{'step': 3, 'epoch': 0, 'changes': noted}] and state['recipe']['eps'] == 0.2
+    assert state['best'] == max(row['val_pgd_acc'] for row in state['history'][1:])  # the first met a smaller eps
     third = build(tiny(tmp_path, resume='auto', opt='adamw', allow_changes=True, **changes))
     assert not third.train_step.optimizer.state_dict()['state'] and len(third.changes) == 2
+
+
+def test_what_was_validated_otherwise_is_no_measure_of_what_comes(undisturbed, tmp_path):
+    to_trades, to_clean = ({'loss': ['pgd_at', loss]} for loss in ('trades', 'clean'))
+    assert [remeasures(to_trades), redescends(to_trades), remeasures(to_clean)] == [False, True, True]
+    path = str(undisturbed[0] / 'run' / 'last.pth.tar')
+    run = build(tiny(tmp_path, resume=path, lr=0.01, allow_changes=True))
+    assert run.best >= 0 and best_row(run.recipe, run.history, run.changes, run.best)['val_pgd_acc'] == run.best
+    assert rows_since(run.history, run.changes, redescends) == run.history
+    best, run = run.best, build(tiny(tmp_path, resume=path, eval_steps=20, allow_changes=True))
+    assert run.best == -1.0 and best_row(run.recipe, run.history, run.changes, best) is None
+    assert not rows_since(run.history, run.changes, redescends)
+    run.history += [{**run.history[0], 'val_pgd_acc': best, 'step': run.step + 1}]  # as good by chance
+    assert best_row(run.recipe, run.history, run.changes, best) is run.history[-1]
 
 
 def test_a_checkpoint_that_does_not_tell_its_images_resumes(undisturbed, tmp_path, caplog):

@@ -87,6 +87,7 @@ KINDS = itertools.product(('pgd_at', 'trades', 'clean'), ('Linf', 'L2'), MODES)
     [
         *({'loss': loss, 'norm': norm, **mode} for loss, norm, mode in KINDS),
         *({'attack': 'n_fgsm'}, {'attack': 'apgd', 'steps': 3}, {'awp_gamma': 0.01}, {'mixup': 0.2}, {'loss': 'mart'}),
+        *({'seed': 2**63 - 1}, {'opt': 'adahessian'}),
     ],
     ids=str,
 )
@@ -116,6 +117,27 @@ def test_on_a_gpu_a_network_for_images_of_several_sides_has_its_pssilu_compiled_
     nets = [timm.create_model(f'resnet18_{act}', width=2) for act in ('pssilu', 'silu')]
     whole = [step.compiled(net, torch.device('cuda'), sides) is not net for sides in (1, 3) for net in nets]
     assert whole == [True, True, False, True] and asked == ['cuda']
+
+
+def test_adaptive_clipping_leaves_the_head_alone(tmp_path):
+    gradients = []
+    for bound in (None, 1e-6):
+        run = build(tiny(tmp_path, max_steps=1, model_kwargs={'width': 2}, clip_grad=bound, clip_mode='agc'))
+        run.train_step(*run.batches[0], 0)
+        gradients.append({name: parameter.grad for name, parameter in run.model.named_parameters()})
+    plain, clipped = gradients
+    assert torch.equal(plain['fc.weight'], clipped['fc.weight'])
+    assert clipped['conv1.weight'].norm() < 0.1 * plain['conv1.weight'].norm()
+
+
+def test_of_mixed_images_the_larger_part_is_the_right_answer(tmp_path):
+    run = build(tiny(tmp_path, model_kwargs={'width': 2}, cutmix=1.0, loss='clean'))
+    step, (x, y) = run.train_step, run.batches[0]
+    seen, scale = [], torch.ones((), requires_grad=True)
+    step.mixup, mix = lambda x, y: seen.append(mix(x, y)) or seen[-1], step.mixup
+    step.forward.net = lambda x: scale * seen[-1][1]
+    assert [step(x, y, number).correct.item() for number in range(4)] == [len(y)] * 4
+    assert any((target.argmax(1) != y).any() for _, target in seen)
 
 
 def test_regulariser_and_clip_rule_beta(tmp_path):

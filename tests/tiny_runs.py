@@ -104,8 +104,8 @@ def end_behind_epoch(run, last, monkeypatch):
     done, finish_epoch = [0.5], engine.finish_epoch
     run.clock.progress = lambda step: done[0]
 
-    def finish_slowly(run, row, log):
-        finish_epoch(run, row, log)
+    def finish_slowly(run, row, log, **how):
+        finish_epoch(run, row, log, **how)
         if row['epoch'] == last:
             done[0] = 1.0
 

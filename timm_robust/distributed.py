@@ -124,7 +124,7 @@ class World:
     def wait(self) -> None:
         """Wait for all."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.cpu_group)
 
 
 def _cpu_group() -> Any:

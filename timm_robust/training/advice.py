@@ -57,7 +57,10 @@ def near_chance(run: Run) -> str | None:
     if metric_name(run.recipe) != 'val_pgd_acc' or len(late) != 1 or late[0] is not run.history[-1]:
         return None
     best = max(row['val_pgd_acc'] for row in rows)
-    if images_per_class(run.held_out) is None or best > chance(run.held_out.labels, run.held_out.num_classes):
+    if images_per_class(run.held_out) is None:
+        return None
+    labels = run.held_out.labels.repeat(run.world.size)  # every process has as many, give or take one
+    if best > chance(labels, run.held_out.num_classes):
         return None
     recipe, mends = run.recipe, [f'a smaller --eps than {run.recipe.eps}']
     if recipe.eps_warmup < 0.5:

@@ -22,7 +22,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch.nn.parallel import DistributedDataParallel
 
 from ..attacks import FoldedNet
-from ..data import StreamData, fingerprint
+from ..data import StreamData, fingerprint, is_stream
 from ..distributed import World
 from ..models import BEST, class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
 from ..pixels import pixel_input
@@ -55,6 +55,10 @@ def build(recipe: Recipe) -> Run:
     world = World.join(recipe.device)
     check_processes(world, recipe)
     folder = Path(world.broadcast_object(str(output_folder(recipe))))
+    if not world.rank and recipe.experiment not in (None, folder.resolve().name):
+        logger.warning(
+            'the run goes on in %s, where its checkpoint lies: --experiment %s is not used', folder, recipe.experiment
+        )
     entered = world.broadcast_object(bool(recipe.resume) and not unnamed(recipe) and folder.is_dir())
     lock = take_lock(folder, world) if entered else None
     path, state = find_checkpoint(recipe, folder, world)
@@ -63,7 +67,7 @@ def build(recipe: Recipe) -> Run:
         split_seed = find_split_seed(recipe, path, state)
         check_changes(path, find_changes(state, recipe, {}), recipe.allow_changes)
     torch.manual_seed(recipe.seed)
-    with world.in_turn(recipe.dataset_download):
+    with world.in_turn(recipe.dataset_download or not is_stream(recipe.dataset)):  # which may unpack an archive
         classes = class_list(state.get('classes'), state.get('num_classes'))
         train, held_out = read_data(recipe, split_seed, classes)
     if path is None and held_out is not None and recipe.initial_checkpoint:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_file
+from ..files import write_text
 
 logger = logging.getLogger('timm_robust')
 Row = Mapping[str, Any]
@@ -37,8 +37,9 @@ class RunLog:
         tensorboard: write TensorBoard events.
         wandb: log to wandb, in the project of WANDB_PROJECT or 'timm-robust'; WANDB_MODE=offline keeps it here.
         rank: of this process; above 0 nothing is written or shown.
-        history: rows of the run that is resumed: summary.csv is whole again, TensorBoard drops what came after them,
-            and wandb goes on with the run of wandb_id.txt.
+        history: rows of the run that is resumed: summary.csv is whole again.
+        images: that it has seen: TensorBoard drops what came after them, and wandb goes on with the run of
+            wandb_id.txt.
 
     Raises:
         ImportError: if tensorboard or wandb is missing, with what to type.
@@ -55,6 +56,7 @@ class RunLog:
         wandb: bool = False,
         rank: int = 0,
         history: Sequence[Row] = (),
+        images: int = 0,
     ) -> None:
         self.folder, self.config, self.total_steps, self.rank = folder, config, total_steps, rank
         self._tensorboard: Any = None
@@ -67,9 +69,9 @@ class RunLog:
         if history:
             self._write_summary(history)
         if tensorboard:
-            self._tensorboard = self._open_tensorboard(history[-1]['images'] + 1 if history else 0)
+            self._tensorboard = self._open_tensorboard(images + 1 if images else 0)
         if wandb:
-            self._wandb = self._open_wandb(resumed=bool(history))
+            self._wandb = self._open_wandb(resumed=images > 0)
         self._handlers = [*logging.getLogger().handlers, *logger.handlers]
         for handler in self._handlers:
             handler.addFilter(self._wipe)
@@ -162,8 +164,7 @@ class RunLog:
             raise OSError(f'wandb did not start: {why}; {hint}') from error
         run.define_metric('images')
         run.define_metric('*', step_metric='images')
-        with atomic_file(file) as out:
-            out.write(f'{run.id}\n'.encode())
+        write_text(file, f'{run.id}\n')
         return run
 
     def _scalars(self, values: Mapping[str, float], images: int) -> None:
@@ -180,8 +181,7 @@ class RunLog:
         writer = csv.DictWriter(text, list(dict.fromkeys(key for row in history for key in row)))
         writer.writeheader()
         writer.writerows(history)
-        with atomic_file(self.folder / 'summary.csv') as file:
-            file.write(text.getvalue().encode())
+        write_text(self.folder / 'summary.csv', text.getvalue())
 
     def _wipe(self, record: logging.LogRecord) -> bool:
         """A filter of the log handlers that passes everything: the live line makes room for what is logged."""

@@ -22,7 +22,20 @@ from .advice import near_chance
 from .averaging import averaged_weights
 from .log import RunLog
 from .rollback import roll_back
-from .run import TICKS, Run, Sums, best_row, metric_name, shown_share, take_lock, training_batch, unnamed
+from .run import (
+    TICKS,
+    Run,
+    Sums,
+    best_row,
+    metric_name,
+    redescends,
+    remeasures,
+    rows_since,
+    shown_share,
+    take_lock,
+    training_batch,
+    unnamed,
+)
 from .state import save
 from .validation import StopAsked, reestimate_batch_norm, validate
 from .warmup import pays, reserve, saving_seconds, training_interval, warm_up
@@ -77,18 +90,21 @@ def train(run: Run) -> dict[str, Any]:
         wandb=recipe.log_wandb,
         rank=run.world.rank,
         history=run.history,
+        images=run.step * recipe.batch_size * run.world.size,
     )
     with log, run.writer, fastest_convolutions(run.world.device):
         prepare(run)
         while True:
-            going = (progress(run) < 1 and not out_of_patience(run)) or run.sums is not None
+            going = run.sums is not None or not (progress(run) >= 1 or out_of_patience(run))
             if not going and not unsettled(run):
+                if progress(run) < 1:
+                    logger.info('no better epoch in %d validations: the run ends early', recipe.patience)
                 break
             try:
                 if going:
                     finish_epoch(run, train_epoch(run, log), log)
-                else:  # the budget ended behind an epoch that was not to be validated, or not to be saved
-                    finish_epoch(run, run.history.pop(), log)
+                else:  # budget or patience ended behind an epoch that was not to be validated, or not to be saved
+                    finish_epoch(run, run.history.pop(), log, last=True)
             except Diverged as error:
                 if not going:  # no time to do better
                     logger.warning('%s: the best checkpoint stands', error)
@@ -120,7 +136,7 @@ def make_folder(run: Run) -> None:
     """The run's folder, with the recipe in it, and the names of what was held out of a folder of pictures."""
     if not run.world.rank:
         run.folder.mkdir(parents=True, exist_ok=True)
-        replace(run.recipe, allow_changes=False).to_yaml(run.folder / 'args.yaml', full=True)
+        replace(run.recipe, allow_changes=False, resume=None).to_yaml(run.folder / 'args.yaml', full=True)
         if run.held_out_names:
             with atomic_file(run.folder / HELD_OUT_NAMES) as file:
                 file.write(os.fsencode('\n'.join([*run.held_out_names, ''])))  # a name may be no text
@@ -149,7 +165,11 @@ def describe(run: Run) -> None:
 def prepare(run: Run) -> None:
     """Compile, save what a first rollback goes back to, and tell the clock what a budget must leave time for."""
     started = time.perf_counter()
-    timing = warm_up(run) if pays(run) else None
+    timing = None
+    try:
+        timing = warm_up(run) if pays(run) else None
+    except StopAsked:
+        stop_if_asked(run, (run.step - 1) // run.batches.steps_per_epoch)
     if timing is not None:
         message = 'warmed up in %.1f s; a step takes %.3g s, a validation %.3g s'
         logger.info(message, time.perf_counter() - started, timing.steps[0.0], timing.validation)
@@ -184,15 +204,12 @@ def progress(run: Run) -> float:
 
 def out_of_patience(run: Run) -> bool:
     """Whether so many validations as the recipe's patience have passed since the best one, at the full eps."""
-    if run.recipe.patience is None or run.sums is not None:
+    if run.recipe.patience is None:
         return False
-    best = best_row(run.recipe, run.history, run.best)
+    best = best_row(run.recipe, run.history, run.changes, run.best)
     grown = [row for row in run.history if shown_share(run, row) > run.recipe.eps_warmup]
     since = [row for row in grown if metric_name(run.recipe) in row and best and row['step'] > best['step']]
-    if len(since) < run.recipe.patience:
-        return False
-    logger.info('no better epoch in %d validations: the run ends early', len(since))
-    return True
+    return run.world.broadcast_object(len(since) >= run.recipe.patience)  # each process has a clock of its own
 
 
 def unsettled(run: Run) -> bool:
@@ -282,14 +299,14 @@ def epoch_row(run: Run, sums: Sums, first: int, started: float) -> dict[str, Any
     steps, world = max(run.step - sums.first_step, 1), run.world
     loss, correct = world.sum(torch.stack([sums.loss.double(), sums.correct.double()])).tolist()
     batch, seconds = run.recipe.batch_size * world.size, time.perf_counter() - started
-    check_loss(loss / steps / world.size, run.history, run.step)
+    check_loss(loss / steps / world.size, rows_since(run.history, run.changes, redescends), run.step)
     return {
         'epoch': (run.step - 1) // run.batches.steps_per_epoch,
         'step': run.step,
         'images': run.step * batch,
         'train_loss': loss / steps / world.size,
         'train_acc': correct / steps / batch,
-        'lr': run.train_step.optimizer.param_groups[0]['lr'],
+        'lr': max(group['lr'] for group in run.train_step.optimizer.param_groups),  # layer decay lowers the others
         'images_per_s': (run.step - first) * batch / seconds,
         'seconds': run.clock.elapsed(),
     }
@@ -303,14 +320,15 @@ def show(run: Run, log: RunLog, row: dict[str, Any]) -> None:
     log.step(row, run.clock.left(run.step, row['images_per_s'] / batch))
 
 
-def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
-    """Validate, watch, log and save; between the epochs of val_interval only what has to be."""
+def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = False) -> None:
+    """Validate, watch, log and save; of the epochs between those of val_interval validate and save the last alone."""
     recipe, started = run.recipe, time.perf_counter()
     run.clock.stop()
-    ended = progress(run) >= 1
+    ended = last or progress(run) >= 1
     due = ended or (row['epoch'] + 1) % recipe.val_interval == 0
     if run.world.size > 1:
-        distribute_bn(run.model, run.world.size, reduce=True)
+        for network in [run.model] if run.ema is None else [run.model, run.ema.module]:
+            distribute_bn(network, run.world.size, reduce=True)
     if run.held_out is not None and due:
         if run.sums is not None and (ended or save_is_due(run)):  # validation may take long, or be killed
             save_within(run, row['epoch'])
@@ -326,8 +344,8 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
     run.sums = None
     if run.side is not None:
         row['side'] = run.side
-    row.update(activation_state(run.model))
-    check_epoch(row, run.history)
+    row.update(activation_state(run.model if run.ema is None else run.ema.module))  # whose accuracy the row has
+    check_epoch(row, rows_since(run.history, run.changes, remeasures))
     check_weights(run.model)
     if not (run.world.rank or run.folder.is_dir()):  # other nodes may never have had it
         logger.warning('%s has vanished; it is made anew', run.folder)
@@ -335,7 +353,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog) -> None:
         run.lock = lock_folder(run.folder)
     run.history.append(row)
     log.epoch(run.history)
-    if (line := near_chance(run)) and not run.world.rank:
+    if not run.world.rank and (line := near_chance(run)):
         logger.warning(line)
     metric = row.get(metric_name(recipe), -1.0)
     last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
@@ -370,7 +388,7 @@ def stop_if_asked(run: Run, epoch: int) -> None:
 
 def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
-    best = best_row(run.recipe, run.history, run.best) or (run.history or [{}])[-1]
+    best = best_row(run.recipe, run.history, run.changes, run.best) or (run.history or [{}])[-1]
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
     line: dict[str, Any] = {
         'model': run.recipe.model,

@@ -23,7 +23,7 @@ import torch
 import yaml
 
 from ..attacks import TRAINING_ATTACKS, AttackSchedule
-from ..files import atomic_file, read_yaml
+from ..files import read_yaml, write_text
 from ..models import check_model_kwargs
 from ..precision import Precision
 from ..provenance import CHECKOUT, PACKAGE
@@ -491,8 +491,7 @@ class Recipe:
             values = {name: value for name, value in values.items() if value != getattr(default, name)}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path) as file:
-            file.write(text.encode())
+        write_text(path, text)
 
 
 RECIPES = CHECKOUT / 'train/recipes' if CHECKOUT else PACKAGE / 'recipes'

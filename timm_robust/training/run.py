@@ -7,6 +7,7 @@ as if it had never stopped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, strftime
@@ -20,10 +21,15 @@ from ..distributed import World
 from ..files import lock_folder
 from ..pixels import resized
 from .averaging import ModelEma
+from .batches import VALIDATION
+from .changes import Changes
 from .clock import Clock
 from .recipe import Recipe
 from .step import AttackForward, Forward, TrainStep
 from .writer import Writer
+
+_MEASURED = {'norm', 'eps', 'eval_steps', 'eval_step_size', 'img_size', VALIDATION}
+_DESCENDED = {'loss', 'beta', 'smoothing', 'mixup', 'cutmix'}
 
 TICKS = 100_000
 """Resolution of a schedule that follows the clock on the wall."""
@@ -164,7 +170,27 @@ def shown_share(run: Run, row: dict[str, Any]) -> float:
     return row['seconds'] / run.clock.budget if run.clock.budget else row['step'] / run.total_steps
 
 
-def best_row(recipe: Recipe, history: list[dict[str, Any]], best: float) -> dict[str, Any] | None:
+def remeasures(changes: Changes) -> bool:
+    """Whether validations before a change of settings (--allow-changes) are no measure of those after it."""
+    return bool(_MEASURED & changes.keys()) or 'clean' in changes.get('loss', ())
+
+
+def redescends(changes: Changes) -> bool:
+    """Whether losses before a change of settings are no measure of those after it."""
+    return remeasures(changes) or bool(_DESCENDED & changes.keys())
+
+
+def rows_since(
+    history: list[dict[str, Any]], changes: list[dict[str, Any]], matters: Callable[[Changes], bool]
+) -> list[dict[str, Any]]:
+    """The epochs since the last change on the way that matters."""
+    steps = [each['step'] for each in changes if matters(each['changes'])]
+    return [row for row in history if row['step'] > max(steps, default=-1)]
+
+
+def best_row(
+    recipe: Recipe, history: list[dict[str, Any]], changes: list[dict[str, Any]], best: float
+) -> dict[str, Any] | None:
     """The row of the epoch that was saved as the best, with this metric; None if it is of another run."""
-    metric, side = metric_name(recipe), recipe.side_at(1.0)
-    return next((row for row in history if row.get(metric) == best and row.get('side') == side), None)
+    metric, side, rows = metric_name(recipe), recipe.side_at(1.0), rows_since(history, changes, remeasures)
+    return next((row for row in rows if row.get(metric) == best and row.get('side') == side), None)

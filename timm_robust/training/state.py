@@ -17,7 +17,7 @@ from .batches import make_batches
 from .changes import Changes, find_changes
 from .checkpoints import later_checkpoints, prune_checkpoints, read_step, save_checkpoint, set_aside, snapshot
 from .recipe import Recipe
-from .run import Run, Sums, architecture, best_row
+from .run import Run, Sums, architecture, best_row, remeasures
 
 logger = logging.getLogger('timm_robust')
 
@@ -96,7 +96,7 @@ def mend_names(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
         state: what it holds.
         recipe: says what the best is best in.
     """
-    best = best_row(recipe, state['history'], state['best'])
+    best = best_row(recipe, state['history'], state.get('changes', []), state['best'])
     for name in [LAST, BEST] if best is not None and best['step'] == state['step'] else [LAST]:
         target = path.with_name(name)
         try:
@@ -134,6 +134,11 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     if run.ema is not None:
         run.ema.module.load_state_dict(state.get('state_dict_ema', state['state_dict']))
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
+    run.changes = list(state.get('changes', ()))
+    if changes:
+        run.changes.append({'step': run.step, 'epoch': state['epoch'], 'changes': changes})
+    if remeasures(changes):
+        run.best = -1.0
     run.saved_rows, run.saved_at = len(run.history), perf_counter()
     if not run.world.rank:
         mend_names(path, state, recipe)
@@ -145,9 +150,6 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
         run.best = run.best if run.best_before else -1.0
     if 'images' not in state:
         logger.info('%s does not tell its images: they are taken for these', path)
-    run.changes = list(state.get('changes', ()))
-    if changes:
-        run.changes.append({'step': run.step, 'epoch': state['epoch'], 'changes': changes})
     before = list(state.get('origins', ()))
     run.origins = before + [origin for origin in run.origins if origin not in before]
     run.side = state.get('side')
@@ -218,7 +220,7 @@ def restore_optimizer(run: Run, path: Path, state: dict[str, Any], changes: Chan
 
 def find_best(run: Run) -> Path | None:
     """The numbered checkpoint of the best epoch."""
-    row = best_row(run.recipe, run.history, run.best)
+    row = best_row(run.recipe, run.history, run.changes, run.best)
     if row is None:
         return None
     later = later_checkpoints(run.folder, row['step'] - 1)

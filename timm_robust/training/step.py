@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from timm.data import Mixup
+from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 
 from ..activations import PSiLU, PSSiLU, compile_kernels
@@ -126,7 +127,8 @@ class Clipping:
     def clip(self, model: nn.Module, betas: list[torch.Tensor]) -> None:
         """Clip the gradients of the model, then those of its betas."""
         if self.value is not None:
-            dispatch_clip_grad(model.parameters(), value=self.value, mode=self.mode)
+            parameters = model_parameters(model, exclude_head=self.mode == 'agc')  # as timm's train.py has it
+            dispatch_clip_grad(parameters, value=self.value, mode=self.mode)
         if self.beta is not None and betas:
             nn.utils.clip_grad_norm_(betas, self.beta)
 
@@ -202,14 +204,16 @@ class TrainStep:
         with relu_gradient(self.model, self.update_grad), perturbed:
             loss, out = self.objective(self.update_forward or self.forward, x, x_adv, target)
             with frozen_statistics(self.model) if self.recomputes else nullcontext():
-                loss.backward()  # what it recomputes must not count twice in the statistics
+                # what it recomputes must not count twice in the statistics; AdaHessian differentiates once more
+                loss.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
         self.clipping.clip(self.model, self.betas)
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
         shown = out.output if out.output_adv is None else out.output_adv
         assert shown is not None
-        return StepOutput(loss.detach(), (shown.detach().argmax(1) == y).sum())
+        label = target.argmax(1) if target.ndim > 1 else y  # of mixed images the larger part
+        return StepOutput(loss.detach(), (shown.detach().argmax(1) == label).sum())
 
     def perturb(self, x: torch.Tensor, y: torch.Tensor, progress: float) -> torch.Tensor:
         """Adversarial images [B, C, H, W] for the update."""
@@ -228,7 +232,7 @@ class TrainStep:
 
     def draw_from(self, number: int) -> None:
         """Seed everything random with (seed, step, process)."""
-        seed = (self.seed * 1_000_003 + number) * 1_009 + self.rank
+        seed = ((self.seed * 1_000_003 + number) * 1_009 + self.rank) % 2**64
         torch.manual_seed(seed)
         if self.mixup is not None:
             np.random.seed(seed % 2**32)  # timm's Mixup draws from numpy
