@@ -8,7 +8,7 @@ from records import complete
 
 from timm_robust.files import sha256
 from timm_robust.release.card import model_card
-from timm_robust.release.results_page import paired_difference, results_page
+from timm_robust.release.results_page import paired_difference, results_page, sign_test
 from timm_robust.weights.releases import RELEASES, STAGED, releases_of
 
 
@@ -20,6 +20,12 @@ def test_a_paired_difference_and_its_interval():
     assert low == pytest.approx(0.1 - 1.96 * error, abs=0.015) and high == pytest.approx(0.1 + 1.96 * error, abs=0.015)
     assert paired_difference(a, a) == (0, 0, 0)
     assert paired_difference(b, a)[0] == pytest.approx(-0.10)
+
+
+def test_signs_are_tested_exactly():
+    a = np.arange(200) < 50
+    assert sign_test(a, a) == 1 and sign_test(np.arange(200) < 54, a) == sign_test(a, np.arange(200) < 54) == 0.125
+    assert sign_test(a, np.arange(200) < 44) == 2 / 2**6
 
 
 def test_pairing_is_narrower_than_two_samples():
@@ -64,12 +70,14 @@ def test_results_answer_the_question_as_far_as_the_flags_go(tmp_path):
     content['training']['origins'] += [{'hardware': 'two abaci'}, {'hardware': 'abacus'}]
     path.write_text(json.dumps(content))
     record(tmp_path, 'net_silu.at_data_linf', (order + 2) % 200 < 100)
+    record(tmp_path, 'net_gelu.at_data_linf', order < 96)  # of so few images a bootstrap is too sure
     record(tmp_path, 'net_silu.trades_data_linf', order < 60)  # another recipe: not compared
     page = results_page(tmp_path)
     lines = {line.split(' | ')[1]: line for line in page.splitlines() if line.startswith('| at_data_linf')}
-    assert set(lines) == {'net_relu', 'net_silu'}
+    assert set(lines) == {'net_relu', 'net_silu', 'net_gelu'}
     assert '| 50.00 | 30.00 | +20.00 (' in lines['net_relu'] and lines['net_relu'].endswith(': higher |')
     assert '+0.00 (' in lines['net_silu'] and 'no difference shown' in lines['net_silu']
+    assert '+2.00 (+0.50 to ' in lines['net_gelu'] and 'no difference shown' in lines['net_gelu']
     row = next(line for line in page.splitlines() if line.startswith('| [net_pssilu.at'))
     assert '50.00 ± 3.54 (n 200)' in row and '2.0 hours, abacus' in row and '| 1.25 | 0.0001 |' in row
     assert page.count('Handicapped.') == 1

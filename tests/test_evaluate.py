@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from PIL import Image
 from torch import nn
 
@@ -50,6 +50,16 @@ def radii(model: nn.Sequential, data: ImageData) -> torch.Tensor:
     weight, logits, y = model[1].weight, model(data.pixels()), data.labels
     gaps = (logits.gather(1, y[:, None]) - logits) / (weight[y][:, None] - weight[None]).abs().sum(2)
     return gaps.scatter(1, y[:, None], torch.inf).amin(1).clamp_min(0).detach()
+
+
+def test_signs_are_looked_for_on_images_of_every_class(monkeypatch):
+    data, seen = image_data(80), []
+    data = dataclasses.replace(data, labels=torch.arange(80) // 8)  # class by class, as a folder has them
+    monkeypatch.setattr(module, 'find_problems', lambda logits, x, y, *_, **__: seen.append((x, y)) or [])
+    evaluate(linear_net(), data, LINF, attack='pgd')
+    [(x, y)] = seen
+    assert len(x) == 50 and y.unique().tolist() == list(range(10))
+    assert all((image == data.pixels()).flatten(1).all(1).any() for image in x)
 
 
 def test_a_linear_model_gets_its_exact_robust_accuracy():
@@ -371,11 +381,9 @@ def test_two_processes_print_one_record_with_the_verdicts_of_one(checkpoint, tmp
     flags = '-n 8 --eps 8/255 --attack apgd --batch-size 3 --device cpu --quiet --flags-file'
     on_digits(checkpoint, f'{flags} {tmp_path}/one.npz')
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += ['-m', 'timm_robust.evaluate', str(checkpoint), '--dataset', 'digits', *flags.split()]
-    command.append(str(tmp_path / 'two.npz'))
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    command = ['-m', 'timm_robust.evaluate', checkpoint, '--dataset', 'digits', *flags.split(), tmp_path / 'two.npz']
+    done = warm.run_pair(command)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count('"model"') == 1
     shared = json.loads(done.stdout.splitlines()[-1])
     assert (alone['processes'], shared['processes']) == (1, 2)
@@ -444,9 +452,9 @@ def test_a_log_and_an_output_on_a_full_disk_end_no_measurement(checkpoint, tmp_p
         patch.setattr(sys, 'stderr', full)
         main(measuring(checkpoint, '--results-file', tmp_path / 'r.json'))
     assert RobustnessResult.from_json(tmp_path / 'r.json').n == 2
-    command = [sys.executable, '-m', 'timm_robust.evaluate', *measuring(checkpoint, '--results-file', tmp_path / 's')]
+    command = ['-m', 'timm_robust.evaluate', *measuring(checkpoint, '--results-file', tmp_path / 's')]
     with open('/dev/full', 'w') as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = warm.run(command, stdout=full)
     assert done.returncode == 2 and 'error: cannot print the record: No space left' in done.stderr
     assert 'Exception ignored' not in done.stderr and RobustnessResult.from_json(tmp_path / 's').n == 2
 

@@ -158,6 +158,7 @@ def test_models_are_named_without_the_machine(monkeypatch, tmp_path):
         '~/run/best.pth': 'run/best.pth',
         'local-dir:/data/a/b': 'local-dir:a/b',
         '/best.pth': 'best.pth',
+        '/home/alice/run:1/best.pth': 'run:1/best.pth',
     }
     for spec, name in names.items():
         assert public_name(spec) == name == public_name(name)

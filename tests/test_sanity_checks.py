@@ -111,10 +111,9 @@ def test_the_batch_size_bounds_every_pass_and_changes_no_doubt(make):
     assert max(sizes) == 16 and [doubt.split(':')[-1] for doubt in parts] == [doubt.split(':')[-1] for doubt in at_once]
 
 
-def test_inputs_and_labels():
+def test_shuffled_labels():
     model = Net().eval()
     x, y = images(model)
-    assert any('outside [0, 1]: eps is not in pixels' in doubt for doubt in find_problems(model, 4 * x - 2, y, EPS))
     shuffled = (y + 1) % 10
     assert any('about chance for 10 classes' in doubt for doubt in find_problems(model, x, shuffled, EPS))
 

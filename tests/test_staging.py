@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from safetensors import safe_open
 from safetensors.torch import load, save
 
@@ -24,7 +24,7 @@ from timm_robust.release.card import model_card
 from timm_robust.release.folder import check, files_of
 from timm_robust.release.model_files import canonical, stored
 from timm_robust.release.record import read_results, results_of, strongest
-from timm_robust.release.results_page import results_page
+from timm_robust.release.results_page import README_START, results_page
 from timm_robust.release.staging import measure, render, stage
 from timm_robust.staging import main
 from timm_robust.training.builder import build
@@ -321,6 +321,39 @@ def test_damaged_files_of_a_release_are_one_line(copy, capsys, file, text, messa
     assert line.startswith(f'error: {path}') and re.search(message, line)
 
 
+@pytest.mark.parametrize('fault', ['lost', 'damaged', 'of no record', 'of another record'])
+def test_verdicts_that_a_kill_or_a_disk_spoiled_are_measured_again(copy, fault):
+    cards, table = copy / 'model_cards', copy / 'releases.json'
+    flags, results = cards / NAME / 'flags/none_40.npz', cards / NAME / 'results.json'
+    whole, before = flags.read_bytes(), results_of(read_results(cards / NAME))
+    if fault == 'lost':
+        flags.unlink()
+    elif fault == 'damaged':
+        flags.write_bytes(whole[:-100])
+    elif fault == 'of no record':  # killed after the verdicts were written, and before the record was
+        record = json.loads(results.read_text())
+        record['measurements'] = [item for item in record['measurements'] if item['key'] != 'none_40']
+        results.write_text(json.dumps(record))
+    else:
+        arrays = dict(np.load(flags))
+        np.savez(flags, **{**arrays, 'clean_correct': ~arrays['clean_correct']})
+    with pytest.raises((ValueError, FileNotFoundError), match='none_40'):
+        render(cards, table)
+    where = ['--cards', str(cards), '--table', str(table), '--recipes', str(copy), '--dataset', 'digits', '--data-dir']
+    assert main(['measure', NAME, *where, '', '--attack', 'none', '-n', '40']) == 0
+    check(cards / NAME)
+    after = results_of(read_results(cards / NAME))
+    assert [(result.attack, result.clean_acc) for result in after] == [(r.attack, r.clean_acc) for r in before]
+
+
+def test_the_table_of_a_readme_without_its_end_takes_nothing_away(copy):
+    readme = copy / 'README.md'
+    readme.write_text(f'before\n{README_START}\nafter\n')
+    with pytest.raises(ValueError, match=r'README\.md has <!-- weights.*, but <!-- end of weights --> is missing'):
+        render(copy / 'model_cards', copy / 'releases.json')
+    assert readme.read_text().endswith('after\n')
+
+
 def test_releases_without_a_folder_here_stay_in_the_table(copy):
     table = copy / 'releases.json'
     entries = json.loads(table.read_text())
@@ -507,9 +540,8 @@ def test_two_processes_measure_a_release_and_one_keeps_the_record(copy):
     where += ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '4', '--batch-size', '2']
     assert main(['measure', NAME, *where]) == 0
     alone = results_of(read_results(folder))[0], dict(np.load(folder / flags))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    command += ['-m', 'timm_robust.staging', 'measure', NAME, *where]
-    subprocess.run(command, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = warm.run_pair(['-m', 'timm_robust.staging', 'measure', NAME, *where])
+    assert done.returncode == 0, done.stderr
     shared = results_of(read_results(folder))[0], dict(np.load(folder / flags))
     assert [result.processes for result, _ in (alone, shared)] == [1, 2]
     assert shared[0].per_attack == alone[0].per_attack

@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from tiny_runs import tiny
 
 from timm_robust.study import command, plots, points
@@ -23,7 +23,7 @@ from timm_robust.training import build, fit
 from timm_robust.training.watchdog import Diverged
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = [sys.executable, '-m', 'timm_robust.cli', 'study']
+SCRIPT = ['-m', 'timm_robust.cli', 'study']
 
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'train/studies').glob('*.yaml')), ids=lambda path: path.stem)
@@ -94,17 +94,17 @@ def test_lines_and_kinks_have_places_of_their_own(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_points_at_a_time_give_the_same_table(tmp_path):
-    (tmp_path / 'study.yaml').write_text(STUDY)
-    tables = []
-    for jobs in ('1', '2'):
-        out = tmp_path / jobs
-        words = [*SCRIPT, str(tmp_path / 'study.yaml'), '-o', str(out), '--jobs', jobs]
-        run = subprocess.run(words, capture_output=True, text=True, timeout=500)
-        assert run.returncode == 0, run.stderr
-        assert '5/5 relu-frozen-pgd_at-s0: clean' in run.stderr
+    less = STUDY.replace('  - {act: psilu, alpha: [2, 8]}\n', '').replace('square_', 'landscape: false, square_')
+    (tmp_path / 'study.yaml').write_text(less)
+    words, tables = [str(tmp_path / 'study.yaml'), '-o'], []
+    assert command.main([*words, str(tmp_path / '1')]) == 0
+    run = warm.run([*SCRIPT, *words, tmp_path / '2', '--jobs', '2'], timeout=500)
+    assert run.returncode == 0, run.stderr
+    assert '3/3 ' in run.stderr and ' relu-frozen-pgd_at-s0: clean' in run.stderr
+    for out in (tmp_path / '1', tmp_path / '2'):
         rows = list(csv.DictReader((out / 'results.csv').open()))
         tables.append([[row[key] for key in ('arm', 'loss', 'n', 'f(-1)', 'max_curvature')] for row in rows])
-    assert tables[0] == tables[1] and len(tables[0]) == 5
+    assert tables[0] == tables[1] and len(tables[0]) == 3
 
 
 @pytest.mark.slow
@@ -193,7 +193,9 @@ def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_
     psilu = {'arm': 'psilu-alpha2-frozen-pgd_at', 'clean_correct': '1111', 'robust': '1110'}
     plain = {'arm': 'plain', 'clean_correct': '1111', 'robust': '1000'}
     rows = [{**arm, 'seed': seed} for seed in (0, 1, 2) for arm in (psilu, plain)]
-    assert '| 3 of 3 | +50.0 (+50.0 to +50.0) | shown |' in '\n'.join(findings(study, rows))
+    equal = '\n'.join(findings(study, rows))
+    assert '| 3 of 3 | +50.0 (+50.0 to +50.0) | not shown |' in equal  # no spread was seen
+    assert '| 1 of 1 | +50.0 | not shown |' in '\n'.join(findings(read_study(small(tmp_path, seeds='[0]')), rows[:2]))
     assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not yet |' in '\n'.join(findings(study, rows[:5]))
     assert '| 1 of 3 | +50.0 | not yet |' in '\n'.join(findings(study, rows[:2]))
     for lost in (4, 5):  # of the arm that is said to be better, and of the other
@@ -201,6 +203,14 @@ def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_
         text = '\n'.join(findings(study, fallen))
         assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not shown (1 seed lost) |' in text
         assert f'Diverged: {rows[lost]["arm"]}-s2.' in text
+
+
+def test_a_network_without_an_activation_of_its_own_is_refused(tmp_path):
+    words = 'model: resnet50, dataset: digits, img_size: 32, batch_size: 4, val_size: 20, eps: 0.1'
+    path = tmp_path / 'imagenet.yaml'
+    path.write_text(f'recipe: {{{words}}}\nseeds: [0]\nsweeps: [{{act: silu}}]\n')
+    with pytest.raises(ValueError, match=r'resnet50_silu has no one activation .*as resnet18_silu has; change model'):
+        points.run_point(read_study(path), read_study(path).arms[0], 0, tmp_path / 'out')
 
 
 def test_a_training_goes_on_in_its_own_folder_alone(tmp_path, monkeypatch):
@@ -333,7 +343,7 @@ def test_workers_end_with_a_study_that_is_killed(tmp_path):
     (tmp_path / 'study.yaml').write_text(STUDY.replace('epochs: 2, max_steps: 3', 'epochs: 10000'))
     words = [*SCRIPT, str(tmp_path / 'study.yaml'), '--jobs', '2', '-o', str(tmp_path / 'out')]
     with (tmp_path / 'log').open('w') as log:
-        run = subprocess.Popen(words, stderr=log)
+        run = warm.Popen(words, stderr=log)
     try:
         wait_for(lambda: len(list(tmp_path.glob('out/*/args.yaml'))) == 2, run)
     finally:

@@ -264,6 +264,12 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """A text in UTF-8 as `atomic_file` writes it: the file is the old one or the whole new one."""
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new folder beside path that takes its place when the body ends, and vanishes if it fails.

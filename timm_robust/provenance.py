@@ -17,16 +17,17 @@ __version__ = '0.1.0'
 PACKAGE = Path(__file__).parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / 'train/recipes').is_dir() else None
 """The repository that the package is used from; None where it is installed."""
+_SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # of timm
 
 
 def public_name(spec: str) -> str:
     """A model's name without the machine's paths: 'a/b/run/best.pth' -> 'run/best.pth'; 'hf-hub:org/repo' stays."""
-    prefix, colon, rest = spec.rpartition(':')
-    path = Path(rest)
+    prefix = next((prefix for prefix in _SOURCES if spec.startswith(prefix)), '')
+    path = Path(spec.removeprefix(prefix))
     parts = [part for part in path.parts if part not in (path.anchor, '.', '..', '~')]
     if path.expanduser().parent == Path.home():
         parts = parts[-1:]
-    return prefix + colon + '/'.join(parts[-2:])
+    return prefix + '/'.join(parts[-2:])
 
 
 def environment(device: str | torch.device = 'cpu') -> dict[str, Any]:

@@ -88,7 +88,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add('--dry-run', action='store_true', help='say what would be done; nothing is written')
     add('--private', action='store_true', help='make new repositories private')
     add('--revision', default='main', metavar='BRANCH', help='commit to this branch, made if missing (default: main)')
-    add('--create-pr', action='store_true', help='open a pull request instead of committing')
     add('--tag', help='tag the commit; a tag never moves')
     add('--overwrite', action='store_true', help='allow other weights under a published name')
     add('--org', help='user or organisation on the Hub (default: as the table of releases says)')

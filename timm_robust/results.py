@@ -16,7 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from .files import atomic_file
+from .files import write_text
 from .provenance import public_name
 
 ATTACKS = ('autoattack', 'apgd', 'pgd', 'none')
@@ -143,8 +143,7 @@ class RobustnessResult:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the record; the file is either the old one or the whole new one, never a part."""
-        with atomic_file(path) as file:
-            file.write((json.dumps(asdict(self), indent=2, allow_nan=False) + '\n').encode())
+        write_text(path, json.dumps(asdict(self), indent=2, allow_nan=False) + '\n')
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> RobustnessResult:

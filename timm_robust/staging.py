@@ -20,7 +20,7 @@ import torch
 from .command_line import Parser, command, count, keep_freed_memory, say, whole_number
 from .data import DATASETS, SPLITS, ImageData
 from .distributed import World
-from .evaluation import evenly, fit_channels, read_split
+from .evaluation import DEFAULT_N, evenly, fit_channels, read_split
 from .files import recover_folder
 from .models import BEST, load_model, read_weights
 from .release import check, measure, read_hyper, read_results, render, stage, stored_weights
@@ -36,7 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     keep_freed_memory()
     table = args.table or table_of(args.cards)
-    measured = args.name if args.command == 'measure' else None
     for old in args.cards.glob('.*/old'):  # of a command killed between two renames
         recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
     if args.command == 'stage':
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.leave()
         if world.rank:
             return 0
-    for folder in render(args.cards, table, args.recipes, measured):
+    for folder in render(args.cards, table, args.recipes):
         check(folder)
     return 0
 
@@ -92,7 +91,11 @@ def _parser() -> Parser:
     add('--dataset', help="the training's if not given; " + ', '.join(DATASETS) + ', folder, ...')
     add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
     add('--run', type=Path, help='measure on what this run, that of the weights, had held out; for data without a test')
-    add('-n', type=count, help='number of images, the first of the split; all if not given')
+    add(
+        '-n',
+        type=count,
+        help=f'images, the first of the split, all if not given; of a folder spread over it, {DEFAULT_N} if not given',
+    )
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
     add(
         '--batch-size',

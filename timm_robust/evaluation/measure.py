@@ -89,8 +89,8 @@ def evaluate(
             None: what the model was trained with (load_model), else no resizing.
         search: AutoAttack looks for adversarial images on an equal, faster copy, and the model confirms each.
         state_dir: folder that keeps what each batch of AutoAttack found; a run that was killed goes on from there.
-        checks: look for signs that the result is not to be trusted, on the first 50 images; they become warnings,
-            as does leaving this out.
+        checks: look for signs that the result is not to be trusted, on 50 of the images; they become warnings, as
+            does leaving this out.
         world: the processes that share AutoAttack's batches out; each gets the whole result.
 
     Returns:
@@ -129,7 +129,9 @@ def evaluate(
             facts |= {'steps': pgd_steps, 'step_size': step_size, 'restarts': pgd_restarts}
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
             if checks:
-                few, labels = (part[:_CHECKED].to(device_of(logits, x)) for part in (x, data.labels))
+                k = min(_CHECKED, len(x))
+                spread = torch.arange(k) * len(x) // k  # those of a folder come class by class
+                few, labels = (part[spread].to(device_of(logits, x)) for part in (x, data.labels))
                 doubts = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
             else:
                 doubts = [NOT_CHECKED]
@@ -160,6 +162,8 @@ def _check_fit(logits: nn.Module, data: ImageData) -> None:
     try:
         with torch.no_grad():
             shape = logits(image.to(device_of(logits, image))).shape
+    except torch.cuda.OutOfMemoryError:  # a RuntimeError too
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f'the model does not take images {list(image.shape[1:])} of {data.name}: {error}') from error
     if data.num_classes < 2:

@@ -39,18 +39,10 @@ def find_problems(
         batch_size: images a batch.
     """
     right = predict(model, x, batch_size) == y
-    found = _inputs(x, threat_model) + _outputs(model, x, right, batch_size)
+    found = _outputs(model, x, right, batch_size)
     if not right.any():
         return found
     return found + _gradients(model, x[right], y[right], threat_model, seed, batch_size)
-
-
-def _inputs(x: torch.Tensor, threat_model: ThreatModel) -> list[str]:
-    """Images outside the bounds, so that eps is not in pixels."""
-    low, high = threat_model.bounds
-    if x.min() < low or x.max() > high:
-        return [f'images span {x.min():.3g} to {x.max():.3g}, outside [{low:g}, {high:g}]: eps is not in pixels']
-    return []
 
 
 @torch.no_grad()

@@ -105,7 +105,7 @@ def square_success(model: nn.Module, x: torch.Tensor, y: torch.Tensor, eps: floa
 
 
 def local_lipschitz(model: nn.Module, x: torch.Tensor, eps: float, generator: torch.Generator | None = None) -> float:
-    """Mean over images of the largest |f(x') - f(x)|_1 / |x' - x|_inf that PGD-10 finds, x' within eps of x.
+    """Mean over images of |f(x') - f(x)|_1 / |x' - x|_inf, x' the end of PGD-10 on |f(x') - f(x)|_1 within eps of x.
 
     Args:
         model: images in [0, 1] -> logits f, in eval mode.

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..data import is_stream
+from ..data import DATASETS, is_stream
 from ..results import RobustnessResult, check_types, read_object
 from ..training import HELD_OUT, RECIPES
 from .papers import Paper, extra_data_of, paper_link, papers_of
@@ -98,7 +98,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
                 dataset_name=pretty,
                 dataset_split=result.split,
                 metric_type='accuracy',
-                metric_name=f'{result.attack_title} accuracy, first {result.n} images',
+                metric_name=f'{result.attack_title} accuracy, {_which(result)} images',
                 metric_value=round(100 * share, 2),
                 metric_args=args,
             )
@@ -129,7 +129,7 @@ def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     if best is not None:
         text += (
             f' {best.attack_title} accuracy at {best.eps_text} {percent(best.robust_acc, best.n)} %, '
-            f'clean {percent(best.clean_acc, best.n)} % (first {best.n} {best.split} images).'
+            f'clean {percent(best.clean_acc, best.n)} % ({_which(best)} {best.split} images).'
         )
     return text
 
@@ -145,7 +145,7 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         clean, robust = percent(result.clean_acc, result.n), percent(result.robust_acc, result.n)
         at = '' if result.attack == 'none' else f', {result.norm} {result.eps_text}'
         cost = f'{result.hardware}, {hours(result.wall_time_s)}'
-        lines.append(f'| {result.attack_title}{at} | first {result.n}{mark} | {clean} | {robust} | {cost} |')
+        lines.append(f'| {result.attack_title}{at} | {_which(result)}{mark} | {clean} | {robust} | {cost} |')
     lines += [
         '',
         'Percent, with one standard error of n images. The verdict on every image is in `flags/`. To repeat:',
@@ -158,6 +158,11 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
             'APGD-CE + APGD-T are the first two of the four attacks of AutoAttack: an upper bound of its number.',
         ]
     return lines + [f'\n\\* {note}' for note in measurement_notes(record)]
+
+
+def _which(result: RobustnessResult) -> str:
+    """How many images, and whether they are the first of their split, as those of a folder or a run are not."""
+    return f'first {result.n}' if result.dataset in DATASETS and result.split != HELD_OUT else f'{result.n}'
 
 
 def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..files import sha256
+from ..files import sha256, write_text
 from ..models import HYPER_PARAMETERS, load_model
 from ..threat_model import ThreatModel
 from ..weights import WEIGHTS, Release
@@ -29,14 +29,22 @@ _FILES = {
 """What a release holds, beside the verdicts of its measurements."""
 
 
-def verify(folder: Path, record: dict[str, Any]) -> None:
+def verify(folder: Path, record: dict[str, Any], renewed: str | None = None) -> None:
     """Refuse a staged folder that holds something else than a release, or other weights and verdicts than its record.
+
+    Args:
+        folder: model_cards/<name>.
+        record: of read_results.
+        renewed: key of a measurement that is made now. Verdicts are not looked at then: those that were lost or damaged
+            are measured again one after the other.
 
     Raises:
         ValueError, FileNotFoundError: naming what is wrong.
     """
     results = results_of(record)
     allowed = _FILES | {verdicts_file(Path(), result).as_posix() for result in results}
+    if renewed:
+        allowed.add(f'{FLAGS}/{renewed}.npz')
     for path in folder.rglob('*'):
         if path.is_symlink():
             raise ValueError(f'{path} is a symbolic link; put the file itself there')
@@ -51,16 +59,16 @@ def verify(folder: Path, record: dict[str, Any]) -> None:
             f'{path} has SHA-256 {found}, {RESULTS} says {weights["sha256"]}; fetch both again, or stage the run again '
             'with --overwrite'
         )
-    for result in results:
+    for result in results if renewed is None else ():
         result.check_verdicts(verdicts_file(folder, result))
 
 
-def check_sums(folder: Path, record: dict[str, Any], known: Release | None, measured: bool) -> None:
+def check_sums(folder: Path, record: dict[str, Any], known: Release | None) -> None:
     """Refuse weights and verdicts that changed since SHA256SUMS was written; staging takes it away."""
     if not (folder / 'SHA256SUMS').is_file():
         return
     for name, digest in _read_sums(folder).items():
-        held = name == WEIGHTS or (name.startswith(f'{FLAGS}/') and not measured)
+        held = name == WEIGHTS or name.startswith(f'{FLAGS}/')
         if held and (not (folder / name).is_file() or sha256(folder / name) != digest):
             raise ValueError(f'{folder / name} is not the file of SHA256SUMS; fetch it again, or measure again')
     if known is not None and known.sha256 != record['weights']['sha256']:
@@ -74,6 +82,14 @@ def sums_of(folder: Path) -> str:
     """What SHA256SUMS says of a folder: digest and path of every other file."""
     files = files_of(folder).items()
     return ''.join(f'{sha256(file)}  {path}\n' for path, file in files if path != 'SHA256SUMS')
+
+
+def forget_sum(folder: Path, name: str) -> None:
+    """Take a file that changed out of SHA256SUMS."""
+    path = folder / 'SHA256SUMS'
+    if path.is_file() and name in (listed := _read_sums(folder)):
+        del listed[name]
+        write_text(path, ''.join(f'{digest}  {other}\n' for other, digest in listed.items()))
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

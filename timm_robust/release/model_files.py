@@ -75,8 +75,11 @@ def _config(model: nn.Module, tag: str, model_args: dict[str, Any] | None) -> st
     if side := config.pop('img_size', None):  # ours, which timm refuses
         config['input_size'] = (config['input_size'][0], side, side)
     names = config.pop('label_names', None)
-    model.pretrained_cfg = config  # type: ignore[assignment]
     labels = {'label_names': list(names)} if names else None
-    with tempfile.TemporaryDirectory() as folder:
-        save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None, model_config=labels)
-        return (Path(folder) / 'config.json').read_text()
+    own, model.pretrained_cfg = model.pretrained_cfg, config  # type: ignore[assignment]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save_for_hf(model, folder, safe_serialization=True, model_args=model_args or None, model_config=labels)
+            return (Path(folder) / 'config.json').read_text()
+    finally:
+        model.pretrained_cfg = own

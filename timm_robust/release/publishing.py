@@ -48,7 +48,6 @@ class Options:
         revision: the branch.
         tag: a tag for the commit; it is never moved.
         private: make a new repository private.
-        create_pr: open a pull request instead of committing to the branch.
         overwrite: allow other weights under a published name.
         dry_run: plan only; nothing is written.
 
@@ -60,7 +59,6 @@ class Options:
     revision: str = 'main'
     tag: str | None = None
     private: bool = False
-    create_pr: bool = False
     overwrite: bool = False
     dry_run: bool = False
 
@@ -108,7 +106,7 @@ class Outcome:
     Args:
         name: '<arch>.<tag>'.
         repo: on the Hub.
-        status: 'planned', 'published', 'unchanged', 'proposed' (a pull request), or 'failed'.
+        status: 'planned', 'published', 'unchanged' or 'failed'.
         commit: the commit that holds the files.
         changes: path -> 'new', 'changed' or 'gone'.
         tag: the tag that is now at that commit.
@@ -146,7 +144,7 @@ def publish(
     Args:
         folder: model_cards/<arch>.<tag>.
         options: how.
-        table: releases.json; gets repository and commit, unless on a branch, in a pull request or private.
+        table: releases.json; gets repository and commit, unless on a branch or private.
         say: called with lines of text.
 
     Raises:
@@ -176,10 +174,7 @@ def _publish(
     if options.dry_run:
         return outcome
     if plan.changes:
-        commit, pull_request = upload(api, folder, plan, options, say)
-        if options.create_pr:
-            return replace(outcome, status='proposed', commit=commit, url=pull_request)
-        outcome = replace(outcome, status='published', commit=commit)
+        outcome = replace(outcome, status='published', commit=upload(api, folder, plan, options, say))
     elif not plan.branch:
         api.create_branch(repo, branch=options.revision, revision=plan.head, exist_ok=True)
         outcome = replace(outcome, status='published')
@@ -277,13 +272,8 @@ def same_content(file: Path, remote: Any) -> bool:
     return bool(remote.blob_id == hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest())
 
 
-def upload(
-    api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable[[str], object]
-) -> tuple[str, str | None]:
+def upload(api: HfApi, folder: Path, plan: Plan, options: Options, say: Callable[[str], object]) -> str:
     """One commit on the head of the plan; an answer that got lost is looked up before it counts as a failure.
-
-    Returns:
-        The commit, and the address of the pull request, if that is what was asked for.
 
     Raises:
         Refused: if somebody else committed meanwhile.
@@ -305,20 +295,17 @@ def upload(
             operations,
             commit_message=message,
             revision=options.revision,
-            create_pr=options.create_pr,
             parent_commit=head,
         )
-        return commit.oid, commit.pr_url
+        return commit.oid
     except Exception as error:  # connection errors are those of requests, httpx or httpx2, by the client's version
-        if options.create_pr:
-            raise
         say(f'{plan.repo}: {type(error).__name__}; looking at what the server holds')
         now = {branch.name: branch.target_commit for branch in api.list_repo_refs(plan.repo).branches}
         current = now.get(options.revision)
         if current == head:
             raise
         if set(compare(api, folder, plan.repo, current).values()) == {'same'}:
-            return str(current), None
+            return str(current)
         raise Refused(
             f'somebody else committed to {plan.repo} meanwhile ({str(current)[:12]}); look at it, then repeat'
         ) from error

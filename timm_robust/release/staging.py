@@ -19,7 +19,7 @@ import yaml
 from ..activations import activation_state
 from ..distributed import World
 from ..evaluation import evaluate
-from ..files import atomic_file, atomic_folder, check_output, sha256
+from ..files import atomic_file, atomic_folder, check_output, sha256, write_text
 from ..models import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
 from ..plots import adversarial_figure, read_run, run_figure
 from ..provenance import CHECKOUT, PACKAGE
@@ -28,7 +28,7 @@ from ..threat_model import ThreatModel, parse_eps
 from ..training import Recipe
 from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
 from .card import model_card
-from .folder import ORGANISATION, check_alike, check_sums, sums_of, verify
+from .folder import ORGANISATION, check_alike, check_sums, forget_sum, sums_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, results_of, strongest, verdicts_file
 from .results_page import README_END, README_START, results_page, weights_table
@@ -148,8 +148,8 @@ def measure(
     Raises:
         ValueError: for training images, for others than those measured before, and if the weights change meanwhile.
     """
-    before = read_results(folder)
-    verify(folder, before)
+    before, n = read_results(folder), settings.get('n')
+    verify(folder, before, f'{settings.get("attack", "autoattack")}_{len(data) if n is None else n}')
     name, hyper = before['model'], read_hyper(folder)
     if eps is None:
         eps = next((result.eps for result in results_of(before) if result.attack != 'none'), hyper['eps'])
@@ -176,15 +176,16 @@ def measure(
     measurements.append({'key': verdicts.stem, 'note': note, 'result': result})
     record['measurements'] = sorted(measurements, key=lambda item: (item['result'].attack, item['result'].n))
     _write_json(folder / RESULTS, record)
+    forget_sum(folder, verdicts.relative_to(folder).as_posix())
     if strongest(results_of(record)) is result:
         x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
         x = data.pixels(slice(0, len(y))).cpu()
-        adversarial_figure(folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, data.classes, threat_model)
+        adversarial_figure(
+            folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, result.classes or data.classes, threat_model
+        )
 
 
-def render(
-    cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None, measured: str | None = None
-) -> list[Path]:
+def render(cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None) -> list[Path]:
     """Write every card, every SHA256SUMS, the table of releases and RESULTS.md from what was measured.
 
     Nothing is written if weights or verdicts are not those of the records, of SHA256SUMS and of the table.
@@ -193,7 +194,6 @@ def render(
         cards: the folder of staged models.
         table: releases.json of the package; repository and commit of known releases stay as long as the weights do.
         recipes: the folder of recipes, of which RESULTS.md lists those that have not run.
-        measured: the model that was measured just now, whose verdicts SHA256SUMS does not know yet.
 
     Returns:
         The folders.
@@ -207,7 +207,11 @@ def render(
     records = [read_results(folder) for folder in folders]
     for folder, record in zip(folders, records, strict=True):
         verify(folder, record)
-        check_sums(folder, record, known.get(record['model']), record['model'] == measured)
+        check_sums(folder, record, known.get(record['model']))
+    readme = cards.parent / 'README.md'
+    before, start, rest = (readme.read_text(encoding='utf-8') if readme.is_file() else '').partition(README_START)
+    if start and README_END not in rest:
+        raise ValueError(f'{readme} has {README_START}, but {README_END} is missing after it; put it there')
     for folder, record in zip(folders, records, strict=True):
         name, weights, best = record['model'], record['weights'], strongest(results_of(record))
         accuracy = best.autoattack_acc if best else None
@@ -222,15 +226,13 @@ def render(
             kept.commit if kept else None,
         )
         _add_robustness(folder, record)
-        _write(folder / 'README.md', model_card(folder))
-        _write(folder / 'SHA256SUMS', sums_of(folder))
+        write_text(folder / 'README.md', model_card(folder))
+        write_text(folder / 'SHA256SUMS', sums_of(folder))
     write_table(releases, table)
-    _write(cards / 'RESULTS.md', results_page(cards, recipes))
-    readme = cards.parent / 'README.md'
-    if readme.is_file() and README_START in (text := readme.read_text(encoding='utf-8')):
-        before, _, rest = text.partition(README_START)
+    write_text(cards / 'RESULTS.md', results_page(cards, recipes))
+    if start:
         after = rest.partition(README_END)[2]
-        _write(readme, '\n'.join([before + README_START, *weights_table(records), README_END + after]))
+        write_text(readme, '\n'.join([before + README_START, *weights_table(records), README_END + after]))
     return folders
 
 
@@ -240,7 +242,7 @@ def _add_robustness(folder: Path, record: dict[str, Any]) -> None:
     config, best = read_object(path), strongest(results_of(record))
     keys = ('dataset', 'split', 'n', 'norm', 'eps_text', 'attack', 'clean_acc', 'pgd_acc', 'apgd_acc', 'autoattack_acc')
     config['robustness'] = {key: getattr(best, key) for key in keys} if best else None
-    _write(path, json.dumps(config, indent=2))
+    write_text(path, json.dumps(config, indent=2))
 
 
 def _license() -> str:
@@ -255,9 +257,4 @@ def _license() -> str:
 
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
-    _write(path, json.dumps(record, indent=2, allow_nan=False, default=asdict) + '\n')
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_file(path) as file:
-        file.write(text.encode())
+    write_text(path, json.dumps(record, indent=2, allow_nan=False, default=asdict) + '\n')

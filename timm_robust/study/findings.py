@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_file
+from ..files import write_text
 from ..results import mean_interval
 from .design import Arm, Claim, Study
 
@@ -60,8 +60,7 @@ def write_findings(study: Study, rows: list[dict[str, Any]], folder: Path) -> No
     table += [','.join('' if row.get(key) is None else str(row[key]) for key in columns) for row in rows]
     texts = {'points.jsonl': map(json.dumps, rows), 'results.csv': table, 'findings.md': findings(study, rows)}
     for name, lines in texts.items():
-        with atomic_file(folder / name) as file:
-            file.write(('\n'.join(lines) + '\n').encode())
+        write_text(folder / name, '\n'.join(lines) + '\n')
 
 
 def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
@@ -95,7 +94,7 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
     """'shown' or 'contradicted' if the 95 % interval of the mean lies above or below 0, else 'not shown'.
 
     'not yet' until every point of both arms is there. Where a training diverged nothing is shown: the seeds that are
-    left would speak for the arm that lost the others.
+    left would speak for the arm that lost the others; nor where all differences are equal, and their spread unknown.
     """
     own = [row for row in rows if row['arm'] in (claim.more, claim.than)]
     if len(own) < 2 * len(study.seeds):
@@ -103,6 +102,8 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
     if lost := {row['seed'] for row in own if 'diverged' in row}:
         return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
     _, low, high = mean_interval(differences)
+    if len(set(differences.sum(1))) == 1:
+        return 'not shown'
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
 
 

@@ -73,7 +73,7 @@ def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """The curves of all points, coloured by robustness, one panel for each kind of training."""
+    """A curve an arm, of a learned one the first seed's, coloured by mean robustness; a panel a kind of training."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -19,7 +19,7 @@ import torch
 from ..command_line import start_worker
 from ..data import ImageData, load_dataset
 from ..evaluation import curve_facts, evaluate, local_lipschitz, minimal_radii, set_shape, square_success
-from ..files import atomic_file
+from ..files import write_text
 from ..models import load_model
 from ..pixels import pixel_input
 from ..plots import read_run
@@ -111,12 +111,17 @@ def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
     """Train a point, or go on with its training; returns the run's last line.
 
     Raises:
-        ValueError: if its folder holds another training.
+        ValueError: if its folder holds another training, or its network has no activation of its own to set.
     """
     check_folder(arm, output / name)
     place = {'seed': seed, 'output': str(output), 'experiment': name, 'resume': 'auto'}
     run = build(Recipe.from_values({**arm.recipe, **place}, name))
     networks: list[Any] = [run.model] if run.ema is None else [run.model, run.ema.module]
+    if not hasattr(run.model, 'act'):
+        raise ValueError(
+            f'{run.recipe.model} has no one activation (`model.act`) that a study could set and follow, as '
+            f'resnet18_{arm.act} has; change model in the recipe'
+        )
     for network in networks:
         set_shape(network.act, {} if run.step else arm.shape, arm.learned)
     return fit(run)
@@ -129,9 +134,8 @@ def check_folder(arm: Arm, folder: Path) -> None:
     """
     told, training = folder / 'arm.json', json.loads(json.dumps(arm.training))
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        with atomic_file(told) as file:
-            file.write((json.dumps(training, indent=1) + '\n').encode())
+    if not any(path for path in folder.iterdir() if path.name[0] != '.'):  # a kill leaves hidden ones
+        write_text(told, json.dumps(training, indent=1) + '\n')
     elif not told.is_file() or not alike(json.loads(told.read_text()), training):
         raise ValueError(f'{folder} holds a training with other settings; delete it, or name another folder with -o')
 

@@ -13,7 +13,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..files import atomic_file
+from ..files import write_text
 from ..provenance import CHECKOUT, PACKAGE
 
 TABLE = Path(__file__).with_name('releases.json')
@@ -126,8 +126,7 @@ def table_of(cards: Path) -> Path:
 def write_table(releases: dict[str, Release], path: Path = TABLE) -> None:
     """Write the table, sorted by name, whole or not at all."""
     entries = {name: {k: v for k, v in asdict(releases[name]).items() if k != 'name'} for name in sorted(releases)}
-    with atomic_file(path) as file:
-        file.write((json.dumps(entries, indent=2) + '\n').encode())
+    write_text(path, json.dumps(entries, indent=2) + '\n')
 
 
 RELEASES = read_table()
