@@ -317,8 +317,8 @@ def check_resume(recipe: Recipe) -> str:
         for key, value in states[0].get(part, {}).items():
             other = states[1][part][key]
             if not torch.equal(value, other):
-                worst = max(worst, distance(other, value))
-    if worst > (0.0 if recipe.device == 'cpu' else 1e-2):
+                worst = max(distance(other, value), worst)  # NaN stays
+    if not worst <= (0.0 if recipe.device == 'cpu' else 1e-2):
         raise Mismatch(f'weights differ by {worst:.1e} of their length')
     return 'the same bits' if worst == 0 else f'weights differ by at most {worst:.1e} of their length'
 

@@ -201,7 +201,7 @@ def report(cases: dict[str, Case], found: Found) -> dict[str, Any]:
         row: dict[str, Any] = spread([one['images_per_s'] for one in found[name]])
         base, model = f'peer {case["model"]} fp32', case['model']
         silu = f'{case["side"]} {model.rpartition("_")[0]}_silu {case["variant"]}'
-        peak = f'matmul {"float32" if case["variant"] == "fp32" else "bfloat16"}'
+        peak = f'matmul {"float32" if case["variant"].startswith("fp32") else "bfloat16"}'
         row['x_peer'] = ratio(found, name, base)
         row['x_silu'] = ratio(found, name, silu)
         flops = row['median'] * flops_an_image(model, case['width'], case['loss'], case['k'])

@@ -167,6 +167,7 @@ def test_subset_first_holdout_and_memory(folder):
 def test_a_split_is_found_by_its_names_and_never_taken_for_another(tmp_path):
     write_folder(tmp_path, n=6), write_folder(tmp_path, n=3, split='val')
     assert len(StreamData('', tmp_path)) == 6 and len(StreamData('', tmp_path, 'validation')) == 3
+    (tmp_path / 'val/train.txt').touch()
     assert len(StreamData('', tmp_path / 'val', 'test')) == 3  # a folder of classes is what it is
     with pytest.raises(FileNotFoundError, match="holds train, val, but no split 'test'; name one of them with --split"):
         StreamData('', tmp_path, 'test')
@@ -184,6 +185,7 @@ def test_a_split_is_found_by_its_names_and_never_taken_for_another(tmp_path):
     [
         ({'name': 'imagenet'}, "dataset 'imagenet' is unknown; allowed: folder, torch/<name>, hfds/<name>, wds/<name>"),
         ({'name': 'torch/nothing'}, 'Unknown torchvision dataset nothing'),
+        ({'name': 'torch/mnist', 'split': 'trian'}, "torch/mnist has the splits train and test, not 'trian'"),
         ({'num_classes': 2}, 'has 3 classes, so num_classes 2 is too small'),
     ],
 )
@@ -258,6 +260,10 @@ def test_classes_are_held_against_each_other_by_name():
     for theirs in (('a', 'd'), ('A', 'b'), ('0', '1', '2', '3')):
         with pytest.raises(ValueError, match=r'x has classes that training did not have: [dA3];'):
             new_labels(theirs, ('a', 'b', 'c'), 'x')
+    numbers, from_one = (tuple(map(str, range(first, first + 10))) for first in (0, 1))
+    assert new_labels(numbers, from_one, 'x') is new_labels(from_one, numbers, 'x') is None  # one side has no names
+    with pytest.raises(ValueError, match='x has classes that training did not have: 0;'):
+        new_labels(('0', 'cat'), ('cat', 'dog'), 'x')
     data = ImageData(torch.zeros(3, 3, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 0]), ('c', 'a'), 'x')
     moved = data.with_classes(('a', 'b', 'c'))
     assert moved.labels.tolist() == [2, 0, 2] and moved.classes == ('a', 'b', 'c')

@@ -1,11 +1,11 @@
 import contextlib
 import itertools
 import math
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 
 from timm_robust.plots import _best, _names, adversarial_figure, main, read_run, run_figure
 from timm_robust.threat_model import ThreatModel
@@ -95,6 +95,8 @@ def test_best_epoch():
     assert _best(tie, 'val_pgd_acc')['epoch'] == 1 and _best(tie, 'val_clean_acc')['epoch'] == 3
     assert _best([{'val_clean_acc': 0.5}], 'val_pgd_acc')['metric'] == 'val_clean_acc'
     assert _best([{'train_loss': 1.0}], 'val_pgd_acc') == {}
+    sides = [{'epoch': n, 'side': side, 'val_pgd_acc': acc} for n, (side, acc) in enumerate(((24, 0.9), (32, 0.5)))]
+    assert _best(sides, 'val_pgd_acc')['epoch'] == 1  # smaller images are another task
 
 
 def test_clean_training_is_best_in_clean_accuracy(run, drawn):
@@ -118,8 +120,7 @@ def test_command_line(run, tmp_path, capsys):
 
 
 def test_as_a_module(run):
-    command = [sys.executable, '-m', 'timm_robust.plots']
-    done = subprocess.run([*command, str(run.parent)], capture_output=True, text=True)
+    done = warm.run(['-m', 'timm_robust.plots', run.parent])
     assert done.returncode == 2 and done.stdout == '' and done.stderr.count('\n') == 1
     assert done.stderr.startswith('error: run ') and 'holds no summary.csv; it holds run/' in done.stderr
 

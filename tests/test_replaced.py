@@ -42,6 +42,11 @@ def test_every_place_applies_the_activation_and_the_other_weights_stay(name, x):
     assert not torch.equal(model(x), silu(x))
 
 
+def test_a_network_without_parameters_takes_activations_too():
+    model = replace_activations(nn.Sequential(nn.ReLU()), 'pssilu', shared=False)
+    assert torch.allclose(model(torch.ones(1)), nn.functional.silu(torch.ones(1)))
+
+
 def test_one_set_of_parameters_or_one_a_place(x):
     shared, own = (replace_activations(net('test_resnet'), 'pssilu', shared) for shared in (True, False))
     assert sum(name.endswith('alpha') for name, _ in shared.named_parameters()) == 1

@@ -65,6 +65,12 @@ def test_logits_that_are_nan_are_no_report():
         examine(model, load_dataset('digits', split='test').first(6), ThreatModel('Linf', 0.1), steps=2)
 
 
+def test_a_model_of_other_classes_is_no_report():
+    model = timm.create_model('resnet18_silu', width=4, num_classes=20).eval()
+    with pytest.raises(ValueError, match='the model has 20 outputs, digits has 10 classes'):
+        examine(model, load_dataset('digits', split='test').first(6), ThreatModel('Linf', 0.1), steps=2)
+
+
 def test_the_command_reports_what_the_run_held_out(tmp_path, capsys):
     settings = ['--model', 'resnet18_silu', '--model-kwargs', 'width=4', '--dataset', 'digits', '--eps', '0.1']
     settings += ['--steps', '1', '--eval-steps', '1', '--val-size', '0.02', '--max-steps', '2', '--device', 'cpu']

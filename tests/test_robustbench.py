@@ -17,11 +17,12 @@ from torch import nn
 from timm_robust import robustbench as door
 from timm_robust.data import ImageData
 from timm_robust.evaluation.measure import evaluate
+from timm_robust.models import wide_resnet
 from timm_robust.models.load import load_model
 from timm_robust.pixels import pixel_input
 from timm_robust.robustbench import conversion, package, report, submit
 from timm_robust.robustbench.__main__ import main
-from timm_robust.robustbench.zoo import LINF, check_network, entry_of, to_ours, to_theirs
+from timm_robust.robustbench.zoo import LINF, ZooEntry, check_network, entry_of, to_ours, to_theirs
 from timm_robust.threat_model import ThreatModel
 from timm_robust.weights.releases import RELEASES, releases_of, split_name
 
@@ -160,6 +161,35 @@ def test_equal_shapes_of_another_network_are_refused(tmp_path, source, entry, ki
     with pytest.raises(ValueError, match='named as those of a network of kind timm_robust'):
         door.convert(entry, folder / 'model.safetensors', tmp_path / 'other')
     assert not (tmp_path / 'b.pt').exists() and not (tmp_path / 'other').exists()
+
+
+def test_a_deeper_network_is_not_cut_off_on_the_way_back():
+    deep = timm.create_model('wrn34_10_relu', device='meta').state_dict()
+    shallow = timm.create_model('wrn28_10_relu', device='meta').state_dict()
+    names = [key.replace('stages.', 'block').replace('fc.', 'linear.') for key in shallow]
+    entry = ZooEntry('wrn28_10_relu', 'trades')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wide_resnet, 'own_key', lambda name: list(shallow)[names.index(name)])
+        assert set(to_theirs(shallow, names, entry)) == set(names)
+        with pytest.raises(ValueError, match=r"stages\.0\.4\..* has no counterpart in RobustBench's network"):
+            to_theirs(deep, names, entry)
+
+
+def test_weightless_networks_and_corruptions_of_other_data_are_not_measured(tmp_path, capsys):
+    for words, message in (
+        (['resnet18_pssilu'], 'resnet18_pssilu is a network without weights; name MODEL.TAG'),
+        (['resnet18_relu.fgsm_cifar10_linf', '--threat-model', 'corruptions', '--dataset', 'cifar100'], 'CIFAR-10-C'),
+    ):
+        assert main(['benchmark', *words, '--data-dir', str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_entries_of_the_same_size_are_those_of_its_depth_and_width():
+    same = {('resnet18_silu', 'PreActResNet-18'), ('wrn34_10_relu', 'WideResNet-34-10'),
+            ('wrn28_10_pssilu', 'WideResNet-28-10-PSSiLU')}  # fmt: skip
+    networks = ('ResNet-152', 'WideResNet-34-20', 'WideResNet-28-4', *(network for _, network in same))
+    found = {(arch, network) for arch, _ in same for network in networks if report._same_size(arch, network)}
+    assert found == same
 
 
 def test_padding_is_part_of_the_network():

@@ -80,7 +80,7 @@ def test_parse_eps(text, value):
     assert parse_eps(text) == pytest.approx(value)
 
 
-@pytest.mark.parametrize('bad', ['eight', '8/0', -0.1, float('nan'), float('inf'), None, '8/255/2'])
+@pytest.mark.parametrize('bad', ['eight', '8/0', '8/', -0.1, float('nan'), float('inf'), None, '8/255/2'])
 def test_parse_eps_refuses(bad):
     with pytest.raises(ValueError, match=r'8/255'):
         parse_eps(bad)

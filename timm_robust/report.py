@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ def examine(
         batch_size: images a batch.
 
     Raises:
-        ValueError: if logits are NaN.
+        ValueError: if logits are NaN, or of another number of classes.
     """
     x, network = data.pixels(), pixel_input(model)
     x_adv = attack(model, x, data.labels, threat_model, steps=steps, batch_size=batch_size)
@@ -126,6 +127,8 @@ def examine(
         )
     if lost := int((output.isnan() | output_adv.isnan()).any(1).sum()):
         raise ValueError(f'the logits of the model are NaN on {lost} of {len(x)} images: its training diverged')
+    if output.shape[1] != len(data.classes):
+        raise ValueError(f'the model has {output.shape[1]} outputs, {data.name} has {len(data.classes)} classes')
     own = data.labels[:, None]
     others = output_adv.scatter(1, own, -torch.inf).amax(1)
     margin = output_adv.gather(1, own)[:, 0] - others
@@ -150,11 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(f'attacking {len(data)} images, PGD-{args.steps}')
     found = examine(model, data, threat_model, steps=args.steps)
     where = f'{len(data)} images of {data.name} that it was not trained on'
-    radius = f'--norm {recipe.norm} --eps {args.eps or recipe.eps}'
+    rest = f'--norm {recipe.norm} --eps {args.eps or recipe.eps}'
+    rest += f' --data-dir {shlex.quote(args.data_dir)}' if args.data_dir else ''
     print(f'{recipe.model} on {where}, {threat_model}, PGD-{args.steps}\n')
     print(*found.lines(), sep='\n')
     print(f"\nuse it:  model = timm_robust.load_model('{args.run}')  # images in [0, 1]; else as any model of timm")
-    print(f'claim:   timm-robust evaluate {args.run} --split {HELD_OUT} --attack autoattack {radius}')
+    print(f'claim:   timm-robust evaluate {args.run} --split {HELD_OUT} --attack autoattack {rest}')
     print(f'picture: {picture}')
     record = {**found.record(), 'model': recipe.model, 'threat_model': str(threat_model), 'steps': args.steps}
     print(json.dumps(record), flush=True)  # before the picture, which a full disk may refuse

@@ -42,7 +42,7 @@ def reblu(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
 def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2. Xie et al. 2020, https://arxiv.org/abs/2006.14536.
 
-    f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 gives 0, its limit.
+    f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 acts as 0.001.
     """
     y, raw = _wide(F.relu(x)), _wide(raw)
     a = (raw * raw).clamp(min=1e-6)  # RAW_SQUARE_MIN
@@ -55,7 +55,7 @@ def softplus(x: torch.Tensor) -> torch.Tensor:
     Not by logsigmoid where a compiler reads it: torch exports that to ONNX as log(sigmoid), which is -inf far left.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return F.relu(x) + torch.log1p(torch.exp(-x.abs()))
+        return F.softplus(x, threshold=40)  # whose slope at 0 is 1/2, as that of no sum with relu
     return -F.logsigmoid(-x)
 
 

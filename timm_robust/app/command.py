@@ -3,7 +3,7 @@
     timm-robust app [MODEL ...] [--port 7860]
 
 MODEL is a release's name, a run's folder, a checkpoint or a folder of weights. Nothing leaves the machine: the page is
-served to this machine alone, keeps uploads until it ends, and asks no other server for anything.
+served to this machine alone, keeps uploads for an hour at most, and asks no other server for anything.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until it is interrupted."""
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the uploads are deleted
-    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if args.data_dir else None
+    given = args.data_dir or not DATASETS[args.dataset].in_folder
+    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if given else None
     page = launch(args.models, host=args.host, port=args.port, data=data)
     print(f'the page is at {page.local_url}; Ctrl-C ends it', flush=True)
     page.block_thread()
@@ -60,7 +61,7 @@ def parser() -> Parser:
     add(
         '--data-dir', help='folder of the data set that accuracy over eps is measured on; the ten examples if not given'
     )
-    add('--dataset', default='cifar10', help=', '.join(DATASETS) + ' (default: %(default)s)')
+    add('--dataset', default='cifar10', choices=DATASETS, help='which it is (default: %(default)s)')
     add('-n', type=count, default=50, help='its first images that are measured on (default: %(default)s)')
     return made
 

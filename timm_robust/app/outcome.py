@@ -122,7 +122,7 @@ def accuracy_curve(model: nn.Module, data: ImageData, norm: str) -> Iterator[lis
     """
     if classes := trained_classes(model):
         data = data.with_classes(classes)
-    if data.num_classes > len(classes_of(model)):
+    if data.num_classes != len(classes_of(model)):
         raise ValueError(f'{data.name} has {data.num_classes} classes, this model {len(classes_of(model))}')
     data = data.with_channels(input_size(model)[0])
     network, x, y = pixel_input(model), data.pixels(), data.labels

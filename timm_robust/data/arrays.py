@@ -59,8 +59,8 @@ def load_arrays(files: tuple[Path, ...]) -> ImageData:
     layout = check_arrays(images, labels, str(files[0]))
     folder = files[0].resolve().parent
     names = folder / 'classes.txt'
-    lines = names.read_text(encoding='utf-8').split('\n') if names.is_file() else []
-    classes = tuple(line.strip() for line in lines if line.strip()) or number_classes(labels, files[-1])
+    text = names.read_text(encoding='utf-8').rstrip() if names.is_file() else ''
+    classes = tuple(map(str.strip, text.split('\n'))) if text else number_classes(labels, files[-1])
     pixels = channels_first(torch.from_numpy(images), layout).contiguous()
     name = folder.name if len(files) == 2 or files[0].stem in SPLITS else files[0].stem
     return ImageData(pixels, torch.from_numpy(labels.astype(np.int64)), classes, name)

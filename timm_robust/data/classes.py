@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..threat_model import MAX_CLASSES
 
 
@@ -50,7 +52,7 @@ def read_labels(dataset: Any, name: str) -> Sequence[int]:
     if hasattr(reader, 'iter_targets'):
         return list(reader.iter_targets())
     if hasattr(reader, 'targets'):
-        return [int(target) for target in reader.targets]
+        return [int(torch.as_tensor(target).flatten()[0]) for target in reader.targets]  # QMNIST's are rows
     if hasattr(reader, 'samples'):
         return [int(sample[1]) for sample in reader.samples]
     raise ValueError(f'{name}: its reader cannot tell the labels alone; validate on its own split, with --val-size 0')
@@ -76,12 +78,17 @@ def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[in
     nameless = any(list(names) == [str(number) for number in range(len(names))] for names in (theirs, ours))
     if nameless and not set(theirs) <= set(ours):
         unknown = list(theirs[len(ours) :])
+        if not unknown:
+            return None
+    table = [ours.index(c) if c in ours else number for number, c in enumerate(theirs)]
+    if len(set(table)) < len(table):  # a number that is no name beside names
+        unknown = unknown or [c for c in theirs if c not in ours]
     if unknown:
         raise ValueError(
             f'{name} has classes that training did not have: {_few(unknown)}; those of training are {_few(ours)}; '
             'take these folders away, or name them as in training'
         )
-    return [ours.index(c) if c in ours else number for number, c in enumerate(theirs)]
+    return table
 
 
 def _few(names: Sequence[str]) -> str:

@@ -47,7 +47,8 @@ def _hash_stream(data: StreamData, digest: Any) -> tuple[int, bool]:
     info = getattr(reader, 'split_info', None)
     if data.iterable:
         files = [str(name) for name in getattr(info, 'filenames', ())]
-        digest.update('\n'.join([*files, *_sizes(Path(reader.root), files)]).encode() if files else b'')
+        sizes = _sizes(Path(reader.root), files) if reader.root else []
+        digest.update('\n'.join([*files, *sizes]).encode() if files else b'')
         return getattr(info, 'num_samples', None) or len(data), bool(files)  # len is rounded to processes and workers
     known = False
     with contextlib.suppress(ValueError):  # the reader cannot tell them

@@ -22,6 +22,7 @@ _LIBRARIES = {
 }
 _PICTURES = ['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm']
 """Endings of what is read in folders and tars."""
+_TRAIN_AND_TEST = {'torch/mnist', 'torch/kmnist', 'torch/fashion_mnist', 'torch/qmnist'}
 _SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
 
 
@@ -48,6 +49,8 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
     library = _LIBRARIES.get(reader)
     if library and importlib.util.find_spec(library) is None:
         raise ImportError(f'{library} is not installed; dataset {name!r} needs it; type: pip install {library}')
+    if name in _TRAIN_AND_TEST and split not in ('train', 'test'):
+        raise ValueError(f'{name} has the splits train and test, not {split!r}')  # timm would take test
     if root is None and reader not in ('hfds', 'hfids', 'tfds'):
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')
     if folder:
@@ -87,8 +90,8 @@ def _locate(root: Path, split: str) -> Path:
         for path in (root / name, root / f'{name}.tar'):
             if path.exists():
                 return path
-    held = sorted(path.name for path in root.iterdir() if path.stem in _SPLIT_NAMES)
-    if held:
+    places = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix == '.tar')
+    if held := [path.name for path in places if path.stem in _SPLIT_NAMES]:
         raise FileNotFoundError(
             f'{root} holds {", ".join(held)}, but no split {split!r}; name one of them with --split'
         )

@@ -189,8 +189,10 @@ class StreamData:
         """Worker processes over samples; their seeds come from `seed`, not from the global random numbers."""
         generator, workers = torch.Generator().manual_seed(seed), self.workers
         if self.iterable:  # a worker needs a file of its own
-            info = getattr(dataset.dataset.reader, 'split_info', None)
-            workers = min(workers, len(getattr(info, 'filenames', ())) or workers)
+            reader = dataset.dataset.reader
+            files = len(getattr(getattr(reader, 'split_info', None), 'filenames', ()))
+            own = files // getattr(reader, 'dist_num_replicas', 1)
+            workers = min(workers, max(own, 1)) if files else workers
             dataset.dataset.set_loader_cfg(num_workers=workers)
         pinned = self.device.type == 'cuda'
         return DataLoader(dataset, num_workers=workers, pin_memory=pinned, generator=generator, **options)

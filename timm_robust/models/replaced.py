@@ -99,7 +99,7 @@ def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
             f'{type(model).__name__} calls all its modules in turn, so it cannot own an activation for others; '
             'write shared=False, or replace before the network is cut into features'
         )
-    tensor = next(model.parameters())
+    tensor = next(model.parameters(), torch.empty(0))
     settings: Dict[str, Any] = {'device': tensor.device, 'dtype': tensor.dtype}
     owner = make(**settings) if shared else None
     for parent, name, child in places:

@@ -14,9 +14,11 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from ..command_line import Parser, command, count, keep_freed_memory, say, whole_number
@@ -46,13 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_benchmark(args: argparse.Namespace) -> dict[str, Any]:
     path = Path(args.name)
+    if not path.exists() and timm.is_model(args.name) and '.' not in args.name:
+        raise ValueError(f'{args.name} is a network without weights; name MODEL.TAG, a checkpoint file or a folder')
     model = pixel_input(load_any(path if path.exists() else args.name, device=args.device))
     if args.threat_model == 'corruptions':
+        if args.dataset != 'cifar10' or args.eps is not None or (args.n or 0) > 10_000:
+            raise ValueError(
+                'corruptions are those of CIFAR-10-C, 10,000 images; leave --dataset, --eps and larger -n out'
+            )
         options = {'n': args.n or 10_000, 'batch_size': args.batch_size, 'device': args.device}
-        return corruptions(model, args.data_dir, **options)
+        with redirect_stdout(sys.stderr):  # RobustBench prints its progress
+            return corruptions(model, args.data_dir, **options)
     data = load_dataset(args.dataset, args.data_dir, 'test')
     options = {key: getattr(args, key) for key in ('eps', 'n', 'batch_size', 'seed', 'device')}
-    result = benchmark(model, data, norm=args.threat_model, **options)
+    with redirect_stdout(sys.stderr):
+        result = benchmark(model, data, norm=args.threat_model, **options)
     return result | {'robust': result['robust'].int().tolist()}
 
 
@@ -61,7 +71,8 @@ def _run_convert(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_fetch(args: argparse.Namespace) -> dict[str, Any]:
-    return {'written': str(fetch(args.entry, args.target))}
+    with redirect_stdout(sys.stderr):
+        return {'written': str(fetch(args.entry, args.target))}
 
 
 def _run_compare(args: argparse.Namespace) -> None:

@@ -56,7 +56,10 @@ def _to_robustbench(name: str, entry: ZooEntry, source: str | Path, target: Path
     with torch.device('meta'):
         theirs = zoo_network(name)
     weights = to_theirs(model.state_dict(), list(theirs.state_dict()), entry)
-    theirs.load_state_dict(weights, strict=True, assign=True)
+    try:
+        theirs.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f'{source} is not {name}: {" ".join(str(error).split())[:400]}') from None
     with atomic_file(target) as file:
         torch.save({key: value.contiguous() for key, value in theirs.state_dict().items()}, file)
     return target
@@ -83,9 +86,11 @@ def fetch(name: str, target: str | Path) -> Path:
 
     Raises:
         ConnectionError: if the file cannot be had.
-        ValueError: if what came is not the checkpoint, such as a web page.
+        ValueError: if what came is not the checkpoint, such as a web page, or the target is no new folder.
     """
     entry_of(name)
+    if Path(target).exists() or Path(target).suffix == '.pt':
+        raise ValueError(f'{target} exists, or is no name of a folder; name a new folder')
     drive_id = _in_their_zoo(name)['gdrive_id']
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f'{name}.pt'

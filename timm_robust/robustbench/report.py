@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def _comparable(record: dict[str, Any]) -> list[RobustnessResult]:
 
 def _same_size(arch: str, architecture: str) -> bool:
     """Whether an entry's network is of our size: 'ResNet-18' for resnet18_silu, 'WideResNet-28-10' for wrn28_10_elu."""
-    size, text = arch.partition('_')[0], architecture.lower().replace('-', '').replace(' ', '')
-    return text.endswith(size) if size == 'resnet18' else size.replace('wrn', 'wideresnet') in text
+    size = arch.rpartition('_')[0].replace('wrn', 'WideResNet-').replace('resnet', 'ResNet-').replace('_', '-')
+    return bool(re.match(rf'(PreAct)?{re.escape(size)}(?!\d)', architecture))
 
 
 def draw(folders: Sequence[Path], path: str | Path) -> None:

@@ -90,6 +90,10 @@ def _full_measurement(record: dict[str, Any], data_dir: str | Path) -> Robustnes
             f'{record["model"]} was measured on {there}; RobustBench takes AutoAttack on all 10,000 test images: '
             f'type timm-robust measure {record["model"]} --data-dir DIR --attack autoattack -n 10000'
         )
+    if result.dataset != 'cifar10':
+        raise ValueError(
+            f'{record["model"]} is of {result.dataset}; a submission is checked against the images of cifar10'
+        )
     if not at_leaderboard_eps(result):
         raise ValueError(other_eps(record))
     if result.data_sha256 != official_sha256(data_dir):
@@ -144,7 +148,7 @@ def _issue(record: dict[str, Any], result: RobustnessResult, info: dict[str, Any
             '',
             '### Model zoo',
             '- [x] I want to add my model to the Model Zoo (optional)',
-            '- [x] I use an architecture that is included among those here or in `timm`',
+            '- [ ] I use an architecture that is included among those here or in `timm`',
             '- [x] I agree to release my model(s) under the MIT license OR under a custom license (Apache-2.0)',
             '',
         ]

@@ -179,9 +179,9 @@ def to_theirs(weights: dict[str, torch.Tensor], names: list[str], entry: ZooEntr
         entry: what the network is.
 
     Raises:
-        ValueError: if a weight of theirs is none of ours.
+        ValueError: if a weight of theirs is none of ours, or one of ours none of theirs, as of a deeper network.
     """
-    out = {}
+    out, left = {}, dict(weights)
     for name in names:
         if name in ('mu', 'sigma'):  # statistics that some networks keep as buffers
             out[name] = torch.tensor(entry.mean if name == 'mu' else entry.std).view(1, 3, 1, 1)
@@ -190,4 +190,7 @@ def to_theirs(weights: dict[str, torch.Tensor], names: list[str], entry: ZooEntr
         if ours not in weights:
             raise ValueError(f'{name} of RobustBench has no counterpart here; is this {entry.arch}?')
         out[name] = weights[ours].clone()
+        left.pop(ours, None)
+    if left:
+        raise ValueError(f"{next(iter(left))} has no counterpart in RobustBench's network; is this {entry.arch}?")
     return out
