@@ -185,7 +185,7 @@ def test_a_split_is_found_by_its_names_and_never_taken_for_another(tmp_path):
     [
         ({'name': 'imagenet'}, "dataset 'imagenet' is unknown; allowed: folder, torch/<name>, hfds/<name>, wds/<name>"),
         ({'name': 'torch/nothing'}, 'Unknown torchvision dataset nothing'),
-        ({'name': 'torch/mnist', 'split': 'trian'}, "torch/mnist has the splits train and test, not 'trian'"),
+        ({'name': 'torch/MNIST', 'split': 'trian'}, "torch/MNIST has the splits train and test, not 'trian'"),
         ({'num_classes': 2}, 'has 3 classes, so num_classes 2 is too small'),
     ],
 )
@@ -260,6 +260,7 @@ def test_classes_are_held_against_each_other_by_name():
     for theirs in (('a', 'd'), ('A', 'b'), ('0', '1', '2', '3')):
         with pytest.raises(ValueError, match=r'x has classes that training did not have: [dA3];'):
             new_labels(theirs, ('a', 'b', 'c'), 'x')
+    assert new_labels(('bee', 'crab'), ('bee', 'cra'), 'x') is None  # as the Hub's CIFAR-100 calls it
     numbers, from_one = (tuple(map(str, range(first, first + 10))) for first in (0, 1))
     assert new_labels(numbers, from_one, 'x') is new_labels(from_one, numbers, 'x') is None  # one side has no names
     with pytest.raises(ValueError, match='x has classes that training did not have: 0;'):

@@ -14,7 +14,7 @@ from timm_robust.training.builder import build
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import epoch_row, fit
 from timm_robust.training.recipe import Recipe
-from timm_robust.training.run import Sums, best_row, redescends, remeasures, rows_since
+from timm_robust.training.run import Sums, best_row, losses_since, validations_since
 from timm_robust.training.state import restore, save
 from timm_robust.training.validation import validate
 
@@ -96,24 +96,35 @@ def test_a_course_is_changed_on_purpose_and_noted(undisturbed, tmp_path):
     assert Recipe.from_yaml(tmp_path / 'run/args.yaml') == tiny(tmp_path, **changes)
     state = load_checkpoint(tmp_path / 'run/last.pth.tar')
     noted = {'weight_decay': [0.0005, 0.1], 'eps': [0.1, 0.2], 'seed': [42, 7], 'lr': [0.05, 0.01]}
-    assert state['changes'] == [{'step': 3, 'epoch': 0, 'changes': noted}] and state['recipe']['eps'] == 0.2
+    assert state['changes'] == [{'step': 3, 'epoch': 0, 'rows': 1, 'changes': noted}] and state['recipe']['eps'] == 0.2
     assert state['best'] == max(row['val_pgd_acc'] for row in state['history'][1:])  # the first met a smaller eps
     third = build(tiny(tmp_path, resume='auto', opt='adamw', allow_changes=True, **changes))
     assert not third.train_step.optimizer.state_dict()['state'] and len(third.changes) == 2
 
 
 def test_what_was_validated_otherwise_is_no_measure_of_what_comes(undisturbed, tmp_path):
-    to_trades, to_clean = ({'loss': ['pgd_at', loss]} for loss in ('trades', 'clean'))
-    assert [remeasures(to_trades), redescends(to_trades), remeasures(to_clean)] == [False, True, True]
     path = str(undisturbed[0] / 'run' / 'last.pth.tar')
     run = build(tiny(tmp_path, resume=path, lr=0.01, allow_changes=True))
     assert run.best >= 0 and best_row(run.recipe, run.history, run.changes, run.best)['val_pgd_acc'] == run.best
-    assert rows_since(run.history, run.changes, redescends) == run.history
+    assert not losses_since(run.history, run.changes)  # another rate makes the loss another
+    assert losses_since(run.history, [{**run.changes[0], 'changes': {'seed': [1, 2]}}]) == run.history
     best, run = run.best, build(tiny(tmp_path, resume=path, eval_steps=20, allow_changes=True))
     assert run.best == -1.0 and best_row(run.recipe, run.history, run.changes, best) is None
-    assert not rows_since(run.history, run.changes, redescends)
-    run.history += [{**run.history[0], 'val_pgd_acc': best, 'step': run.step + 1}]  # as good by chance
+    run.history += [{**run.history[-1], 'val_pgd_acc': best}]  # validated behind the last step, and as good by chance
     assert best_row(run.recipe, run.history, run.changes, best) is run.history[-1]
+    for loss, rows in (('trades', 4), ('clean', 1)):  # clean accuracy is another measure
+        change = [{**run.changes[0], 'changes': {'loss': ['pgd_at', loss]}}]
+        assert len(validations_since(run.history, change)) == rows
+
+
+def test_a_changed_course_of_an_older_checkpoint_has_no_best_from_before(undisturbed, tmp_path):
+    state = load_checkpoint(undisturbed[0] / 'run' / 'last.pth.tar')
+    (tmp_path / 'run').mkdir()
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
+        save_checkpoint(
+            tmp_path / 'run' / name, state | {'changes': [{'step': 7, 'epoch': 2, 'changes': {'eps': [1, 2]}}]}
+        )
+    assert build(tiny(tmp_path, resume='auto')).best == -1.0
 
 
 def test_a_checkpoint_that_does_not_tell_its_images_resumes(undisturbed, tmp_path, caplog):

@@ -271,7 +271,7 @@ def _series(name: str, rows: Rows, key: str) -> Points:
 
 def _best(rows: Rows, metric: str) -> dict[str, Any]:
     """The row of the best epoch, the first of equals; with its 'metric', and its place as 'epoch' if it has none."""
-    last = rows[-1].get('side')  # of progressive resizing: smaller images are another task
+    last = rows[-1].get('side') if rows else None  # of progressive resizing: smaller images are another task
     rows = [row for row in rows if row.get('side') == last]
     for key in (metric, 'val_clean_acc'):
         if there := [(row[key], -index) for index, row in enumerate(rows) if _finite(row.get(key))]:

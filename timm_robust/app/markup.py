@@ -80,7 +80,7 @@ def _article(title: str, found: Outcome, method: str) -> str:
     verdict = 'fooled' if found.fooled else 'resists'
     said = f'fooled: takes it for {found.classes[int(found.adversarial.argmax())]}' if found.fooled else 'resists'
     if (seen := int(found.clean.argmax())) != found.label:
-        said = f'wrong before the attack: takes it for {found.classes[seen]}'
+        verdict, said = 'fooled', f'wrong before the attack: takes it for {found.classes[seen]}'
     height, width = found.x.shape[-2:]
     perturbation, factor = found.magnified
     moved = f'{found.threat_model}, {method}'

@@ -72,7 +72,10 @@ def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[in
     Raises:
         ValueError: naming the classes that training did not have.
     """
-    if tuple(theirs) == tuple(ours[: len(theirs)]):
+    theirs, ours = (
+        tuple('crab' if c == 'cra' else c for c in names) for names in (theirs, ours)
+    )  # the Hub's CIFAR-100
+    if theirs == ours[: len(theirs)]:
         return None
     unknown = [c for number, c in enumerate(theirs) if c not in ours and c != str(number)]
     nameless = any(list(names) == [str(number) for number in range(len(names))] for names in (theirs, ours))

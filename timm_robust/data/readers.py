@@ -158,8 +158,6 @@ def _load_parquet(name: str, files: list[Path]) -> ImageData:
         raise ValueError(f'{files[0]} holds no rows')
     known = _CLASSES.get(name, ())
     classes = classes or known or number_classes(labels, files[0])
-    if name == 'cifar100':
-        classes = tuple('crab' if one == 'cra' else one for one in classes)  # as the Hub's files misspell it
     if known and len(classes) != len(known):
         raise ValueError(
             f'{files[0]} has {len(classes)} classes, {name} has {len(known)}; to use it, say --dataset parquet'

@@ -49,7 +49,7 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
     library = _LIBRARIES.get(reader)
     if library and importlib.util.find_spec(library) is None:
         raise ImportError(f'{library} is not installed; dataset {name!r} needs it; type: pip install {library}')
-    if name in _TRAIN_AND_TEST and split not in ('train', 'test'):
+    if name.lower() in _TRAIN_AND_TEST and split not in ('train', 'test'):
         raise ValueError(f'{name} has the splits train and test, not {split!r}')  # timm would take test
     if root is None and reader not in ('hfds', 'hfids', 'tfds'):
         raise FileNotFoundError(f'dataset {name!r} needs a folder: add --data-dir FOLDER')

@@ -55,7 +55,8 @@ def build(recipe: Recipe) -> Run:
     world = World.join(recipe.device)
     check_processes(world, recipe)
     folder = Path(world.broadcast_object(str(output_folder(recipe))))
-    if not world.rank and recipe.experiment not in (None, folder.resolve().name):
+    elsewhere = recipe.resume not in (None, 'auto') and recipe.experiment not in (None, folder.resolve().name)
+    if elsewhere and not world.rank:
         logger.warning(
             'the run goes on in %s, where its checkpoint lies: --experiment %s is not used', folder, recipe.experiment
         )

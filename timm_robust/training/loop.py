@@ -27,14 +27,13 @@ from .run import (
     Run,
     Sums,
     best_row,
+    losses_since,
     metric_name,
-    redescends,
-    remeasures,
-    rows_since,
     shown_share,
     take_lock,
     training_batch,
     unnamed,
+    validations_since,
 )
 from .state import save
 from .validation import StopAsked, reestimate_batch_norm, validate
@@ -106,7 +105,7 @@ def train(run: Run) -> dict[str, Any]:
                 else:  # budget or patience ended behind an epoch that was not to be validated, or not to be saved
                     finish_epoch(run, run.history.pop(), log, last=True)
             except Diverged as error:
-                if not going:  # no time to do better
+                if not going:  # the run has ended
                     logger.warning('%s: the best checkpoint stands', error)
                     break
                 roll_back(run, error)
@@ -299,7 +298,7 @@ def epoch_row(run: Run, sums: Sums, first: int, started: float) -> dict[str, Any
     steps, world = max(run.step - sums.first_step, 1), run.world
     loss, correct = world.sum(torch.stack([sums.loss.double(), sums.correct.double()])).tolist()
     batch, seconds = run.recipe.batch_size * world.size, time.perf_counter() - started
-    check_loss(loss / steps / world.size, rows_since(run.history, run.changes, redescends), run.step)
+    check_loss(loss / steps / world.size, losses_since(run.history, run.changes), run.step)
     return {
         'epoch': (run.step - 1) // run.batches.steps_per_epoch,
         'step': run.step,
@@ -345,7 +344,7 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
     if run.side is not None:
         row['side'] = run.side
     row.update(activation_state(run.model if run.ema is None else run.ema.module))  # whose accuracy the row has
-    check_epoch(row, rows_since(run.history, run.changes, remeasures))
+    check_epoch(row, validations_since(run.history, run.changes))
     check_weights(run.model)
     if not (run.world.rank or run.folder.is_dir()):  # other nodes may never have had it
         logger.warning('%s has vanished; it is made anew', run.folder)

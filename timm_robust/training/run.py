@@ -7,7 +7,6 @@ as if it had never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter, strftime
@@ -22,14 +21,13 @@ from ..files import lock_folder
 from ..pixels import resized
 from .averaging import ModelEma
 from .batches import VALIDATION
-from .changes import Changes
 from .clock import Clock
 from .recipe import Recipe
 from .step import AttackForward, Forward, TrainStep
 from .writer import Writer
 
 _MEASURED = {'norm', 'eps', 'eval_steps', 'eval_step_size', 'img_size', VALIDATION}
-_DESCENDED = {'loss', 'beta', 'smoothing', 'mixup', 'cutmix'}
+"""Settings without which a validation is no measure of another."""
 
 TICKS = 100_000
 """Resolution of a schedule that follows the clock on the wall."""
@@ -76,7 +74,8 @@ class Run:
         origins: for each start or resumption its step, processes, hardware, versions and commit.
         images: what for -> fingerprint of the images.
         held_out_names: files that were drawn out of the training folder to validate on.
-        changes: for each resumption under other settings or on other images its step, epoch and what changed.
+        changes: for each resumption under other settings or on other images its step, epoch and rows of history, and
+            what changed.
         returns: steps that rollbacks of this session went back to.
         lock: what holds the folder, in the first process.
         point: the checkpoint that the run went on from and its step, until it saves; later ones are set aside then.
@@ -170,27 +169,23 @@ def shown_share(run: Run, row: dict[str, Any]) -> float:
     return row['seconds'] / run.clock.budget if run.clock.budget else row['step'] / run.total_steps
 
 
-def remeasures(changes: Changes) -> bool:
-    """Whether validations before a change of settings (--allow-changes) are no measure of those after it."""
-    return bool(_MEASURED & changes.keys()) or 'clean' in changes.get('loss', ())
+def losses_since(history: list[dict[str, Any]], changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The epochs after the last one with a change of settings in it (--allow-changes): losses before are of others."""
+    last = next((each['epoch'] for each in reversed(changes) if each['changes'].keys() - {'seed'}), -1)
+    return [row for row in history if row['epoch'] > last]
 
 
-def redescends(changes: Changes) -> bool:
-    """Whether losses before a change of settings are no measure of those after it."""
-    return remeasures(changes) or bool(_DESCENDED & changes.keys())
-
-
-def rows_since(
-    history: list[dict[str, Any]], changes: list[dict[str, Any]], matters: Callable[[Changes], bool]
-) -> list[dict[str, Any]]:
-    """The epochs since the last change on the way that matters."""
-    steps = [each['step'] for each in changes if matters(each['changes'])]
-    return [row for row in history if row['step'] > max(steps, default=-1)]
+def validations_since(history: list[dict[str, Any]], changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The epochs validated since the last change of what a validation measures."""
+    for each in reversed(changes):
+        if _MEASURED & each['changes'].keys() or 'clean' in each['changes'].get('loss', ()):
+            return history[each.get('rows', len([row for row in history if row['step'] <= each['step']])) :]
+    return history
 
 
 def best_row(
     recipe: Recipe, history: list[dict[str, Any]], changes: list[dict[str, Any]], best: float
 ) -> dict[str, Any] | None:
     """The row of the epoch that was saved as the best, with this metric; None if it is of another run."""
-    metric, side, rows = metric_name(recipe), recipe.side_at(1.0), rows_since(history, changes, remeasures)
+    metric, side, rows = metric_name(recipe), recipe.side_at(1.0), validations_since(history, changes)
     return next((row for row in rows if row.get(metric) == best and row.get('side') == side), None)

@@ -17,7 +17,7 @@ from .batches import make_batches
 from .changes import Changes, find_changes
 from .checkpoints import later_checkpoints, prune_checkpoints, read_step, save_checkpoint, set_aside, snapshot
 from .recipe import Recipe
-from .run import Run, Sums, architecture, best_row, remeasures
+from .run import Run, Sums, architecture, best_row
 
 logger = logging.getLogger('timm_robust')
 
@@ -136,8 +136,9 @@ def restore(run: Run, path: Path, state: dict[str, Any] | None = None) -> None:
     run.step, run.best, run.history = state['step'], state['best'], list(state['history'])
     run.changes = list(state.get('changes', ()))
     if changes:
-        run.changes.append({'step': run.step, 'epoch': state['epoch'], 'changes': changes})
-    if remeasures(changes):
+        at = {'step': run.step, 'epoch': state['epoch'], 'rows': len(run.history)}
+        run.changes.append({**at, 'changes': changes})
+    if best_row(recipe, run.history, run.changes, run.best) is None:  # it was measured otherwise
         run.best = -1.0
     run.saved_rows, run.saved_at = len(run.history), perf_counter()
     if not run.world.rank:
