@@ -59,9 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _model_options(args)
     world = World.join(args.device)
     model = load_model(args.model, checkpoint=args.checkpoint, device=world.device, **options)
-    with world.in_turn(
-        args.dataset_download or not is_stream(args.dataset or 'cifar10')
-    ):  # which may unpack an archive
+    fetches = args.dataset_download or not is_stream(args.dataset or 'cifar10')  # or unpacks an archive
+    with world.in_turn(fetches):
         data = _read_data(args, model, world).to(world.device)
     for note in _notes(args, threat_model) if not world.rank else ():
         say(f'note: {note}')

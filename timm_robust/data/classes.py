@@ -52,7 +52,8 @@ def read_labels(dataset: Any, name: str) -> Sequence[int]:
     if hasattr(reader, 'iter_targets'):
         return list(reader.iter_targets())
     if hasattr(reader, 'targets'):
-        return [int(torch.as_tensor(target).flatten()[0]) for target in reader.targets]  # QMNIST's are rows
+        targets = torch.as_tensor(reader.targets)
+        return [int(label) for label in (targets[:, 0] if targets.ndim > 1 else targets).tolist()]  # QMNIST's are rows
     if hasattr(reader, 'samples'):
         return [int(sample[1]) for sample in reader.samples]
     raise ValueError(f'{name}: its reader cannot tell the labels alone; validate on its own split, with --val-size 0')
@@ -72,9 +73,8 @@ def new_labels(theirs: Sequence[str], ours: Sequence[str], name: str) -> list[in
     Raises:
         ValueError: naming the classes that training did not have.
     """
-    theirs, ours = (
-        tuple('crab' if c == 'cra' else c for c in names) for names in (theirs, ours)
-    )  # the Hub's CIFAR-100
+    # the Hub's CIFAR-100 misspells crab
+    theirs, ours = (tuple('crab' if c == 'cra' else c for c in names) for names in (theirs, ours))
     if theirs == ours[: len(theirs)]:
         return None
     unknown = [c for number, c in enumerate(theirs) if c not in ours and c != str(number)]

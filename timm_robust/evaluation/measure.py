@@ -25,7 +25,7 @@ from .autoattack import autoattack, check_autoattack, predict, recheck, share, u
 from .runner import Fp32Logits, check_counts, device_of, dtype_of
 from .sanity_checks import find_problems
 from .search_network import search_model
-from .split import default_batch_size
+from .split import default_batch_size, evenly
 
 _CHECKED = 50  # images on which signs of a dishonest evaluation are looked for
 _VERSIONS = {'autoattack': 'standard', 'apgd': 'apgd'}  # of AutoAttack
@@ -129,14 +129,13 @@ def evaluate(
             facts |= {'steps': pgd_steps, 'step_size': step_size, 'restarts': pgd_restarts}
             facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
             if checks:
-                k = min(_CHECKED, len(x))
-                spread = torch.arange(k) * len(x) // k  # those of a folder come class by class
-                few, labels = (part[spread].to(device_of(logits, x)) for part in (x, data.labels))
-                doubts = find_problems(logits, few, labels, threat_model, seed=seed, batch_size=batch_size)
+                few = evenly(data, min(_CHECKED, len(x))).to(device_of(logits, x))
+                settings: dict[str, Any] = {'seed': seed, 'batch_size': batch_size}
+                doubts = find_problems(logits, few.pixels(), few.labels, threat_model, **settings)
             else:
                 doubts = [NOT_CHECKED]
         if attack in _VERSIONS:
-            settings: dict[str, Any] = {'search': search, 'state_dir': state_dir, 'world': world}
+            settings = {'search': search, 'state_dir': state_dir, 'world': world}
             facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
         facts['warnings'] = [*data.notes, *facts.get('warnings', []), *_without_label(tensors), *doubts]
     if attack != 'none':
