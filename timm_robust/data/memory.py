@@ -43,9 +43,10 @@ class ImageData:
             raise ValueError(f'images must be [N, C, H, W] of uint8, got {list(images.shape)} of {images.dtype}')
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f'labels must be [{len(images)}] of int64, got {list(labels.shape)} of {labels.dtype}')
-        wrong = ((labels < 0) | (labels >= self.num_classes)).nonzero()
-        if len(wrong):
-            row, last = int(wrong[0]), self.num_classes - 1
+        last = self.num_classes - 1
+        known = labels.clamp(0, last)
+        if not torch.equal(labels, known):
+            row = int((labels != known).nonzero()[0])
             raise ValueError(f'{self.name}, row {row}: label {int(labels[row])} is not in 0..{last}; is it unlabelled?')
 
     def __len__(self) -> int:
