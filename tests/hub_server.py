@@ -4,8 +4,8 @@
         subprocess.run([...], env=hub.env(tmp_path))
         assert hub.repos['ann/model'].files()['config.json'] == b'{}'
 
-It speaks what huggingface_hub needs to create a repository, upload (large files by LFS), commit, tag, open a pull
-request and download. Status codes and headers follow recorded answers of the real Hub. Whoever has a token may write:
+It speaks what huggingface_hub needs to create a repository, upload (large files by LFS), commit, tag and
+download. Status codes and headers follow recorded answers of the real Hub. Whoever has a token may write:
 that somebody should not is for the client to find out.
 """
 
@@ -21,7 +21,7 @@ import traceback
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 WRITE = 'hf_writewritewritewritewritewritewrite'
 READ = 'hf_readreadreadreadreadreadreadreadre'
@@ -60,7 +60,7 @@ class Blob:
 class Repo:
     """A repository; a new one has, as on the Hub, a commit with .gitattributes only.
 
-    `commits` holds those of all branches and pull requests, oldest first, and their files. `objects` are the uploaded
+    `commits` holds those of all branches, oldest first, and their files. `objects` are the uploaded
     large files, visible to nobody before a commit names them.
     """
 
@@ -108,9 +108,6 @@ class Request:
     @property
     def parts(self):
         return [unquote(part) for part in urlsplit(self.path).path.split('/')[1:]]
-
-    def flag(self, name):
-        return parse_qs(urlsplit(self.path).query).get(name, [''])[-1].lower() in ('1', 'true')  # clients write all
 
     def json(self):
         return json.loads(self.body or b'{}')
@@ -348,9 +345,8 @@ class HubServer(ThreadingHTTPServer):
     def _commit(self, request, repo, rev):
         lines = [json.loads(line) for line in request.body.splitlines()]
         lines = [(line['key'], line['value']) for line in lines]
-        parent, pull = dict(lines)['header'].get('parentCommit'), request.flag('create_pr')
-        base = repo.find(parent if pull else rev)
-        if not pull and parent and parent != base:
+        parent, base = dict(lines)['header'].get('parentCommit'), repo.find(rev)
+        if parent and parent != base:
             raise Refused(412, 'The branch was updated since you opened this page. Please refresh and try again.')
         blobs = dict(repo.commits[base])
         for key, value in lines:
@@ -362,9 +358,8 @@ class HubServer(ThreadingHTTPServer):
                 blobs[value['path']] = Blob(repo.objects[value['oid']], True)
             elif key == 'deletedFile':
                 del blobs[value['path']]
-        oid = repo.add('refs/pr/1' if pull else f'refs/heads/{rev}', blobs)
-        answer = {'success': True, 'commitOid': oid, 'commitUrl': f'{self.url}/{repo.name}/commit/{oid}'}
-        return as_json(answer | ({'pullRequestUrl': f'{self.url}/{repo.name}/discussions/1'} if pull else {}))
+        oid = repo.add(f'refs/heads/{rev}', blobs)
+        return as_json({'success': True, 'commitOid': oid, 'commitUrl': f'{self.url}/{repo.name}/commit/{oid}'})
 
     def _name(self, repo, ref, rev):
         if ref in repo.refs:

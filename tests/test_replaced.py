@@ -180,6 +180,13 @@ def test_gates_stay():
     assert gates and all(gate in list(model.modules()) for gate in gates)
 
 
+def test_the_kernel_of_linear_attention_stays():
+    model = timm.create_model('efficientvit_b0')
+    replace_activations(model, 'pssilu')
+    kinds = {name.rpartition('.')[2]: type(child) for name, child in model.named_modules()}
+    assert (kinds['kernel_func'], kinds['act']) == (nn.ReLU, SharedAct)
+
+
 def test_networks_without_a_place_are_refused():
     with pytest.raises(ValueError, match='has no activation module to replace: it calls functions instead'):
         replace_activations(nn.Sequential(nn.Linear(1, 1)), 'pssilu')

@@ -23,6 +23,7 @@ _KINDS: Tuple[Type[nn.Module], ...] = (
     *(nn.Hardswish, Swish, Mish, GELU, GELUTanh, QuickGELU, HardSwish, HardMish, Activation),
 )
 """What counts as an activation between layers; gates (sigmoid, hard sigmoid, tanh) do not."""
+_KERNEL = 'kernel_func'  # of EfficientViT's linear attention: its values divide, so they must not be negative
 
 
 class SharedAct(nn.Module):
@@ -51,8 +52,9 @@ class SharedAct(nn.Module):
 def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
     """Put an activation of `timm_robust.activations` in every place where a network has one, in place.
 
-    Every ReLU, SiLU, GELU, ELU, Mish, ... module is replaced; gates stay. The other weights are not touched, so
-    pretrained ones may be loaded before, and the networks differ by the activation's own parameters alone.
+    Every ReLU, SiLU, GELU, ELU, Mish, ... module is replaced; gates stay, and the ReLU of EfficientViT's attention.
+    The other weights are not touched, so pretrained ones may be loaded before, and the networks differ by the
+    activation's own parameters alone.
 
     Args:
         model: any network built of modules.
@@ -87,7 +89,7 @@ def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent._modules.items()  # named_children leaves out what stands there twice
-        if child is not None and isinstance(child, (*_KINDS, SharedAct)) and name != SHARED
+        if child is not None and isinstance(child, (*_KINDS, SharedAct)) and name not in (SHARED, _KERNEL)
     ]
     if not places:
         raise ValueError(
