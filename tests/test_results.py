@@ -228,8 +228,34 @@ def test_an_interval_over_trainings_covers_what_they_and_their_verdicts_differ_b
     assert mean_interval(np.array([[0.0, 1.0], [1.0, 1.0]])) == pytest.approx(
         (0.75, 0.75 - 12.706 / 4, 0.75 + 12.706 / 4)
     )
-    assert mean_interval(np.ones((30, 2))) == (1, 1, 1)
+    assert mean_interval(np.ones((30, 2))) == mean_interval(np.ones((30, 2)), other_images=True) == (1, 1, 1)
     mean, low, high = mean_interval(np.ones((1, 4)))
     assert mean == 1 and np.isnan([low, high]).all()
     with pytest.raises(ValueError, match=r'shape \[3\] are not'):
         mean_interval(np.ones(3))
+
+
+def test_an_interval_for_other_images_covers_what_images_differ_by():
+    rng, covered, narrow = np.random.default_rng(4), 0, 0
+    for _ in range(400):
+        gain = rng.normal(0, 0.6, size=300)  # of an image, by one arm against the other; 0 in the mean of all images
+        hardness = rng.normal(0, 1.5, size=300)
+        left, right = (
+            hardness + side * gain / 2 + rng.normal(0, 0.05, size=(5, 1)) + rng.normal(0, 0.4, size=(5, 300)) > 0
+            for side in (1, -1)
+        )
+        values = left.astype(float) - right
+        mean, low, high = mean_interval(values, other_images=True)
+        covered += low <= 0 <= high
+        assert mean == pytest.approx(values.mean())
+        _, low, high = mean_interval(values)
+        narrow += low <= 0 <= high
+    assert 370 <= covered <= 398 and narrow < 350
+
+
+def test_an_interval_for_other_images_by_hand():
+    values = np.array([[0.0, 1.0, 2.0], [2.0, 1.0, 4.0]])
+    # rows 1, 7/3 and columns 1, 1, 3 around 5/3: mean squares of trainings 8/3, images 8/3, residuals 2/3
+    square, free = 8 / 3 + 8 / 3 - 2 / 3, (14 / 3) ** 2 / ((8 / 3) ** 2 + (8 / 3) ** 2 / 2 + (2 / 3) ** 2 / 2)
+    around = {1: 12.706, 2: 4.303}[int(free)] * (square / 6) ** 0.5
+    assert mean_interval(values, other_images=True) == pytest.approx((5 / 3, 5 / 3 - around, 5 / 3 + around))

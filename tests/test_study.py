@@ -194,14 +194,14 @@ def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_
     plain = {'arm': 'plain', 'clean_correct': '1111', 'robust': '1000'}
     rows = [{**arm, 'seed': seed} for seed in (0, 1, 2) for arm in (psilu, plain)]
     equal = '\n'.join(findings(study, rows))
-    assert '| 3 of 3 | +50.0 (+50.0 to +50.0) | not shown |' in equal  # no spread was seen
+    assert '| 3 of 3 | +50.0 (-41.9 to +141.9) | not shown |' in equal  # the images differ
     assert '| 1 of 1 | +50.0 | not shown |' in '\n'.join(findings(read_study(small(tmp_path, seeds='[0]')), rows[:2]))
-    assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not yet |' in '\n'.join(findings(study, rows[:5]))
+    assert '| 2 of 3 | +50.0 (-41.9 to +141.9) | not yet |' in '\n'.join(findings(study, rows[:5]))
     assert '| 1 of 3 | +50.0 | not yet |' in '\n'.join(findings(study, rows[:2]))
     for lost in (4, 5):  # of the arm that is said to be better, and of the other
         fallen = [*rows[:lost], {'arm': rows[lost]['arm'], 'seed': 2, 'diverged': 'the loss is nan'}, *rows[lost + 1 :]]
         text = '\n'.join(findings(study, fallen))
-        assert '| 2 of 3 | +50.0 (+50.0 to +50.0) | not shown (1 seed lost) |' in text
+        assert '| 2 of 3 | +50.0 (-41.9 to +141.9) | not shown (1 seed lost) |' in text
         assert f'Diverged: {rows[lost]["arm"]}-s2.' in text
 
 

@@ -30,24 +30,35 @@ _T = (
 """Student's t that 97.5 % lie below, for 1, 2, ... degrees of freedom."""
 
 
-def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+def mean_interval(values: np.ndarray, *, other_images: bool = False) -> tuple[float, float, float]:
     """Mean, and its 95 % interval over trainings: +- t * sd / sqrt(S), of the S trainings' own means.
 
-    The trainings count as normal draws. The images count as they are: the interval says nothing of others. For a
-    difference give that of paired values. One training has no interval (NaN); of more than 21 it is a little too wide.
+    The trainings count as normal draws; the images count as they are, unless `other_images`. For a difference give
+    that of paired values. One training has no interval (NaN); of more than 21 it is a little too wide.
 
     Args:
         values: [S, N], one row a training, one column an image that all of them were measured on.
+        other_images: the images are draws as well, so that the interval is also one for others: the variance of the
+            mean is that of crossed random effects, (T + I - E) / (S N), from the mean squares of trainings, images and
+            residuals, but no less than max(T, I) / (S N); its degrees of freedom are Satterthwaite's, S - 1 at least.
 
     Raises:
         ValueError: for values of another shape, or none.
     """
     if values.ndim != 2 or not values.size:
         raise ValueError(f'values of shape {list(values.shape)} are not [trainings, images]')
-    means, trainings = values.mean(1), len(values)
-    mean, around = float(means.mean()), float('nan')
+    trainings, images = values.shape
+    rows, columns = values.mean(1, keepdims=True), values.mean(0, keepdims=True)
+    mean, around = float(rows.mean()), float('nan')
     if trainings > 1:
-        around = _T[min(trainings - 1, len(_T)) - 1] * float(means.std(ddof=1)) / trainings**0.5
+        square, free = images * float(rows.var(ddof=1)), trainings - 1.0
+        if other_images and images > 1:
+            residual = float(((values - rows - columns + mean) ** 2).sum()) / (free * (images - 1))
+            parts = np.array([square, trainings * float(columns.var(ddof=1)), residual])
+            square = max(parts[0] + parts[1] - residual, *parts[:2])
+            spread = (parts**2 / [free, images - 1, free * (images - 1)]).sum()
+            free = max(free, square**2 / spread if spread else 0.0)
+        around = _T[min(int(free), len(_T)) - 1] * float(square / values.size) ** 0.5
     return mean, mean - around, mean + around
 
 

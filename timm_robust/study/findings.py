@@ -16,9 +16,10 @@ from .design import Arm, Claim, Study
 _ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
 _LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
 _LIMITS = """
-Intervals are 95 %: mean +- t * sd / sqrt(seeds) of the seeds' accuracies, for a claim of their paired differences.
-They take seeds for normal draws, and say nothing of other images than these. A claim about arms that are equal is
-shown or contradicted one time in twenty; count the claims."""
+Intervals are 95 %, and take seeds for normal draws. That of an arm is mean +- t * sd / sqrt(seeds) of its accuracies,
+on these images. That of a claim is of differences paired by seed and image, and for other images as well: both count
+as draws (crossed random effects). A claim about arms that are equal is shown or contradicted one time in twenty; count
+the claims."""
 
 
 def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
@@ -64,7 +65,10 @@ def write_findings(study: Study, rows: list[dict[str, Any]], folder: Path) -> No
 
 
 def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
-    """The lines of findings.md: arms, then claims; accuracies in percent with 95 % intervals (`mean_interval`)."""
+    """The lines of findings.md: arms, then claims; accuracies in percent with 95 % intervals (`mean_interval`).
+
+    An arm's are over seeds on these images, a claim's over seeds and images.
+    """
     attack = _ATTACKS[study.measurement.attack]
     lines = [f'| arm | seeds | clean (%) | {attack} (%) | learned |', '|---|---|---|---|---|']
     for arm in study.arms:
@@ -84,7 +88,7 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         both = sorted(more.keys() & than.keys())
         pairs = f'{len(both)} of {len(study.seeds)}'
         differences = np.stack([more[seed].astype(float) - than[seed] for seed in both]) if both else np.zeros((0, 0))
-        effect = percent(differences, sign='+') if both else ''
+        effect = percent(differences, sign='+', other_images=True) if both else ''
         word = judge(study, claim, rows, differences)
         lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {pairs} | {effect} | {word} |')
     return lines + _LIMITS.split('\n')
@@ -101,15 +105,15 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
         return 'not yet'
     if lost := {row['seed'] for row in own if 'diverged' in row}:
         return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
-    _, low, high = mean_interval(differences)
+    _, low, high = mean_interval(differences, other_images=True)
     if len(set(differences.sum(1))) == 1:
         return 'not shown'
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
 
 
-def percent(values: np.ndarray, sign: str = '') -> str:
-    """A mean in percent with its 95 % interval over trainings, if there are several; values [trainings, images]."""
-    mean, low, high = (100 * value for value in mean_interval(values.astype(float)))
+def percent(values: np.ndarray, sign: str = '', other_images: bool = False) -> str:
+    """A mean in percent with its 95 % interval (`mean_interval`), if there are several trainings."""
+    mean, low, high = (100 * value for value in mean_interval(values.astype(float), other_images=other_images))
     return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) > 1 else '')
 
 
