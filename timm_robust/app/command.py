@@ -42,7 +42,9 @@ MAX_MODELS = 4
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve the page until it is interrupted."""
     args = parser().parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the uploads are deleted
+    for stop in (signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)):
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(stop, lambda number, _: sys.exit(128 + number))  # so that the uploads are deleted
     given = args.data_dir or not DATASETS[args.dataset].in_folder
     data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if given else None
     page = launch(args.models, host=args.host, port=args.port, data=data)
