@@ -16,16 +16,20 @@ import warm
 import timm_robust
 
 ROOT = Path(__file__).parents[1]
-# ResNet-18 with every activation, and each wide size; of wrn70_16 (267 million parameters) what fits a small machine
+# ResNet-18 with every activation, and each wide size; of wrn70_16 (267 million parameters) what fits a small machine.
+# torch.jit.script is deprecated, and cannot share an activation: one network of each kind goes through it.
 CIFAR = (
     *(f'resnet18_{act}' for act in timm_robust.ACTIVATIONS),
-    *('wrn28_10_pssilu', 'wrn28_10_relu', 'wrn34_10_pssilu', 'test_model_default_cfgs and wrn70_16_pssilu'),
+    *('wrn28_10_pssilu', '(wrn28_10_relu or wrn34_10_pssilu) and not torchscript'),
+    'test_model_default_cfgs and wrn70_16_pssilu',
+)
+RESNETS = ' or '.join(
+    [*(f'resnet50_{act}' for act in ('gelu', 'elu', 'softplus', 'smoothrelu', 'pssilu')), 'resnet101_silu']
 )
 LARGE = 'resnet152_silu or resnext152_32x8d_silu or efficientnet_b7_silu'
 IMAGENET = (
-    *(f'resnet50_{act}' for act in ('silu', 'gelu', 'elu', 'softplus', 'smoothrelu')),
-    'resnet50_pssilu and not torchscript',  # deprecated, and unable to share an activation
-    *('resnext50_32x4d_silu', 'resnet101_silu', 'efficientnet_b0_silu', 'efficientnet_b1_silu', 'efficientnet_b2_silu'),
+    *('resnet50_silu', 'resnext50_32x4d_silu', 'efficientnet_b0_silu'),
+    f'({RESNETS} or efficientnet_b1_silu or efficientnet_b2_silu) and not torchscript',
     f'test_model_default_cfgs and ({LARGE})',
 )
 
