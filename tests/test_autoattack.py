@@ -112,7 +112,6 @@ def test_verdicts_are_in_fp32_and_searching_as_the_user_has_it():
     assert (True, True) in seen and tf32_allowed()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, 'conv'), reason='PyTorch before 2.9')
 @pytest.mark.parametrize('everywhere', ['ieee', 'tf32', 'none'])
 def test_verdicts_are_in_fp32_whatever_the_user_set(everywhere):
     model = linear_net()

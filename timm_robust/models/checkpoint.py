@@ -7,7 +7,6 @@ A training checkpoint is a dict of plain values: 'arch', 'model_kwargs' and 'num
 from __future__ import annotations
 
 import argparse
-import contextlib
 import pickle
 import re
 import zipfile
@@ -20,7 +19,6 @@ import torch
 BEST, LAST = 'model_best.pth.tar', 'last.pth.tar'
 SUFFIXES = ('.pth.tar', '.pth', '.pt', '.safetensors')
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.bool)
-_SAFE: Any = getattr(torch.serialization, 'safe_globals', lambda _: contextlib.nullcontext())  # torch 2.5
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -37,7 +35,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f'{broken} does not match its check sum')
-        with _SAFE([argparse.Namespace]):  # timm's train.py keeps its args in one: names and plain values
+        with torch.serialization.safe_globals(
+            [argparse.Namespace]
+        ):  # timm's train.py keeps its args in one: names and plain values
             state = torch.load(path, map_location='cpu', weights_only=True)
     except MemoryError:
         raise
