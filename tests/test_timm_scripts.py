@@ -60,7 +60,7 @@ def test_timms_train_and_validate_take_our_models(pictures, tmp_path, capsys):
     assert config['input_size'] == (3, 32, 32) and set(config['mean']) == {0.0} and set(config['std']) == {1.0}
     dataset = create_dataset('', root=str(pictures), split='validation')
     shape = {key: config[key] for key in ('input_size', 'mean', 'std', 'interpolation')}
-    shape |= {'batch_size': 20, 'num_workers': 0, 'use_prefetcher': False}
+    shape |= {'batch_size': 20, 'num_workers': 0, 'use_prefetcher': False, 'persistent_workers': False}
     ema = ModelEmaV3(model, decay=0.5)
     optimizer = create_optimizer_v2(model, opt='sgd', lr=0.05, momentum=0.9, weight_decay=1e-4)
     assert [p.ndim for p in optimizer.param_groups[0]['params'] if p is model.act.alpha] == [1]  # no decay

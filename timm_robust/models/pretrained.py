@@ -68,7 +68,7 @@ def _tagged(arch: str, cfg: Dict[str, Any]) -> Dict[str, Dict[str, Any]]:
     entries = {}
     for release in releases_of(arch):
         hub = f'{release.repo}@{release.commit}' if release.commit else release.repo
-        entries[release.name] = {**cfg, 'hf_hub_id': hub, 'hf_hub_filename': WEIGHTS}
+        entries[release.name] = {**cfg, 'hf_hub_id': hub}
     entries = entries or {arch: cfg}
     for name, (entry, drive_id) in EXTERNAL.items():
         if name.partition('.')[0] == arch:
