@@ -103,7 +103,7 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
     losses = sorted({row['loss'] for row in rows})
     figure = new_figure(5.4 * len(losses), 4.6)
     finite = [row['max_curvature'] for row in rows if row['max_curvature']] or [1.0]
-    line, kink = min(finite) / 4, 4 * max(finite)
+    line, kink = min(finite) / 4, 4 * max(*finite, 10.0)  # outside of all that is claimed
     acts = sorted({row['act'] for row in rows})
     for axis, loss in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses, strict=True):
         for act in acts:
@@ -138,14 +138,15 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_paths(rows: list[dict[str, Any]], path: Path) -> None:
-    """Alpha and beta over the epochs of points that learn them."""
-    figure = new_figure(8, 3.4)
+    """Alpha and beta over the epochs of points that learn them, a colour an arm."""
+    figure, arms = new_figure(8, 3.4), list(dict.fromkeys(row['arm'] for row in rows))
     for axis, key in zip(figure.subplots(1, 2), ('alpha', 'beta'), strict=True):
-        for row in rows:
-            if row['path'].get(key):
-                axis.plot(row['path'][key], linewidth=1, label=f'{row["arm"]}-s{row["seed"]}')
+        for number, arm in enumerate(arms):
+            courses = [row['path'][key] for row in rows if row['arm'] == arm and row['path'].get(key)]
+            for seed, course in enumerate(courses):
+                axis.plot(course, linewidth=1, color=f'C{number % 10}', label=None if seed else arm)
         axis.set_xlabel('epoch')
         axis.set_title(key, fontsize=9)
         if axis.lines:
-            axis.legend(fontsize=5)
+            axis.legend(fontsize=6)
     save_figure(figure, path, dpi=150)
