@@ -35,9 +35,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(path) as archive:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f'{broken} does not match its check sum')
-        with torch.serialization.safe_globals(
-            [argparse.Namespace]
-        ):  # timm's train.py keeps its args in one: names and plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps plain values in one
             state = torch.load(path, map_location='cpu', weights_only=True)
     except MemoryError:
         raise
