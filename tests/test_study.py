@@ -113,7 +113,7 @@ def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(tmp_pa
 
     def diverge(arm, *args):
         if arm.name == 'psilu-alpha8-frozen-pgd_at':
-            raise Diverged('the loss is nan at step 1; the run stops')
+            raise Diverged(f'{tmp_path} holds the last good state') from Diverged('the loss is nan at step 1')
         return train(arm, *args)
 
     monkeypatch.setattr(points, 'train', diverge)
@@ -121,6 +121,8 @@ def test_a_point_that_diverges_is_a_result_and_other_settings_are_refused(tmp_pa
     arguments = [str(tmp_path / 'study.yaml'), '-o', str(tmp_path / 'out')]
     assert command.main(arguments) == 0
     assert '2/4 psilu-alpha8-frozen-pgd_at-s0: diverged' in capsys.readouterr().err
+    kept = (tmp_path / 'out/points.jsonl').read_text()
+    assert '"diverged": "the loss is nan at step 1"' in kept and str(tmp_path) not in kept
     rows = list(csv.DictReader((tmp_path / 'out/results.csv').open()))
     assert [row['clean_acc'] != '' for row in rows] == [True, False, True, True]
     (tmp_path / 'study.yaml').write_text(STUDY.replace('eps: 0.1', 'eps: 0.2'))

@@ -102,7 +102,7 @@ def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]
         row['rollbacks'] = train(arm, seed, name, output)['rollbacks']
         row |= measure(arm, study.measurement, output / name)
     except Diverged as error:
-        row['diverged'] = str(error)
+        row['diverged'] = str(error.__cause__ or error)  # without the folder of this machine and the advice
     row = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
     return row | {'settings': study.settings(arm)}
 
