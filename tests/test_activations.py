@@ -278,6 +278,38 @@ def test_where_parameters_are_fixed_the_slope_is_made_in_the_forward_pass(monkey
     )
 
 
+COMPILED_FORMULAS = [(name, point) for name, point in CASES if ACTIVATIONS[name].kernels == ('cpu',)]
+
+
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a C++ compiler')
+@pytest.mark.parametrize(('name', 'point'), COMPILED_FORMULAS, ids=str)
+def test_formulas_compiled_for_a_cpu_equal_the_eager_ones(name, point, monkeypatch):
+    calls, compiled = [], module._formula_kernel
+    monkeypatch.setattr(module, '_formula_kernel', lambda formula: calls.append(formula) or compiled(formula))
+    act = make(name, point)
+    for dtype, tolerance in ((torch.float32, 3e-6), (torch.bfloat16, 2e-2)):
+        x = torch.randn(4, 256, 8, 8)
+        x[0, :7, 0, 0] = torch.tensor([-100.0, -30.0, -1e-6, 0.0, 1e-6, 30.0, 100.0])
+        for layout in (torch.channels_last, torch.contiguous_format):
+            x = x.detach().to(dtype, memory_format=layout).requires_grad_()
+            direction, found = torch.randn_like(x), []
+            for kernels in (PLAIN_KERNELS, None):
+                with module.using(kernels):
+                    y = act(x)
+                    with torch.no_grad():
+                        torch.testing.assert_close(act(x), y, rtol=tolerance, atol=tolerance)
+                assert y.dtype == dtype and y.stride() == x.stride()
+                gradients = torch.autograd.grad(y, [x, *act.parameters()], direction)
+                found.append((y, gradients[0], *(g / x.numel() ** 0.5 for g in gradients[1:])))
+            for ours, theirs in zip(*found, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert len(calls) == 8
+    with module.using(PLAIN_KERNELS):  # not for what is small, exact, transformed, read by a compiler, or a graph of fx
+        act(x[:, :8]), act(x.double()), torch.func.jvp(act, (x,), (direction,)), torch.fx.symbolic_trace(act)(x)
+        torch.compile(act, backend='eager', fullgraph=True)(x)
+    assert len(calls) == 8
+
+
 def test_a_missing_compiler_is_said(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError('no compiler')

@@ -28,7 +28,7 @@ hands its blocks the tensors (`act.params()`), which call the class's `call(x, p
 state dict.
 """
 
-from .modules import ACTIVATIONS, Activation, PSiLU, PSSiLU, ReLU, Shape, activation_state, get_activation
+from .modules import ACTIVATIONS, Activation, PSiLU, PSSiLU, ReLU, Shape, activation_state, get_activation, has_kernels
 from .pssilu import Kernels, compile_kernels, compiled_kernels, using
 
 __all__ = [
@@ -43,5 +43,6 @@ __all__ = [
     'compile_kernels',
     'compiled_kernels',
     'get_activation',
+    'has_kernels',
     'using',
 ]

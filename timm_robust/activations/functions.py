@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .pssilu import by_kernel
+
 ALPHA_MIN = 1e-3
 """PSoftplus' abs(alpha) acts as max(abs(alpha), ALPHA_MIN): at 0 the formula divides by zero."""
 
@@ -14,6 +16,13 @@ RAW_SQUARE_MIN = 1e-6
 
 def psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     """Parametric Softplus: log(1 + exp(a x)) / a, a = max(abs(alpha), 0.001). Dai et al. 2021, arXiv:2110.05626."""
+    if torch.jit.is_scripting():
+        return _psoftplus(x, alpha)
+    else:
+        return by_kernel(_psoftplus, x, alpha)
+
+
+def _psoftplus(x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
     a = alpha.abs().clamp(min=0.001)  # ALPHA_MIN
     return (softplus(a * x) / a).to(x.dtype).view_as(x)  # a number stays one, whatever alpha's shape
 
@@ -44,19 +53,48 @@ def smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
 
     f' = a x / (1 + a x) for x >= 0, so f''(0+) = a = max abs(f''): C1, not C2. raw = 0 acts as 0.001.
     """
+    if torch.jit.is_scripting():
+        return _smooth_relu(x, raw)
+    else:
+        return by_kernel(_smooth_relu, x, raw)
+
+
+def _smooth_relu(x: torch.Tensor, raw: torch.Tensor) -> torch.Tensor:
     y, raw = _wide(F.relu(x)), _wide(raw)
     a = (raw * raw).clamp(min=1e-6)  # RAW_SQUARE_MIN
-    return (y - torch.log1p(a * y) / a).to(x.dtype).view_as(x)
+    return (y - _log1p(a * y) / a).to(x.dtype).view_as(x)
+
+
+def softplus10(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(10 x)) / 10, parametric softplus. Xie et al. 2020, https://arxiv.org/abs/2006.14536."""
+    if torch.jit.is_scripting():
+        return _softplus10(x)
+    else:
+        return by_kernel(_softplus10, x)
+
+
+def _softplus10(x: torch.Tensor) -> torch.Tensor:
+    return softplus(10 * x) / 10
 
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
-    """log(1 + exp(x)).
+    """log(1 + exp(x))."""
+    if not torch.jit.is_scripting() and _in_kernel(x):
+        return torch.maximum(x, torch.zeros_like(x)) + _log1p(torch.exp(-x.abs()))
+    return F.softplus(x, threshold=40)  # beyond it the sum is x in every dtype
 
-    Not by logsigmoid where a compiler reads it: torch exports that to ONNX as log(sigmoid), which is -inf far left.
-    """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return F.softplus(x, threshold=40)  # whose slope at 0 is 1/2, as that of no sum with relu
-    return -F.logsigmoid(-x)
+
+def _log1p(x: torch.Tensor) -> torch.Tensor:
+    """log(1 + x), in compiled code on a CPU by log and a correction: there log1p takes three times as long."""
+    if not torch.jit.is_scripting() and _in_kernel(x):
+        u = 1 + x
+        return torch.log(u) - ((u - 1) - x) / u
+    return torch.log1p(x)
+
+
+def _in_kernel(x: torch.Tensor) -> bool:
+    """Whether this is being compiled for a CPU, to run and not for export."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and x.device.type == 'cpu'
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:

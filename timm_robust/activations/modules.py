@@ -20,7 +20,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .functions import ALPHA_MIN, RAW_SQUARE_MIN, pelu, pprelu, prelu, psoftplus, reblu, smooth_relu, softplus
+from .functions import (
+    ALPHA_MIN,
+    RAW_SQUARE_MIN,
+    pelu,
+    pprelu,
+    prelu,
+    psoftplus,
+    reblu,
+    smooth_relu,
+    softplus,
+    softplus10,
+)
 from .pssilu import BETA_MAX, psilu, pssilu
 
 
@@ -54,6 +65,8 @@ class Activation(nn.Module):
 
     initial: ClassVar[dict[str, float]] = {}
     """Learnable scalars, each a parameter of shape [1], with their initial values in the paper."""
+    kernels: ClassVar[tuple[str, ...]] = ()
+    """Devices, 'cpu' or 'cuda', on which `compile_kernels` makes it faster in a network that stays eager."""
 
     def __init__(self, inplace: bool = False, device: Any = None, dtype: Any = None, **init: float) -> None:
         super().__init__()
@@ -111,6 +124,7 @@ class PSSiLU(Activation):
     """
 
     initial = {'alpha': 1.0, 'beta': 1e-8}
+    kernels = ('cpu', 'cuda')
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
@@ -129,6 +143,8 @@ class PSSiLU(Activation):
 class PSiLU(_Alpha):
     """x s(abs(alpha) x); see `psilu`."""
 
+    kernels = ('cpu', 'cuda')
+
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """`psilu(x, alpha)`."""
@@ -141,6 +157,8 @@ class PSiLU(_Alpha):
 
 class PSoftplus(_Alpha):
     """log(1 + exp(a x)) / a, a = abs(alpha); see `psoftplus`."""
+
+    kernels = ('cpu',)
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
@@ -216,6 +234,7 @@ class SmoothReLU(Activation):
     """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2 from raw = 20; see `smooth_relu`."""
 
     initial = {'raw': 20.0}
+    kernels = ('cpu',)
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
@@ -301,10 +320,12 @@ class Softplus(Activation):
 class ParametricSoftplus(Activation):
     """log(1 + exp(10 x)) / 10, Smooth Adversarial Training's smooth ReLU. Xie et al. 2020, arXiv:2006.14536."""
 
+    kernels = ('cpu',)
+
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """log(1 + exp(10 x)) / 10."""
-        return softplus(10 * x) / 10
+        return softplus10(x)
 
     def shape(self) -> Shape:
         """log(2) / 10 at 0, infimum 0, max abs(f'') = 10/4."""
@@ -361,6 +382,11 @@ def _bisect(f: Callable[[float], float], lo: float, hi: float) -> float:
         mid = (lo + hi) / 2
         lo, hi = (lo, mid) if f(mid) > 0 else (mid, hi)
     return lo
+
+
+def has_kernels(model: nn.Module, device: str) -> bool:
+    """Whether `compile_kernels(device)` makes an activation of the network faster."""
+    return any(isinstance(module, Activation) and device in module.kernels for module in model.modules())
 
 
 def activation_state(model: nn.Module) -> dict[str, float]:

@@ -10,7 +10,7 @@ differentiable, in reverse mode. Equal to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, Optional
@@ -91,6 +91,8 @@ _kernels: Kernels | None = None
 def compile_kernels(device: str = 'cpu') -> None:
     """From now on PSSiLU and PSiLU on 'cpu' or 'cuda', outside of torch.compile, run in one compiled pass each way.
 
+    On a CPU so do the activations that call `by_kernel`.
+
     For training where the network around stays eager: on a CPU, whose convolutions gain nothing from compilation, and
     where images change their size, for each of which the network would be compiled anew.
 
@@ -133,6 +135,27 @@ def compiled_kernels(device: str = 'cpu') -> Kernels:
         mend = 'install a C++ compiler (apt-get install g++), or train without --torchcompile'
         raise RuntimeError(f'cannot compile for {device!r} ({reason}); {mend}') from error
     return forward, backward, sloped
+
+
+def by_kernel(formula: Callable[..., torch.Tensor], x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+    """The formula of x and its parameters; on a CPU with kernels in use as one compiled pass each way.
+
+    For the other activations that torch has no fast pass for; x has any shape. What the kernel made can be
+    differentiated once, as all that torch.compile makes.
+    """
+    reads = torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+    if reads or _kernels is None or x.device.type != 'cpu' or x.numel() < _COMPILED_FROM or _transformed(x):
+        return formula(x, *params)
+    if x.dtype == torch.float64 or (flat := _flat(x)) is None:
+        return formula(x, *params)
+    y = _formula_kernel(formula)(*flat, *params)
+    return y.view(x.shape) if x.is_contiguous() else y.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+
+
+@cache
+def _formula_kernel(formula: Callable[..., torch.Tensor]) -> Any:
+    """A formula compiled for vectors of any size on a CPU."""
+    return torch.compile(formula, dynamic=True)
 
 
 def _forward_kernel(x: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import nn
 
-from ..activations import Kernels, PSiLU, PSSiLU, compiled_kernels, using
+from ..activations import Kernels, compiled_kernels, has_kernels, using
 from ..attacks import FoldedNet
 from ..precision import ieee_fp32
 from .runner import device_of, dtype_of
@@ -22,7 +22,7 @@ class ChannelsLast(nn.Module):
 
     Args:
         net: the network.
-        kernels: of `pssilu.compiled_kernels`, by which its PSSiLU runs; None for eager mode.
+        kernels: of `pssilu.compiled_kernels`, by which its activation runs; None for eager mode.
     """
 
     def __init__(self, net: nn.Module, kernels: Kernels | None = None) -> None:
@@ -41,8 +41,8 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
     Args:
         model: images in [0, 1] -> logits, in fp32 and eval mode; left as it is.
         x: some images [B, C, H, W]; the two must agree on them.
-        images: how many are to be attacked; where that takes minutes, PSSiLU is compiled (seconds): it alone, because
-            AutoAttack's batches shrink, and its kernels are made once for all sizes.
+        images: how many are to be attacked; where that takes minutes, its activation is compiled (seconds): it alone,
+            because AutoAttack's batches shrink, and kernels are made once for all sizes.
     """
     if dtype_of(model) != torch.float32:
         return None
@@ -58,9 +58,8 @@ def search_model(model: nn.Module, x: torch.Tensor, images: int = 0) -> nn.Modul
 
 
 def _kernels(model: nn.Module, device: torch.device) -> Kernels | None:
-    """Compiled PSSiLU for a network that has one; None without a compiler."""
-    known = device.type in ('cpu', 'cuda')
-    if not known or not any(isinstance(module, (PSSiLU, PSiLU)) for module in model.modules()):
+    """Compiled kernels for a network whose activation has them; None without a compiler."""
+    if not has_kernels(model, device.type):
         return None
     try:
         return compiled_kernels(device.type)

@@ -219,7 +219,9 @@ class Recipe:
     channels_last: bool = _field('speed', True, 'channels-last memory layout')
     fold_bn: bool = _field('speed', True, 'attack a copy with batch norm folded into the convolutions (eval mode)')
     torchcompile: bool = _field(
-        'speed', False, 'torch.compile the model; on a CPU, and for several sides, its PSSiLU alone, if it has any'
+        'speed',
+        False,
+        'torch.compile the model; on a CPU, and for several sides, its activation alone, if that has kernels of ours',
     )
     sync_bn: bool = _field('speed', False, 'batch norm over all processes (GPU only)')
     device: str | None = _field('speed', None, "as torch names it; none: 'cuda' where there is one, else 'cpu'")

@@ -17,7 +17,7 @@ from timm.data import Mixup
 from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 
-from ..activations import PSiLU, PSSiLU, compile_kernels
+from ..activations import PSSiLU, compile_kernels, has_kernels
 from ..attacks import AttackSchedule, FoldedNet, attacked, frozen_statistics
 from ..precision import Precision
 from .averaging import ModelEma
@@ -58,13 +58,13 @@ class Forward:
 
 
 def compiled(net: nn.Module, device: torch.device, sides: int = 1) -> nn.Module:
-    """The network, compiled; on a CPU, or a GPU for images of several sides, its PSSiLU and PSiLU alone, if it has any.
+    """The network, compiled; on a CPU, or a GPU for images of several sides, its activation alone, if that has kernels.
 
     Raises:
         RuntimeError: without a compiler.
     """
     alone = device.type == 'cpu' or (device.type == 'cuda' and sides > 1)
-    if alone and any(isinstance(module, (PSSiLU, PSiLU)) for module in net.modules()):
+    if alone and has_kernels(net, device.type):
         compile_kernels(device.type)
         return net
     return torch.compile(net, dynamic=False)  # type: ignore[return-value]
