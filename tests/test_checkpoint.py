@@ -100,7 +100,7 @@ def test_a_write_that_the_system_cuts_short(tmp_path):
 
 def test_a_write_to_where_nothing_can_be(tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(OSError, match=r'cannot write .*it needs about 20,000 bytes'):
+    with pytest.raises(OSError, match='File exists'):
         save_checkpoint(tmp_path / 'file' / 'last.pth.tar', make_state())
 
 
@@ -424,7 +424,7 @@ def test_a_training_folder_without_a_best_checkpoint(tmp_path):
 
 def test_no_temporary_names_count_as_checkpoints(tmp_path):
     save_checkpoint(tmp_path / 'last.pth.tar', make_state(1))
-    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / '.checkpoint-9.pth.tar.1.tmp')  # left by a killed process
+    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / '.checkpoint-9.pth.tar.1.0f3ab210.tmp')  # left by a killed process
     assert latest_checkpoint(tmp_path).name == 'last.pth.tar'
 
 

@@ -76,9 +76,8 @@ def test_what_killed_processes_left_is_swept_and_nothing_else(tmp_path):
     dead = subprocess.Popen([sys.executable, '-c', ''])
     dead.wait()
     alive = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
-    left = [f'.last.pth.tar.{dead.pid}.tmp', f'.last.pth.tar.{os.getpid()}.tmp', '.summary.csv.ab_1', '.args.yaml.x']
-    left += ['.held_out.txt.0f3a']
-    kept = [f'.last.pth.tar.{alive.pid}.tmp', '.last.pth.tar', '.git', '.summary.csv', 'last.pth.tar']
+    left = [f'.{name}.{pid}.0f3ab210.tmp' for name in ('last.pth.tar', 'args.yaml') for pid in (dead.pid, os.getpid())]
+    kept = [f'.last.pth.tar.{alive.pid}.0f3ab210.tmp', '.last.pth.tar', '.git', '.summary.csv.1.tmp', 'last.pth.tar']
     for name in left + kept:
         (tmp_path / name).touch()
     sweep_temporaries(tmp_path)

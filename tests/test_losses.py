@@ -89,7 +89,9 @@ def test_mart_is_the_papers_formula(net, batch):
 @pytest.mark.parametrize('name', ['pgd_at', 'trades', 'clean'])
 def test_soft_labels_that_are_hard_change_nothing(net, batch, name):
     x, y = batch
-    hard, soft = (lost(LOSSES[name](6.0, 0.0), net, nudge, x, target).loss for target in (y, F.one_hot(y, 4).float()))
+    hard, soft = (
+        lost(LOSSES[name].make(6.0, 0.0), net, nudge, x, target).loss for target in (y, F.one_hot(y, 4).float())
+    )
     torch.testing.assert_close(hard, soft)
 
 
@@ -102,7 +104,7 @@ def test_clean_runs_no_attack(net, batch):
 
 @pytest.mark.parametrize('name', LOSSES)
 def test_label_smoothing_reaches_the_loss(net, batch, name):
-    plain, smooth = (lost(LOSSES[name](6.0, s), net, nudge, *batch).loss for s in (0.0, 0.3))
+    plain, smooth = (lost(LOSSES[name].make(6.0, s), net, nudge, *batch).loss for s in (0.0, 0.3))
     assert not torch.isclose(plain, smooth)
 
 
@@ -110,7 +112,7 @@ def test_losses_are_fp32_for_low_precision_logits(batch):
     x, y = batch
     low = lambda x: x.flatten(1)[:, :4].bfloat16()  # noqa: E731
     for name in LOSSES:
-        assert lost(LOSSES[name](6.0, 0.0), low, nudge, x, y).loss.dtype == torch.float32
+        assert lost(LOSSES[name].make(6.0, 0.0), low, nudge, x, y).loss.dtype == torch.float32
 
 
 def test_kl_divergence():

@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from timm_robust import activations
-from timm_robust.release.papers import ACTIVATIONS, EXTRA_DATA, METHODS, extra_data_of, paper_link, papers_of
+from timm_robust.attacks import TRAINING_ATTACKS
+from timm_robust.release.papers import EXTRA_DATA, METHODS, extra_data_of, paper_link, papers_of
+from timm_robust.training import LOSSES
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.releases import STAGED
 
@@ -20,8 +22,7 @@ def cited(name, **settings):
 
 
 def test_every_activation_has_its_paper():
-    assert set(activations.ACTIVATIONS) - set(ACTIVATIONS) == {'relu'}
-    assert set(ACTIVATIONS) <= set(activations.ACTIVATIONS)
+    assert [name for name, act in activations.ACTIVATIONS.items() if not act.papers] == ['relu']
     for act in ('psilu', 'psoftplus', 'prelu', 'pprelu', 'pelu', 'reblu'):
         assert '2110.05626' in cited(f'resnet18_{act}.at_cifar10_linf')
     assert '2006.14536' in cited('resnet18_smoothrelu.at_cifar10_linf')
@@ -29,7 +30,8 @@ def test_every_activation_has_its_paper():
 
 
 def test_every_paper_has_an_address():
-    papers = [*METHODS.values(), *itertools.chain(*ACTIVATIONS.values())]
+    papers = [*METHODS.values(), *itertools.chain(*(act.papers for act in activations.ACTIVATIONS.values()))]
+    papers += [kind.paper for kind in (*LOSSES.values(), *TRAINING_ATTACKS.values()) if kind.paper]
     papers += itertools.chain(*(extra.papers for extra in EXTRA_DATA.values()))
     assert all(re.fullmatch(r'https://\S+', paper_link(where)) for _, where in papers)
 

@@ -29,9 +29,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = 'run.lock'
-_TEMPORARY = re.compile(
-    r'\.(?:.+\.pth\.tar\.(\d{1,9})\.tmp|(?:args\.yaml|summary\.csv|(?:held_out|wandb_id)\.txt)\.\w+)'
-)
+_TEMPORARY = re.compile(r'\..+\.(\d{1,9})\.[0-9a-f]{8}\.tmp')
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 
 
@@ -157,20 +155,23 @@ def lock_folder(folder: Path) -> IO[str] | None:
 
 def link_file(source: Path, target: Path) -> None:
     """Give a file a second name, atomically: a hard link, or a copy where the disk has none."""
-    temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    temporary = _temporary(target)
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            with open(source, 'rb') as old, open(temporary, 'wb') as new:
-                shutil.copyfileobj(old, new)
-                new.flush()
-                os.fsync(new.fileno())
+        os.link(source, temporary)
+    except OSError:
+        with open(source, 'rb') as old, atomic_file(target) as new:
+            shutil.copyfileobj(old, new)
+        return
+    try:
         os.replace(temporary, target)
     finally:
         with contextlib.suppress(OSError):  # of two names of one file a rename leaves both
             temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path) -> Path:
+    """A hidden name beside a file, with this process's number, by which `sweep_temporaries` knows it."""
+    return target.with_name(f'.{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp')
 
 
 def sync_folder(folder: Path) -> None:
@@ -190,7 +191,7 @@ def sweep_temporaries(folder: Path) -> None:
     """
     for path in folder.glob('.*'):
         match = _TEMPORARY.fullmatch(path.name)
-        if match and not (match[1] and _is_alive(int(match[1]))):
+        if match and not _is_alive(int(match[1])):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -239,8 +240,14 @@ def check_output(path: str | os.PathLike[str], is_older: Callable[[Path], bool] 
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | os.PathLike[str], size: int | None = None) -> Iterator[IO[bytes]]:
     """Open a binary file beside path that takes its place when the body ends, and vanishes if it fails.
+
+    What stands there is the old file or the new one, whole, even if power fails meanwhile.
+
+    Args:
+        path: of the file.
+        size: about how many bytes it will have, for the message.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -249,18 +256,21 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f'folder {str(target.parent)!r} does not exist; type: mkdir -p {target.parent}')
-    temporary = target.with_name(f'.{target.name}.{secrets.token_hex(4)}')
+    temporary = _temporary(target)
     try:
         with open(temporary, 'xb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
+        sync_folder(target.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a write that failed does not know its file
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a failed write knows no file
+            needs = '' if size is None else f'it needs about {size:,} bytes, '
             free = shutil.disk_usage(target.parent).free
-            raise OSError(f'cannot write {target}: {error}; {free:,} bytes are free') from error
+            raise OSError(f'cannot write {target}: {error.strerror or error}; {needs}{free:,} are free') from error
         raise
 
 
@@ -285,6 +295,9 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         new.mkdir()
         yield new
+        for file in filter(Path.is_file, new.rglob('*')):
+            with open(file, 'r+b') as written:
+                os.fsync(written.fileno())
         if not target.exists():
             new.rename(target)
         elif not _exchange(new, target):

@@ -34,6 +34,9 @@ from .functions import (
 )
 from .pssilu import BETA_MAX, psilu, pssilu
 
+_DAI = ('Dai, Mahloujifar, Mittal 2021', '2110.05626')
+_XIE = ('Xie et al. 2020', '2006.14536')
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -65,6 +68,8 @@ class Activation(nn.Module):
 
     initial: ClassVar[dict[str, float]] = {}
     """Learnable scalars, each a parameter of shape [1], with their initial values in the paper."""
+    papers: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Where it comes from, or was studied under attack: who and when, and the number on arXiv."""
     kernels: ClassVar[tuple[str, ...]] = ()
     """Devices, 'cpu' or 'cuda', on which `compile_kernels` makes it faster in a network that stays eager."""
 
@@ -111,6 +116,7 @@ class _Alpha(Activation):
     """Base of the activations with one learnable scalar alpha."""
 
     initial = {'alpha': 1.0}
+    papers = (_DAI,)
 
     def params(self) -> List[torch.Tensor]:
         """[alpha]."""
@@ -124,6 +130,7 @@ class PSSiLU(Activation):
     """
 
     initial = {'alpha': 1.0, 'beta': 1e-8}
+    papers = (_DAI,)
     kernels = ('cpu', 'cuda')
 
     @staticmethod
@@ -234,6 +241,7 @@ class SmoothReLU(Activation):
     """x - log(1 + a x) / a for x >= 0, 0 otherwise, a = raw^2 from raw = 20; see `smooth_relu`."""
 
     initial = {'raw': 20.0}
+    papers = (_XIE,)
     kernels = ('cpu',)
 
     @staticmethod
@@ -266,6 +274,8 @@ class ReLU(Activation):
 class SiLU(Activation):
     """x s(x), also called Swish."""
 
+    papers = (('Elfwing, Uchibe, Doya 2017', '1702.03118'), _XIE)
+
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """x s(x)."""
@@ -278,6 +288,8 @@ class SiLU(Activation):
 
 class GELU(Activation):
     """x Phi(x), Phi the normal distribution function (the exact form)."""
+
+    papers = (('Hendrycks, Gimpel 2016', '1606.08415'), _XIE)
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
@@ -294,6 +306,8 @@ class GELU(Activation):
 class ELU(Activation):
     """x for x > 0, exp(x) - 1 otherwise."""
 
+    papers = (('Clevert, Unterthiner, Hochreiter 2015', '1511.07289'), _XIE)
+
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
         """x for x > 0, exp(x) - 1 otherwise."""
@@ -306,6 +320,8 @@ class ELU(Activation):
 
 class Softplus(Activation):
     """log(1 + exp(x))."""
+
+    papers = (_XIE,)
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:
@@ -321,6 +337,7 @@ class ParametricSoftplus(Activation):
     """log(1 + exp(10 x)) / 10, Smooth Adversarial Training's smooth ReLU. Xie et al. 2020, arXiv:2006.14536."""
 
     kernels = ('cpu',)
+    papers = (_XIE,)
 
     @staticmethod
     def call(x: torch.Tensor, params: List[torch.Tensor]) -> torch.Tensor:

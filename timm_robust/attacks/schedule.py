@@ -21,17 +21,24 @@ class TrainingAttack:
         attack: called with what it takes.
         takes: which of steps, step_size, random_start and start_noise.
         relative_step: steps -> the step size in units of eps, where the recipe gives none.
+        paper: of training with it, who and when, and its number on arXiv; None where that is the loss's.
     """
 
     attack: Callable[..., torch.Tensor]
     takes: tuple[str, ...]
     relative_step: Callable[[int], float]
+    paper: tuple[str, str] | None = None
 
 
 TRAINING_ATTACKS = {
     'pgd': TrainingAttack(pgd, ('steps', 'step_size', 'random_start', 'start_noise'), lambda steps: 2.5 / steps),
-    'fgsm': TrainingAttack(partial(pgd, steps=1), ('step_size', 'random_start', 'start_noise'), lambda steps: 1.25),
-    'n_fgsm': TrainingAttack(n_fgsm, ('step_size',), lambda steps: 1.0),
+    'fgsm': TrainingAttack(
+        partial(pgd, steps=1),
+        ('step_size', 'random_start', 'start_noise'),
+        lambda steps: 1.25,
+        ('Wong, Rice, Kolter 2020', '2001.03994'),
+    ),
+    'n_fgsm': TrainingAttack(n_fgsm, ('step_size',), lambda steps: 1.0, ('de Jorge et al. 2022', '2202.01181')),
     'apgd': TrainingAttack(apgd, ('steps', 'random_start'), lambda steps: 2.0),
 }
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..attacks import TRAINING_ATTACKS
 from ..data import DATASETS, is_stream
 from ..results import RobustnessResult, check_types, read_object
-from ..training import HELD_OUT, RECIPES
+from ..training import HELD_OUT, LOSSES, RECIPES
 from .papers import Paper, extra_data_of, paper_link, papers_of
 from .record import (
     hours,
@@ -198,8 +199,8 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     """The recipe in words, what it cost, and the command."""
     training = record['training']
     origin = training['origins'][-1] if training['origins'] else {}
-    loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if hyper['loss'] in ('trades', 'mart') else '')
-    steps = f', {hyper["steps"]} steps' if hyper['attack'] in ('pgd', 'apgd') else ''
+    loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if 'beta' in LOSSES[hyper['loss']].takes else '')
+    steps = f', {hyper["steps"]} steps' if 'steps' in TRAINING_ATTACKS[hyper['attack']].takes else ''
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
     recipe = f'The recipe: `train/recipes/{record["model"]}.yaml`; e' if _is_ours(record['model']) else 'E'

@@ -5,33 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..activations import ACTIVATIONS, Activation
+from ..attacks import TRAINING_ATTACKS
+from ..training import LOSSES
+
 Paper = tuple[str, str]
 """Who and when, and the arXiv number or another address."""
 
-_DAI: Paper = ('Dai, Mahloujifar, Mittal 2021', '2110.05626')
-_XIE: Paper = ('Xie et al. 2020', '2006.14536')
-
-ACTIVATIONS: dict[str, tuple[Paper, ...]] = {
-    **dict.fromkeys(('pssilu', 'psilu', 'psoftplus', 'prelu', 'pprelu', 'pelu', 'reblu'), (_DAI,)),
-    **dict.fromkeys(('smoothrelu', 'softplus10', 'softplus'), (_XIE,)),
-    'silu': (('Elfwing, Uchibe, Doya 2017', '1702.03118'), _XIE),
-    'gelu': (('Hendrycks, Gimpel 2016', '1606.08415'), _XIE),
-    'elu': (('Clevert, Unterthiner, Hochreiter 2015', '1511.07289'), _XIE),
-}
-"""Activation -> where it comes from, or was studied under attack. ReLU needs none."""
-
 METHODS: dict[str, Paper] = {
-    'pgd_at': ('Madry et al. 2018', '1706.06083'),
-    'trades': ('Zhang et al. 2019', '1901.08573'),
-    'mart': ('Wang et al. 2020', 'https://openreview.net/forum?id=rklOg6EFwS'),
-    'n_fgsm': ('de Jorge et al. 2022', '2202.01181'),
-    'fgsm': ('Wong, Rice, Kolter 2020', '2001.03994'),
     'awp': ('Wu, Xia, Wang 2020', '2004.05884'),
     'eps_warmup': ('Addepalli, Jain, Babu 2022', '2210.15318'),
-    'smooth': _XIE,
+    'smooth': ('Xie et al. 2020', '2006.14536'),
     'autoattack': ('Croce, Hein 2020', '2003.01690'),
 }
-"""Loss, attack and what else a recipe switches on -> paper."""
+"""What a recipe switches on beside activation, loss and attack, which name their own -> paper."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +73,13 @@ def papers_of(name: str, hyper: dict[str, Any]) -> list[Paper]:
         name: `<arch>.<tag>`.
         hyper: every setting of the training.
     """
-    activation = hyper.get('act') or name.partition('.')[0].rpartition('_')[2]
-    used = [hyper['loss'], hyper['attack']]
-    used += [key for key, on in (('awp', 'awp_gamma'), ('eps_warmup', 'eps_warmup')) if hyper.get(on)]
+    activation = ACTIVATIONS.get(hyper.get('act') or name.partition('.')[0].rpartition('_')[2], Activation)
+    methods = (LOSSES[hyper['loss']].paper, TRAINING_ATTACKS[hyper['attack']].paper)
+    papers = [*activation.papers, *filter(None, methods)]
+    used = [key for key, on in (('awp', 'awp_gamma'), ('eps_warmup', 'eps_warmup')) if hyper.get(on)]
     if 'smooth' in (hyper.get('attack_grad'), hyper.get('update_grad')):
         used.append('smooth')
-    papers = [*ACTIVATIONS.get(activation, ()), *[METHODS[key] for key in used if key in METHODS]]
+    papers += [METHODS[key] for key in used]
     extra = extra_data_of(name, hyper)
     papers += extra.papers if extra else ()
     return list(dict.fromkeys([*papers, METHODS['autoattack']]))

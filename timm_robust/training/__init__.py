@@ -5,6 +5,7 @@ from .batches import HELD_OUT, held_out_images
 from .builder import build
 from .flags import parse_recipe
 from .loop import Stopped, fit
+from .losses import LOSSES
 from .planning import plan
 from .recipe import RECIPES, Recipe
 from .run import Run
@@ -12,6 +13,7 @@ from .watchdog import Diverged
 
 __all__ = [
     'HELD_OUT',
+    'LOSSES',
     'RECIPES',
     'Diverged',
     'Recipe',

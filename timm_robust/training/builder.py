@@ -313,7 +313,7 @@ def make_train_step(
         forward,
         attack_forward,
         optimizer,
-        LOSSES[recipe.loss](recipe.beta, smoothing),
+        LOSSES[recipe.loss].make(recipe.beta, smoothing),
         recipe.attack_schedule,
         seed=recipe.seed,
         rank=world.rank,

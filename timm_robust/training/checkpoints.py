@@ -9,14 +9,13 @@ import logging
 import math
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import link_file, new_folder, sync_folder
+from ..files import atomic_file, link_file, new_folder, sync_folder
 from ..models import BEST, LAST, load_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -39,25 +38,15 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], also: Sequence[str]
         OSError: if the disk refuses (full, read-only), with the bytes needed. No temporary file is left behind.
     """
     path, size = Path(path), _count_bytes(state, 'state')
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, 'wb') as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path, size) as file:
+        try:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        for name in also:
-            link_file(path, path.with_name(name))
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
-        free = ''
-        with contextlib.suppress(OSError):
-            free = f', {shutil.disk_usage(path.parent).free:,} are free'
-        raise OSError(f'cannot write {path}: {error}; it needs about {size:,} bytes{free}') from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        except RuntimeError as error:  # what torch makes of a failed write
+            raise OSError(str(error)) from error
+    for name in also:
+        link_file(path, path.with_name(name))
+    sync_folder(path.parent)
 
 
 def snapshot(value: Any) -> Any:

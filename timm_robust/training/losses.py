@@ -114,10 +114,25 @@ def clean(smoothing: float = 0.0) -> Loss:
     return Loss(lambda model, attack, x, y: x, descend)
 
 
-LOSSES: dict[str, Callable[[float, float], Loss]] = {
-    'pgd_at': lambda beta, smoothing: pgd_at(smoothing),
-    'trades': trades,
-    'mart': mart,
-    'clean': lambda beta, smoothing: clean(smoothing),
+@dataclass(frozen=True)
+class LossKind:
+    """A loss that recipes name.
+
+    Args:
+        make: (beta, label smoothing) -> the loss.
+        paper: who and when, and where; None for ordinary training.
+        takes: which of beta and mixup.
+    """
+
+    make: Callable[[float, float], Loss]
+    paper: tuple[str, str] | None
+    takes: tuple[str, ...]
+
+
+LOSSES = {
+    'pgd_at': LossKind(lambda beta, smoothing: pgd_at(smoothing), ('Madry et al. 2018', '1706.06083'), ('mixup',)),
+    'trades': LossKind(trades, ('Zhang et al. 2019', '1901.08573'), ('beta', 'mixup')),
+    'mart': LossKind(mart, ('Wang et al. 2020', 'https://openreview.net/forum?id=rklOg6EFwS'), ('beta',)),
+    'clean': LossKind(lambda beta, smoothing: clean(smoothing), None, ('mixup',)),
 }
-"""Every loss by its name in recipes: a function of beta, which is TRADES' and MART's, and label smoothing."""
+"""Every loss by its name in recipes."""

@@ -277,8 +277,8 @@ class Recipe:
                 raise ValueError(
                     f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one (--budget none)'
                 )
-        if self.loss == 'mart' and (self.mixup or self.cutmix):
-            raise ValueError('MART needs one class an image; use it with mixup 0 and cutmix 0')
+        if (self.mixup or self.cutmix) and 'mixup' not in LOSSES[self.loss].takes:
+            raise ValueError(f'loss {self.loss!r} needs one class an image; use it with mixup 0 and cutmix 0')
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
         if self.freeze_bn and (self.attack_bn == 'train' or self.progressive_resizing):
