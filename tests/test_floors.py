@@ -39,6 +39,7 @@ FLOORS = {
     '__init__': 6,
 }
 FOLDERS = sorted(room for room in FLOORS if (PACKAGE / room).is_dir())
+DOORS = {room: importlib.import_module(f'timm_robust.{room}') for room in FOLDERS}
 
 
 def room(path):
@@ -51,9 +52,10 @@ def imports(path):
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.ImportFrom) and node.level == depth:  # the package itself; less is the own room
-            names = [node.module] if node.module else [alias.name for alias in node.names]
+            names = [f'{node.module}.{alias.name}' if node.module else alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level and node.module.split('.')[0] == 'timm_robust':
-            names = [node.module.partition('.')[2] or '__init__']
+            inside = node.module.partition('.')[2] or '__init__'
+            names = [f'{inside}.{alias.name}' for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name.partition('.')[2] or '__init__' for alias in node.names]
             names = [
@@ -83,15 +85,17 @@ def test_imports_go_down_only():
 def test_other_rooms_are_entered_by_their_door():
     wrong = []
     for path in PACKAGE.rglob('*.py'):
-        for there, behind in imports(path):
-            if behind and there != room(path) and room(path) != '__init__':
-                wrong.append(f'{path.relative_to(PACKAGE)} imports {there}.{behind}; import it from {there}')
+        for there, name in imports(path):
+            if room(path) in (there, '__init__') or there not in FOLDERS:
+                continue
+            if name and name not in DOORS[there].__all__:
+                wrong.append(f'{path.relative_to(PACKAGE)} imports {there}.{name}, which is not at the door')
     assert not wrong
 
 
 @pytest.mark.parametrize('name', FOLDERS)
 def test_a_door_is_no_wider_than_a_screen(name):
-    door = importlib.import_module(f'timm_robust.{name}')
+    door = DOORS[name]
     assert 0 < len(door.__all__) <= 20
     for item in door.__all__:
         assert inspect.ismodule(getattr(door, item)) or not (PACKAGE / name / f'{item}.py').exists(), (

@@ -3,6 +3,7 @@
 import importlib
 import pkgutil
 
+from . import cifar_resnet, wide_resnet
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
 from .config import check_model_kwargs, input_channels, make_model
@@ -18,6 +19,7 @@ __all__ = [
     'SharedAct',
     'WideResNet',
     'check_model_kwargs',
+    'cifar_resnet',
     'class_list',
     'input_channels',
     'load_checkpoint',
@@ -27,6 +29,7 @@ __all__ = [
     'read_weights',
     'replace_activations',
     'trained_classes',
+    'wide_resnet',
 ]
 
 for _found in pkgutil.iter_modules(__path__):
