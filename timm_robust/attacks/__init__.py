@@ -1,7 +1,7 @@
 """Attacks by gradient, what they climb, and the frozen copies of a network that they run on faster."""
 
 from .folding import FoldedNet
-from .gradient import Attack, apgd, attacked, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
+from .gradient import Attack, apgd, attacked, batch_norms, fgsm, frozen_statistics, input_gradient, n_fgsm, pgd
 from .schedule import TRAINING_ATTACKS, AttackSchedule
 from .surrogates import Model, climb_cross_entropy, cross_entropy, cross_entropy_of, kl_divergence, labels_of
 
@@ -13,6 +13,7 @@ __all__ = [
     'Model',
     'apgd',
     'attacked',
+    'batch_norms',
     'climb_cross_entropy',
     'cross_entropy',
     'cross_entropy_of',

@@ -222,10 +222,16 @@ def attacked(model: nn.Module, bn: str = 'eval') -> Iterator[None]:
             module.training = True
 
 
+def batch_norms(model: nn.Module) -> list[Any]:
+    """The batch norms of a network that keep running statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return [module for module in model.modules() if isinstance(module, kind) and module.track_running_stats]
+
+
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norm in its present mode, its running statistics untouched."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     counts: list[Any] = [norm.num_batches_tracked for norm in norms if norm.training]
     kept = torch.stack(counts) if counts else None  # the buffers stay where they are, as compiled code expects

@@ -142,7 +142,7 @@ def _measurements(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         return ['Not measured yet.']
     lines = ['| attack | images | clean | robust | hardware, time |', '|---|---|---|---|---|']
     for item in record['measurements']:
-        result, mark = item['result'], '*' * bool(item['note'])
+        result, mark = item['result'], '*' if item['note'] else ''
         clean, robust = percent(result.clean_acc, result.n), percent(result.robust_acc, result.n)
         at = '' if result.attack == 'none' else f', {result.norm} {result.eps_text}'
         cost = f'{result.hardware}, {hours(result.wall_time_s)}'
@@ -210,7 +210,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         *[f'- From step {each["step"]:,} on: {_changes(each["changes"])}.' for each in training.get('changes', [])],
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
-        f'versions: {versions}; {"last " * (len(training["origins"]) > 1)}commit `{origin.get("commit")}`.',
+        f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{_held_out(hyper)}; the test set was never looked at.',
         f'- {recipe}very setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '

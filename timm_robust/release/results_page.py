@@ -140,7 +140,7 @@ def _robust(item: dict[str, Any], unit: str = '') -> str:
 
 def _images(item: dict[str, Any]) -> str:
     """On how many images; with a star where something is to be known of them."""
-    return f'(n {item["result"].n}{"*" * bool(item["note"])})'
+    return f'(n {item["result"].n}{"*" if item["note"] else ""})'
 
 
 def _marked(records: list[dict[str, Any]], bullet: str = '') -> list[str]:

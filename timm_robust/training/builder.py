@@ -21,7 +21,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch.nn.parallel import DistributedDataParallel
 
-from ..attacks import FoldedNet
+from ..attacks import FoldedNet, batch_norms
 from ..data import StreamData, fingerprint, is_stream
 from ..distributed import World
 from ..models import BEST, class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
@@ -29,7 +29,6 @@ from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from .averaging import ModelEma
 from .awp import WeightPerturbation
-from .batch_norm import set_bn_momentum
 from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
 from .changes import check_changes, check_equal, check_processes, find_changes
 from .checkpoints import latest_checkpoint
@@ -201,6 +200,19 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     return model
+
+
+def set_bn_momentum(model: nn.Module, momentum: float) -> None:
+    """Give every batch norm of the model this momentum, the weight of the newest batch.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    norms = batch_norms(model)
+    if not norms:
+        raise ValueError(f'bn_momentum {momentum}: the model has no batch norm; leave it out (--bn-momentum none)')
+    for norm in norms:
+        norm.momentum = momentum
 
 
 def load_initial(model: nn.Module, where: str) -> None:

@@ -27,7 +27,7 @@ from ..files import read_yaml, write_text
 from ..models import check_model_kwargs
 from ..precision import Precision
 from ..provenance import CHECKOUT, PACKAGE
-from ..threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps
+from ..threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps, resolved_step_size
 from .clock import parse_duration
 from .losses import LOSSES
 from .schedule import MOMENTUM_SWING
@@ -420,9 +420,7 @@ class Recipe:
     @property
     def resolved_eval_step_size(self) -> float:
         """Step size of the PGD of validation, in pixels on [0, 1]."""
-        if self.eval_step_size is not None:
-            return parse_eps(self.eval_step_size)
-        return parse_eps(self.eps) * 2.5 / self.eval_steps
+        return resolved_step_size(self.eval_step_size, self.threat_model.eps, self.eval_steps, 'eval_step_size')
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Recipe:

@@ -18,11 +18,10 @@ from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 
 from ..activations import PSSiLU, compile_kernels, has_kernels
-from ..attacks import AttackSchedule, FoldedNet, attacked, frozen_statistics
+from ..attacks import AttackSchedule, FoldedNet, attacked, batch_norms, frozen_statistics
 from ..precision import Precision
 from .averaging import ModelEma
 from .awp import WeightPerturbation
-from .batch_norm import batch_norms
 from .losses import AdvLoss, Loss
 from .relu_gradient import relu_gradient
 

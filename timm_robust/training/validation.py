@@ -9,9 +9,8 @@ import torch
 import torch.nn as nn
 from timm.utils import distribute_bn
 
-from ..attacks import cross_entropy_of, labels_of, pgd
+from ..attacks import batch_norms, cross_entropy_of, labels_of, pgd
 from ..pixels import pixel_input, resized
-from .batch_norm import batch_norms
 from .run import Run, training_batch
 from .step import Forward
 
@@ -80,7 +79,7 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
         x, y = training_batch(run, run.step + number)
         inputs.append((x, step.perturb(x, y, done), y))
     # not run.forward: other momenta would be compiled anew, and stay a burden
-    forward = Forward(pixel_input(model, recipe.inner_size), recipe.precision, run.world.device)
+    forward = Forward(pixel_input(model, recipe.inner_size), run.forward.precision, run.world.device)
     momenta = [norm.momentum for norm in norms]
     calls = Counter[nn.Module]()
 
