@@ -21,7 +21,7 @@ from ..pixels import pixel_input
 from ..provenance import environment, git_commit
 from ..results import ATTACKS, NOT_CHECKED, RobustnessResult
 from ..threat_model import ThreatModel, resolved_step_size
-from .autoattack import autoattack, check_autoattack, predict, recheck, share, undisturbed
+from .autoattack import AutoAttackResult, autoattack, check_autoattack, predict, recheck, share, undisturbed
 from .runner import Fp32Logits, check_counts, device_of, dtype_of
 from .sanity_checks import find_problems
 from .search_network import search_model
@@ -121,26 +121,41 @@ def evaluate(
     with undisturbed(model):
         logits = Fp32Logits(pixels)
         _check_fit(logits, data)
-        parts, doubts = _paced(x.split(batch_size), 'clean', progress), list[str]()
+        parts, problems, earlier_s = _paced(x.split(batch_size), 'clean', progress), list[str](), 0.0
         y_pred = torch.cat([predict(logits, part, batch_size) for part in parts])
         tensors = {'y': data.labels, 'y_pred': y_pred, 'clean_correct': y_pred == data.labels}
         facts['clean_acc'] = share(tensors['clean_correct'])
         if attack != 'none':
             facts |= {'steps': pgd_steps, 'step_size': step_size, 'restarts': pgd_restarts}
-            facts |= _pgd(logits, x, tensors, threat_model, facts, progress)
+            settings = _PGD(pgd_steps, step_size, pgd_restarts, batch_size, seed)
+            facts |= _pgd(logits, x, tensors, threat_model, settings, progress)
             if checks:
                 few = evenly(data, min(_CHECKED, len(x))).to(device_of(logits, x))
-                settings: dict[str, Any] = {'seed': seed, 'batch_size': batch_size}
-                doubts = find_problems(logits, few.pixels(), few.labels, threat_model, **settings)
+                images, labels = few.pixels(), few.labels
+                problems = find_problems(logits, images, labels, threat_model, seed=seed, batch_size=batch_size)
             else:
-                doubts = [NOT_CHECKED]
+                problems = [NOT_CHECKED]
         if attack in _VERSIONS:
-            settings = {'search': search, 'state_dir': state_dir, 'world': world}
-            facts |= _autoattack(pixels, x, tensors, threat_model, facts, progress, **settings)
-        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *_without_label(tensors), *doubts]
+            result = autoattack(
+                pixels,
+                x,
+                data.labels,
+                threat_model,
+                version=_VERSIONS[attack],
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+                search=search_model(pixels, x[:16], len(x)) if search else None,
+                state_dir=state_dir,
+                world=world,
+            )
+            facts |= _take_in(result, tensors, attack)
+            facts |= {'processes': world.size if world else 1, 'rejected': facts['rejected'] + result.rejected}
+            earlier_s = result.earlier_s
+        facts['warnings'] = [*data.notes, *facts.get('warnings', []), *_without_label(tensors), *problems]
     if attack != 'none':
         facts |= _distances(x, tensors, threat_model)
-    seconds = time.perf_counter() - started + facts.pop('earlier_s', 0.0)
+    seconds = time.perf_counter() - started + earlier_s
     facts |= {'wall_time_s': seconds, 'images_per_s': len(x) / seconds, 'commit': git_commit()}
     return RobustnessResult(**facts, **environment(device_of(model, x))), tensors
 
@@ -176,25 +191,36 @@ def _check_fit(logits: nn.Module, data: ImageData) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _PGD:
+    """Settings of `evaluate`'s PGD, by the names that they have there."""
+
+    steps: int
+    step_size: float
+    restarts: int
+    batch_size: int
+    seed: int
+
+
 def _pgd(
     logits: nn.Module,
     x: torch.Tensor,
     tensors: dict[str, torch.Tensor],
     threat_model: ThreatModel,
-    facts: dict[str, Any],
+    settings: _PGD,
     progress: Progress | None,
 ) -> dict[str, Any]:
     """PGD on the cross-entropy, each restart on the images still standing; adds its verdicts to tensors."""
     robust, x_adv, y_pred_adv = tensors['clean_correct'].clone(), x.clone(), tensors['y_pred'].clone()
-    device, steps, step_size, rejected = device_of(logits, x), facts['steps'], facts['step_size'], 0
-    for restart in range(facts['restarts']):
+    device, steps, step_size, rejected = device_of(logits, x), settings.steps, settings.step_size, 0
+    for restart in range(settings.restarts):
         left = robust.nonzero()[:, 0]
         if not len(left):
             break
-        what = f'PGD-{steps} start {restart + 1} of {facts["restarts"]}'
-        for part in _paced(left.split(facts['batch_size']), what, progress):
+        what = f'PGD-{steps} start {restart + 1} of {settings.restarts}'
+        for part in _paced(left.split(settings.batch_size), what, progress):
             images, y = x[part].to(device), tensors['y'][part].to(device)
-            keys = tuple(f'{facts["seed"]}/{restart}/{index}' for index in part.tolist())
+            keys = tuple(f'{settings.seed}/{restart}/{index}' for index in part.tolist())
             start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
             found = pgd(cross_entropy_of(logits, y), images, start, steps=steps, step_size=step_size)
             found, labels, broken = recheck(logits, found, images, y, threat_model)
@@ -206,43 +232,17 @@ def _pgd(
     return {'pgd_acc': share(robust), 'rejected': rejected}
 
 
-def _autoattack(
-    pixels: nn.Module,
-    x: torch.Tensor,
-    tensors: dict[str, torch.Tensor],
-    threat_model: ThreatModel,
-    facts: dict[str, Any],
-    progress: Progress | None,
-    *,
-    search: bool,
-    state_dir: str | Path | None,
-    world: World | None,
-) -> dict[str, Any]:
-    """AutoAttack, or its first two attacks; its verdicts replace PGD's in tensors. What only PGD broke is a warning."""
-    attack, faster = facts['attack'], search_model(pixels, x[:16], len(x)) if search else None
-    result = autoattack(
-        pixels,
-        x,
-        tensors['y'],
-        threat_model,
-        version=_VERSIONS[attack],
-        batch_size=facts['batch_size'],
-        seed=facts['seed'],
-        progress=progress,
-        search=faster,
-        state_dir=state_dir,
-        world=world,
-    )
+def _take_in(result: AutoAttackResult, tensors: dict[str, torch.Tensor], attack: str) -> dict[str, Any]:
+    """What AutoAttack found, for the record; its verdicts replace those of PGD. What only PGD broke is a warning."""
     warnings = list(result.warnings)
     if missed := int((result.robust & ~tensors['pgd_robust']).sum()):
         warnings.append(f'PGD broke {missed} images that {attack} left standing')
     tensors |= {'robust': result.robust, 'x_adv': result.x_adv, 'y_pred_adv': result.y_pred_adv}
     record: dict[str, Any] = {'attack_version': _VERSIONS[attack], 'per_attack': result.per_attack}
     record |= {'warnings': warnings, 'search': 'folded' if result.searched else 'model'}
-    record['processes'] = world.size if world else 1
     record['apgd_acc'] = result.per_attack.get('apgd-t')
     record['autoattack_acc'] = share(result.robust) if attack == 'autoattack' else None
-    return record | {'rejected': facts['rejected'] + result.rejected, 'earlier_s': result.earlier_s}
+    return record
 
 
 def _without_label(tensors: dict[str, torch.Tensor]) -> list[str]:

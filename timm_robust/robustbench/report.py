@@ -129,7 +129,7 @@ def draw(folders: Sequence[Path], path: str | Path) -> None:
     threats = {(ours.dataset, ours.norm, ours.eps_text) for ours in found}
     if len(threats) != 1:
         raise ValueError(f'one picture shows one threat model, not {sorted(threats)}; name models that share theirs')
-    [(dataset, norm, eps)] = threats
+    dataset, norm, eps = threats.pop()
     figure = new_figure(6.4, 4.0)
     axis = figure.subplots()
     for extra, marker in ((False, 'o'), (True, '^')):

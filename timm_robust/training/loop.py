@@ -234,7 +234,10 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         zero = torch.zeros((), device=run.world.device)
         run.sums = Sums(run.step, zero, zero)
     sums, first, started = run.sums, run.step, time.perf_counter()
-    while run.step < end and ((done := progress(run)) < 1 or run.step == sums.first_step):  # one step at least
+    while run.step < end:
+        done = progress(run)
+        if done >= 1 and run.step > sums.first_step:  # the budget is spent, and the epoch has its one step at least
+            break
         if run.scheduler is not None:
             run.scheduler.step_update(round(done * TICKS) if run.clock.budget else run.step)
         enter_stage(run, recipe.side_at(done))

@@ -63,7 +63,8 @@ def warm_up(run: Run) -> Timing:
                 steps[share] = run.world.max(time.perf_counter() - started)
         if run.held_out is not None:
             part = run.held_out.first(min(recipe.batch_size, len(run.held_out)))
-            for run.side in dict.fromkeys(recipe.side_at(share) for share in steps):
+            for side in dict.fromkeys(recipe.side_at(share) for share in steps):
+                run.side = side
                 for _ in range(1 + twice):
                     started = time.perf_counter()
                     validate(run, part)
