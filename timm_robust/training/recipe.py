@@ -250,8 +250,16 @@ class Recipe:
         for name in SETTINGS:
             object.__setattr__(self, name, _read_value(name, getattr(self, name)))
         self.threat_model.check_scale()
-        check_model_kwargs(self.model_kwargs)
+        self._check_model()
         self._check_attack()
+        self._check_batches()
+        self._check_schedule()
+        self._check_stages()
+        self._check_run()
+
+    def _check_model(self) -> None:
+        """Refuse arguments of the model and the optimizer that are settings, and modes that exclude each other."""
+        check_model_kwargs(self.model_kwargs)
         if 'num_classes' in self.model_kwargs:
             raise ValueError('num_classes is a setting of its own, none of model_kwargs; type --num-classes N')
         if taken := {'opt', 'lr', 'weight_decay', 'momentum', 'filter_bias_and_bn', 'layer_decay'} & set(
@@ -261,26 +269,6 @@ class Recipe:
             raise ValueError(
                 f'{name} is a setting of its own, none of opt_kwargs; type --{name.replace("_", "-")} VALUE'
             )
-        if self.experiment in ('.', '..') or (self.experiment and Path(self.experiment).name != self.experiment):
-            raise ValueError(
-                f'experiment {self.experiment!r} is no name of a folder; allowed: one without / in it; the folder '
-                f'around it is output (--output {self.output})'
-            )
-        if self.warmup_epochs > self.epochs:
-            raise ValueError(
-                f'warmup_epochs {self.warmup_epochs:g} is longer than the run of {self.epochs} epochs; allowed: 0 to '
-                f'epochs (--warmup-epochs {self.epochs / 10:g})'
-            )
-        if self.budget is not None:
-            parse_duration(self.budget)
-            if self.max_steps is not None:
-                raise ValueError(
-                    f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one (--budget none)'
-                )
-        if (self.mixup or self.cutmix) and 'mixup' not in LOSSES[self.loss].takes:
-            raise ValueError(f'loss {self.loss!r} needs one class an image; use it with mixup 0 and cutmix 0')
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
         if self.freeze_bn and (self.attack_bn == 'train' or self.progressive_resizing):
             raise ValueError(
                 'freeze_bn keeps the statistics of batch norm, attack_bn train and progressive_resizing take others; '
@@ -290,12 +278,20 @@ class Recipe:
             raise ValueError(
                 'smooth gradients change between attack and update, which torchcompile would not see; leave it off'
             )
-        self._check_stages()
-        noisy = [name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes]
-        if self.start_noise is not None and not (self.attack in noisy and self.random_start):
+
+    def _check_batches(self) -> None:
+        """Refuse mixed images where labels cannot be mixed, or pairs cannot be made."""
+        if (self.mixup or self.cutmix) and 'mixup' not in LOSSES[self.loss].takes:
+            raise ValueError(f'loss {self.loss!r} needs one class an image; use it with mixup 0 and cutmix 0')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'mixup and cutmix pair the images of a batch: batch_size {self.batch_size} must be even')
+
+    def _check_schedule(self) -> None:
+        """Refuse a course of the rate that no run can follow."""
+        if self.warmup_epochs > self.epochs:
             raise ValueError(
-                f'start_noise {self.start_noise} is a random start of the attacks {" and ".join(noisy)}; leave it '
-                f'out with attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
+                f'warmup_epochs {self.warmup_epochs:g} is longer than the run of {self.epochs} epochs; allowed: 0 to '
+                f'epochs (--warmup-epochs {self.epochs / 10:g})'
             )
         if self.sched == 'onecycle_cosine' and not MOMENTUM_SWING <= self.momentum < 1 - MOMENTUM_SWING:
             raise ValueError(
@@ -309,6 +305,20 @@ class Recipe:
             raise ValueError(f'decay_milestones {milestones} must be increasing epochs, such as [75, 90]')
         if self.sched == 'multistep' and not milestones:
             raise ValueError("sched 'multistep' needs decay_milestones, such as [75, 90]")
+
+    def _check_run(self) -> None:
+        """Refuse a folder, an end and a device that cannot be."""
+        if self.experiment in ('.', '..') or (self.experiment and Path(self.experiment).name != self.experiment):
+            raise ValueError(
+                f'experiment {self.experiment!r} is no name of a folder; allowed: one without / in it; the folder '
+                f'around it is output (--output {self.output})'
+            )
+        if self.budget is not None:
+            parse_duration(self.budget)
+            if self.max_steps is not None:
+                raise ValueError(
+                    f'budget {self.budget!r} and max_steps {self.max_steps} both end the run; give one (--budget none)'
+                )
         try:
             torch.device(self.device or 'cpu')
         except RuntimeError:
@@ -326,6 +336,12 @@ class Recipe:
             check_step_size(getattr(self, name), eps, name)
         if self.start_noise is not None and self.start_noise > eps:
             raise ValueError(f'start_noise {self.start_noise:g} is larger than eps {self.eps}; allowed: > 0 to eps')
+        noisy = [name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes]
+        if self.start_noise is not None and not (self.attack in noisy and self.random_start):
+            raise ValueError(
+                f'start_noise {self.start_noise} is a random start of the attacks {" and ".join(noisy)}; leave it '
+                f'out with attack {self.attack!r} and random_start {self.random_start} (--start-noise none)'
+            )
 
     def find_problems(self) -> list[str]:
         """What may be meant, but rarely is; a line of text each."""
