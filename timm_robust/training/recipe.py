@@ -23,6 +23,7 @@ import torch
 import yaml
 
 from ..attacks import TRAINING_ATTACKS, AttackSchedule
+from ..data import DATASETS
 from ..files import read_yaml, write_text
 from ..models import check_model_kwargs
 from ..precision import Precision
@@ -115,7 +116,7 @@ class Recipe:
     dataset: str = _field(
         'data',
         'cifar10',
-        'cifar10, cifar100, parquet, npz, npy or digits; folder, wds/..., hfds/... stream through timm',
+        f'{", ".join(DATASETS)}; folder, wds/..., hfds/... stream through timm',
     )
     data_dir: str | None = _field('data', 'data', 'folder that holds the data')
     dataset_download: bool = _field('data', False, 'let torchvision fetch the data into the folder')
