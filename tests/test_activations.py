@@ -378,10 +378,11 @@ def test_compile_full_graph_and_export(name):
 
 
 @pytest.mark.parametrize('name', ACTIVATIONS)
-def test_a_trace_is_saved_without_python(name, tmp_path):
+def test_traces_and_scripts_are_saved_without_python(name, tmp_path):
     act, x = make(name, POINTS.get(name, [{}])[-1]), torch.linspace(-3, 3, 12).view(3, 4)
-    torch.jit.save(torch.jit.trace(act, x), tmp_path / 'act.pt')
-    torch.testing.assert_close(torch.jit.load(tmp_path / 'act.pt')(2 * x), act(2 * x))
+    for saved in (torch.jit.trace(act, x), torch.jit.script(act)):
+        torch.jit.save(saved, tmp_path / 'act.pt')
+        torch.testing.assert_close(torch.jit.load(tmp_path / 'act.pt')(2 * x), act(2 * x))
 
 
 @pytest.mark.parametrize('dynamo', [False, True])

@@ -79,17 +79,23 @@ def _softplus10(x: torch.Tensor) -> torch.Tensor:
 
 def softplus(x: torch.Tensor) -> torch.Tensor:
     """log(1 + exp(x))."""
-    if not torch.jit.is_scripting() and _in_kernel(x):
+    if torch.jit.is_scripting():
+        return F.softplus(x, threshold=40.0)
+    elif _in_kernel(x):
         return torch.maximum(x, torch.zeros_like(x)) + _log1p(torch.exp(-x.abs()))
-    return F.softplus(x, threshold=40)  # beyond it the sum is x in every dtype
+    else:
+        return F.softplus(x, threshold=40.0)  # beyond it the sum is x in every dtype
 
 
 def _log1p(x: torch.Tensor) -> torch.Tensor:
     """log(1 + x), in compiled code on a CPU by log and a correction: there log1p takes three times as long."""
-    if not torch.jit.is_scripting() and _in_kernel(x):
+    if torch.jit.is_scripting():
+        return torch.log1p(x)
+    elif _in_kernel(x):
         u = 1 + x
         return torch.log(u) - ((u - 1) - x) / u
-    return torch.log1p(x)
+    else:
+        return torch.log1p(x)
 
 
 def _in_kernel(x: torch.Tensor) -> bool:
