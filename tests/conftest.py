@@ -1,7 +1,16 @@
-import importlib
 import logging
+import random
 
+import numpy
 import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_draws_is_its_own():
+    """Whatever the tests before it drew."""
+    for seed in (torch.manual_seed, numpy.random.seed, random.seed):
+        seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +28,9 @@ def logs_go_where_they_went():
 @pytest.fixture(autouse=True)
 def compiled_kernels_stay_in_their_test():
     """A training compiles PSSiLU for the whole process, and its networks keep more for backward from then on."""
-    with importlib.import_module('timm_robust.activations.pssilu').using(None):
+    from timm_robust.activations import using
+
+    with using(None):
         yield
 
 
@@ -38,12 +49,6 @@ def undisturbed(tmp_path_factory):
 def short_attacks(monkeypatch):
     """AutoAttack with fewer steps and queries, the library's own and ours alike: for claims that hold at any length."""
     pyautoattack = pytest.importorskip('pyautoattack')
-
-    class Short(pyautoattack.AutoAttack):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            for apgd in (self.apgd, self.apgd_targeted):
-                apgd.n_iter = apgd.n_iter_orig = 20
-            self.fab.n_iter, self.square.n_queries = 10, 300
+    from short import Short
 
     monkeypatch.setattr(pyautoattack, 'AutoAttack', Short)

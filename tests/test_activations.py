@@ -2,18 +2,16 @@ import copy
 import math
 import pickle
 import shutil
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from timm_robust.activations import pssilu as module
 from timm_robust.activations.functions import reblu, smooth_relu
 from timm_robust.activations.modules import ACTIVATIONS, PSSiLU, get_activation
 from timm_robust.activations.pssilu import _PIECE, BETA_MAX, _pssilu_formula, psilu, pssilu
-
-module = sys.modules['timm_robust.activations.pssilu']
 
 # parameters away from their initial values, where every term of every formula counts
 POINTS = {

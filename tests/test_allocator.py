@@ -1,8 +1,7 @@
 import platform
-import subprocess
-import sys
 
 import pytest
+import warm
 
 FAULTS = """
 import resource, sys, torch
@@ -20,5 +19,5 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='needs glibc')
 def test_memory_is_not_handed_back():
-    faults = [int(subprocess.check_output([sys.executable, '-c', FAULTS, how])) for how in ('give', 'keep')]
+    faults = [int(warm.run(['-c', FAULTS, how]).stdout) for how in ('give', 'keep')]
     assert faults[0] > 300_000 > 40_000 > faults[1]  # 64 MiB are 16,384 pages

@@ -304,7 +304,7 @@ def test_a_rejected_image_meets_the_next_attack(monkeypatch):
 
 
 @pytest.mark.parametrize('num_classes', [2, 3, 5])
-def test_few_classes_are_attacked_and_said_so(num_classes):
+def test_few_classes_are_attacked_and_said_so(num_classes, short_attacks):
     model = linear_net(num_classes)
     x, y = images(model)
     result = autoattack(model, x, y, ThreatModel('Linf', 0.05))

@@ -3,9 +3,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 import warm
 from torch import nn
 
+from timm_robust.activations import pssilu
 from timm_robust.evaluation import search_network as search
 from timm_robust.evaluation.autoattack import autoattack
 from timm_robust.evaluation.batch_store import BatchStore, Found
@@ -24,26 +22,33 @@ from timm_robust.threat_model import ThreatModel
 pyautoattack = pytest.importorskip('pyautoattack')
 LINF, L2 = ThreatModel('Linf', 0.02), ThreatModel('L2', 0.3)
 LOGITS = torch.tensor([[1.0, -2.0]])
-SCRIPT = """
-import sys, torch
-from test_batch_store import conv_net, images
-from timm_robust.evaluation.autoattack import autoattack
-from timm_robust.threat_model import ThreatModel
+KILLED = """
+import os, signal, sys
+from short import shorten
+from test_batch_store import LINF, BatchStore, autoattack, conv_net, images
+save, left = BatchStore.save, int(sys.argv[2])
+def save_or_die(*args):
+    global left
+    if not left:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    save(*args)
+BatchStore.save = save_or_die
+shorten()
 model = conv_net()
-x, y = images(model)
-autoattack(model, x, y, ThreatModel('Linf', 0.02), batch_size=3, state_dir=sys.argv[1], progress=print)
+autoattack(model, *images(model), LINF, batch_size=3, state_dir=sys.argv[1])
 """
 PAIR = """
 import pathlib, sys, torch
-from test_batch_store import conv_net, images
-from timm_robust.evaluation.autoattack import autoattack
+from short import shorten
+from test_batch_store import LINF, autoattack, conv_net, images
 from timm_robust.distributed import World
-from timm_robust.threat_model import ThreatModel
+shorten()
 world, folder, lines = World.join('cpu'), pathlib.Path(sys.argv[1]), []
 model = conv_net()
 x, y = images(model)
 settings = {'batch_size': 5, 'state_dir': folder / 'state', 'progress': lines.append}
-result = autoattack(model, x, y, ThreatModel('Linf', 0.02), world=world, **settings)
+result = autoattack(model, x, y, LINF, world=world, **settings)
 torch.save({k: getattr(result, k) for k in ('robust', 'x_adv', 'per_attack')}, folder / f'{world.rank}.pt')
 batches = [line.split()[2].strip(':') for line in lines if line.startswith('apgd-ce, batch')]
 (folder / f'{world.rank}.txt').write_text(' '.join(batches))
@@ -113,7 +118,7 @@ def test_finds_that_the_model_does_not_confirm_are_looked_for_on_the_model():
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
+def test_two_processes_share_the_batches_and_agree_with_one(tmp_path, short_attacks):
     model = conv_net()
     x, y = images(model)
     expected = autoattack(model, x, y, LINF, batch_size=5)
@@ -131,21 +136,15 @@ def test_two_processes_share_the_batches_and_agree_with_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path):
+def test_a_killed_run_goes_on_with_the_same_verdicts(tmp_path, short_attacks):
     model = conv_net()
     x, y = images(model)
     expected = autoattack(model, x, y, LINF, batch_size=3)
-    state, kills = tmp_path / 'state', 0
+    state = tmp_path / 'state'
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
-    for delay in (0.2, 0.6):  # after the first finds are there
-        before = len(list(state.glob('*.npz')))
-        process = warm.Popen(['-c', SCRIPT, state], env=environment, stdout=subprocess.DEVNULL)
-        while process.poll() is None and len(list(state.glob('*.npz'))) == before:
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills and list(state.glob('*.npz'))
+    for more, saved in ((1, 1), (4, 5)):  # batches, in the first attack and in the second
+        assert warm.run(['-c', KILLED, state, more], env=environment).returncode == -signal.SIGKILL
+        assert len(list(state.glob('*.npz'))) == saved
     assert same(autoattack(model, x, y, LINF, batch_size=3, state_dir=state), expected)
     files = {file: file.stat().st_mtime_ns for file in state.iterdir()}
     assert same(autoattack(model, x, y, LINF, batch_size=3, state_dir=state), expected)  # read back whole
@@ -328,7 +327,7 @@ def test_a_long_search_runs_on_compiled_kernels_to_the_same_verdicts(monkeypatch
     with torch.no_grad():
         model.act.alpha.fill_(1.7)
     x = torch.rand(8, 3, 32, 32)
-    y, kernels = model(x).argmax(1), sys.modules['timm_robust.activations.pssilu']
+    y, kernels = model(x).argmax(1), pssilu
     plain, fast = search_model(model, x), search_model(model, x, len(x))
     calls = []
     fast.kernels = tuple(lambda *a, f=f: calls.append(1) or f(*a) for f in fast.kernels)

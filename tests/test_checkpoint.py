@@ -424,7 +424,7 @@ def test_a_training_folder_without_a_best_checkpoint(tmp_path):
 
 def test_no_temporary_names_count_as_checkpoints(tmp_path):
     save_checkpoint(tmp_path / 'last.pth.tar', make_state(1))
-    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / '.checkpoint-9.pth.tar.1.0f3ab210.tmp')  # left by a killed process
+    shutil.copy(tmp_path / 'last.pth.tar', tmp_path / '.checkpoint-9.pth.tar.1.0f3ab210.tmp')  # of a killed one
     assert latest_checkpoint(tmp_path).name == 'last.pth.tar'
 
 

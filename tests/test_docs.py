@@ -33,12 +33,14 @@ sweeps: [{act: psilu, alpha: [1.0]}]
 
 
 def commands():
-    """(page, words) of every line of a bash block that calls this package."""
+    """The words of every line of a bash block that calls this package, once where pages share it."""
+    seen = []
     for page in PAGES:
         for block in re.findall(r'```bash\n(.*?)```', page.read_text(), re.S):
             for line in block.splitlines():
                 words = shlex.split(line, comments=True)
-                if words and words[0] in ('timm-robust', 'torchrun', 'python'):
+                if words and words[0] in ('timm-robust', 'torchrun', 'python') and words not in seen:
+                    seen.append(words)
                     yield pytest.param(words, id=f'{page.stem}: {" ".join(words[:4])}')
 
 

@@ -1,13 +1,12 @@
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+import warm
 from timm.models import save_for_hf
 from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from timm.utils import ModelEmaV3, dispatch_clip_grad
@@ -15,7 +14,6 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 import timm_robust
 from timm_robust.activations.modules import ACTIVATIONS
 from timm_robust.models.cifar_resnet import checkpoint_filter_fn as resnet_filter
-from timm_robust.models.wide_resnet import checkpoint_filter_fn as wrn_filter
 from timm_robust.training.builder import create_optimizer
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.releases import RELEASES
@@ -192,22 +190,6 @@ def test_export_and_full_graph_compile(name, x):
     torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
 
 
-def robustbench_keys(state_dict, blocks, prefix=''):
-    """Our WRN's weights under RobustBench's names: one activation object, stored in every block."""
-    out = {}
-    for key, value in state_dict.items():
-        if key.startswith('act.'):
-            sites = ['activation'] + [f'block{b}.layer.{i}.activation' for b in (1, 2, 3) for i in range(blocks)]
-            out.update({f'{prefix}{site}.{key[4:]}': value for site in sites})
-            continue
-        parts = key.split('.')
-        if parts[0] == 'stages':
-            parts[:2] = [f'block{int(parts[1]) + 1}', 'layer']
-        parts = ['bn1' if p == 'norm' else 'convShortcut' if p == 'shortcut' else p for p in parts]
-        out[prefix + '.'.join(parts)] = value
-    return out
-
-
 @pytest.mark.parametrize('name', ['resnet18_pssilu', 'wrn28_10_psilu'])
 def test_curvature_of_a_networks_loss(name, x):
     model = small(name, num_classes=3).double().eval()
@@ -288,25 +270,6 @@ def test_features_as_a_list_and_as_a_dict(name, indices, x):
     assert as_dict.state_dict().keys() == usual.state_dict().keys()
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.', 'module.module.'])
-def test_robustbench_pssilu_keys(prefix):
-    model = timm.create_model('wrn28_10_pssilu', widen_factor=1)
-    theirs = robustbench_keys(model.state_dict(), 4, prefix)
-    assert sum('alpha' in key for key in theirs) == 13
-    ours = wrn_filter(theirs, model)
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert all(torch.equal(ours[k], v) for k, v in model.state_dict().items())
-    assert wrn_filter(ours, model).keys() == ours.keys()  # idempotent on our own
-
-
-def test_activations_that_differ_between_blocks_are_refused():
-    model = timm.create_model('wrn28_10_pssilu', widen_factor=1)
-    theirs = robustbench_keys(model.state_dict(), 4)
-    theirs['block2.layer.1.activation.alpha'] = torch.tensor([3.0])
-    with pytest.raises(ValueError, match='copies of alpha differ'):
-        wrn_filter(theirs, model)
-
-
 def test_common_cifar_resnet_keys():
     model = small('resnet18_relu')
     names = {f'stages.{i}': f'layer{i + 1}' for i in range(4)} | {'downsample': 'shortcut', 'fc.': 'linear.'}
@@ -339,7 +302,7 @@ def test_import_adds_our_names_only():
         'print(*sorted(set(r._module_to_models) - before[2]))\n'
         'print(*sorted(new))'
     )
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    run = warm.run(['-c', code])
     assert run.returncode == 0, run.stderr
     modules, names = (line.split() for line in run.stdout.splitlines())
     assert modules == ['cifar_resnet', 'imagenet', 'replaced', 'wide_resnet']

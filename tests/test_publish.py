@@ -1,25 +1,34 @@
 """The real client against a small Hub on loopback: publish with hub_upload.py, load by name as a stranger."""
 
+import contextlib
 import csv
 import dataclasses
+import io
 import json
+import logging
 import os
 import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import timm
 import torch
 import warm
 from hub_server import READ, STRANGER, WRITE, HubServer
+from huggingface_hub import close_session, constants
 
+from timm_robust.publish import main
 from timm_robust.release.publishing import Options
 from timm_robust.release.staging import render, stage
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.releases import read_table
 
+pytestmark = pytest.mark.filterwarnings('ignore:Use .content=:DeprecationWarning')  # the client's own
 ROOT = Path(__file__).parents[1]
 NAME = 'resnet18_relu.at_digits_linf'
 REPO = f'timm-robust/{NAME}'
@@ -64,7 +73,7 @@ def staged(original, tmp_path):
     return tmp_path / 'staged'
 
 
-def environment(hub, home, token, client='new'):
+def environment(hub, home, token, client=None):
     """Of a fresh user: nothing cached, nobody logged in; hub is the server, or an address where nobody answers."""
     if isinstance(hub, str):
         env = {key: value for key, value in os.environ.items() if not key.startswith('HF_')}
@@ -74,11 +83,29 @@ def environment(hub, home, token, client='new'):
     return env | ({'PYTHONPATH': str(OLD_CLIENT)} if client == 'old' else {})
 
 
-def upload(hub, root, *args, token=WRITE, names=(NAME,), **kwargs):
-    """Run hub_upload.py as its user would."""
+def upload(hub, root, *args, token=WRITE, names=(NAME,), client=None):
+    """Run hub_upload.py as its user would; without a client in this process, as if it had just imported its own."""
     where = ['--cards', str(root / 'cards'), '--table', str(root / 'releases.json'), '--json']
-    env = environment(hub, root / 'home', token, **kwargs)
-    run = warm.run([ROOT / 'hub_upload.py', *names, *where, *args], env=env, timeout=200, cwd=root)
+    env = environment(hub, root / 'home', token, client)
+    if client:
+        run = warm.run([ROOT / 'hub_upload.py', *names, *where, *args], env=env, timeout=200, cwd=root)
+    else:
+        page = hub.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        read = {'ENDPOINT': hub.url, 'HUGGINGFACE_CO_URL_TEMPLATE': page, 'HF_TOKEN_PATH': str(root / 'home/token')}
+        read |= {'HF_HUB_DISABLE_XET': True, 'HF_HUB_DISABLE_PROGRESS_BARS': True, 'HF_HUB_OFFLINE': False}
+        close_session()
+        root_log = logging.getLogger()
+        handlers, level = root_log.handlers[:], root_log.level
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.multiple(constants, **read))
+            stack.enter_context(mock.patch.dict(os.environ, env, clear=True))
+            out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            stack.callback(close_session)
+            stack.callback(root_log.setLevel, level)
+            stack.callback(setattr, root_log, 'handlers', handlers)
+            code = main([*names, *where, *args])
+        run = subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
     if token:
         assert token not in run.stdout + run.stderr
     assert 'Traceback' not in run.stderr, run.stderr
@@ -86,13 +113,12 @@ def upload(hub, root, *args, token=WRITE, names=(NAME,), **kwargs):
 
 
 LOAD = f"""
-import time, torch, timm, timm_robust
-started = time.perf_counter()
+import torch, timm, timm_robust
 try:
     model = timm.create_model('{NAME}', pretrained=True).eval()
     print(model(torch.full((1, 3, 32, 32), 0.5))[0].tolist())
 except Exception as error:
-    print(type(error).__name__, error, time.perf_counter() - started, sep='|')
+    print(type(error).__name__, error, sep='|')
 """
 
 
@@ -143,7 +169,6 @@ def test_publish_load_by_name_and_publish_again(hub, staged, tmp_path, client):
     assert len(repo.commits) == commits and (staged / 'releases.json').read_bytes() == table
 
 
-@pytest.mark.slow
 def test_a_dry_run_writes_nothing(hub, staged):
     before = (staged / 'releases.json').read_bytes()
     for token in (WRITE, None):
@@ -153,7 +178,6 @@ def test_a_dry_run_writes_nothing(hub, staged):
     assert not hub.repos and (staged / 'releases.json').read_bytes() == before
 
 
-@pytest.mark.slow
 def test_tokens_that_may_not_write_are_refused_before_anything_is_sent(hub, staged):
     for token, message in (
         (None, 'no token; type hf auth login, or set HF_TOKEN'),
@@ -166,7 +190,6 @@ def test_tokens_that_may_not_write_are_refused_before_anything_is_sent(hub, stag
     assert not hub.repos
 
 
-@pytest.mark.slow
 def test_released_weights_change_only_when_asked(hub, staged, tmp_path):
     upload(hub, staged, '--tag', 'v1')
     other, repo = make_staged(tmp_path / 'other', seed=1), hub.repos[REPO]
@@ -180,7 +203,6 @@ def test_released_weights_change_only_when_asked(hub, staged, tmp_path):
     assert repo.tags == {'v1': head, 'v2': done['commit']} and repo.head == done['commit']
 
 
-@pytest.mark.slow
 def test_a_file_that_is_no_longer_staged_goes(hub, staged):
     upload(hub, staged)
     (staged / 'cards' / NAME / 'training.png').unlink()
@@ -190,7 +212,6 @@ def test_a_file_that_is_no_longer_staged_goes(hub, staged):
     assert 'model.safetensors' not in outcome['changes']
 
 
-@pytest.mark.slow
 def test_branches_leave_the_table_alone(hub, staged):
     upload(hub, staged)
     table, head = (staged / 'releases.json').read_bytes(), hub.repos[REPO].head
@@ -201,7 +222,6 @@ def test_branches_leave_the_table_alone(hub, staged):
     assert (staged / 'releases.json').read_bytes() == table
 
 
-@pytest.mark.slow
 def test_a_branch_is_made_also_where_it_equals_main(hub, staged):
     upload(hub, staged)
     _, [outcome] = upload(hub, staged, '--revision', 'next')
@@ -210,7 +230,6 @@ def test_a_branch_is_made_also_where_it_equals_main(hub, staged):
     assert outcome['status'] == 'unchanged'
 
 
-@pytest.mark.slow
 def test_private_repositories(hub, staged):
     _, [outcome] = upload(hub, staged, '--private', '--org', 'ann')
     assert outcome['status'] == 'published' and hub.repos[f'ann/{NAME}'].private
@@ -222,7 +241,6 @@ def test_private_repositories(hub, staged):
     assert 'exists and is public; --private does not change that' in outcome['message']
 
 
-@pytest.mark.slow
 def test_a_changed_folder_is_not_published(hub, staged):
     (staged / 'cards' / NAME / 'README.md').open('a').write('edited by hand\n')
     run, [outcome] = upload(hub, staged)
@@ -240,7 +258,6 @@ def test_names_that_git_or_the_hub_refuses_are_found_before_anything_is_sent(wro
         Options(**wrong)
 
 
-@pytest.mark.slow
 def test_a_table_of_other_weights_and_what_is_no_part_of_a_release_keep_it_back(hub, staged):
     (staged / 'cards' / NAME / 'id_rsa').write_text('secret')
     _, [outcome] = upload(hub, staged)
@@ -252,7 +269,6 @@ def test_a_table_of_other_weights_and_what_is_no_part_of_a_release_keep_it_back(
     assert f'does not hold these weights of {NAME}' in outcome['message'] and not hub.requests
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('action', [500, 'drop', 'drop_after', 429])
 def test_what_fails_in_passing_after_the_commit_is_tried_again(hub, staged, action):
     hub.fault(f'POST /api/models/{REPO}/tag/', action)
@@ -261,10 +277,8 @@ def test_what_fails_in_passing_after_the_commit_is_tried_again(hub, staged, acti
     assert 'again in 1 s' in run.stderr
 
 
-@pytest.mark.slow
 def test_a_long_wait_is_refused_with_the_time_to_come_back(hub, staged):
     hub.fault(f'POST /api/models/{REPO}/commit/main', 429, seconds=3600)
-    started = time.monotonic()
     run, [outcome] = upload(hub, staged)
     assert 'the Hub asks to wait for 3600 s; type the same again after ' in outcome['message'], run.stderr
     hub.fault(f'POST /api/models/{REPO}/tag/', 429, seconds=3600)
@@ -272,12 +286,10 @@ def test_a_long_wait_is_refused_with_the_time_to_come_back(hub, staged):
     assert (
         f'{REPO} holds the files, commit {hub.repos[REPO].head[:12]}, but then: the Hub asks to' in outcome['message']
     )
-    assert time.monotonic() - started < 600
     _, [outcome] = upload(hub, staged, '--tag', 'v1')
     assert outcome['status'] == 'unchanged' and hub.repos[REPO].tags == {'v1': hub.repos[REPO].head}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('action', ['drop', 'drop_after', 503])
 def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, staged, action):
     hub.fault(f'POST /api/models/{REPO}/commit/main', action, times=10 if action == 503 else 1)
@@ -292,14 +304,12 @@ def test_a_lost_commit_is_looked_up_before_it_counts_as_failed(hub, staged, acti
     assert len(hub.repos[REPO].commits) == 2  # the initial one and ours
 
 
-@pytest.mark.slow
 def test_an_upload_corrupted_on_the_way_is_refused(hub, staged):
     hub.fault('PUT /upload/', 'corrupt_body', times=20)
     run, [outcome] = upload(hub, staged)
     assert run.returncode == 1 and outcome['status'] == 'failed' and 'model.safetensors' not in hub.repos[REPO].files()
 
 
-@pytest.mark.slow
 def test_a_publication_that_comes_back_changed_is_not_announced(hub, staged):
     hub.fault('GET /cdn/', 'corrupt', times=20)
     run, [outcome] = upload(hub, staged, '--tag', 'v1')
@@ -349,11 +359,10 @@ def test_killed_half_way_nothing_shows_and_a_rerun_completes(hub, staged):
     where = ['--cards', str(staged / 'cards'), '--table', str(staged / 'releases.json')]
     env = environment(hub, staged / 'home', WRITE)
     process = warm.Popen([ROOT / 'hub_upload.py', NAME, *where], env=env, cwd=staged)
-    deadline = time.monotonic() + 100
-    while not any(request.method == 'PUT' for request in list(hub.requests)) and time.monotonic() < deadline:
+    while process.poll() is None and not any(request.method == 'PUT' for request in list(hub.requests)):
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     assert 'model.safetensors' not in hub.repos[REPO].files()
     assert read_table(staged / 'releases.json')[NAME].commit is None
     hub.faults.clear()
@@ -371,7 +380,7 @@ def published(hub, staged):
 @pytest.mark.slow
 def test_a_tampered_download_is_refused(hub, published, tmp_path):
     hub.fault('GET /cdn/', 'corrupt', times=50)
-    kind, message, _ = stranger(hub, published, tmp_path).split('|')
+    kind, message = stranger(hub, published, tmp_path).split('|')
     assert kind == 'ValueError' and 'does not hold the released file, and it was deleted from the cache' in message
     assert not [
         path for path in (tmp_path / 'stranger').rglob('*') if path.is_file() and path.stat().st_size > 20_000_000
@@ -410,12 +419,12 @@ def test_what_goes_wrong_is_said_in_one_line_with_the_remedy(hub, published, tmp
     repo = hub.repos[REPO]
 
     def outcome(**kwargs):
-        kind, message, seconds = stranger(kwargs.pop('hub', hub), published, tmp_path, **kwargs).split('|')
+        kind, message = stranger(kwargs.pop('hub', hub), published, tmp_path, **kwargs).split('|')
         assert NAME in message and '\n' not in message
-        return kind, message, float(seconds)
+        return kind, message
 
-    kind, message, seconds = outcome(hub='http://127.0.0.1:9')  # nobody listens there: the network is off
-    assert kind == 'ConnectionError' and 'cannot be reached' in message and seconds < 5
+    kind, message = outcome(hub='http://127.0.0.1:9')  # nobody listens there: the network is off
+    assert kind == 'ConnectionError' and 'cannot be reached' in message
     repo.private = True
     assert 'missing, private, or closed to your token (401)' in outcome()[1]
     assert outcome(token='hf_wrong')[0] == 'PermissionError'
@@ -425,10 +434,10 @@ def test_what_goes_wrong_is_said_in_one_line_with_the_remedy(hub, published, tmp
     release = read_table(published / 'releases.json')[NAME]
     table = {NAME: {k: v for k, v in dataclasses.asdict(release).items() if k != 'name'} | {'commit': 'f' * 40}}
     (published / 'releases.json').write_text(json.dumps(table))
-    kind, message, _ = outcome()
+    kind, message = outcome()
     assert kind == 'FileNotFoundError' and 'that commit is gone; type pip install -U timm-robust' in message
     (published / 'releases.json').write_text(json.dumps({NAME: table[NAME] | {'commit': None}}))
-    kind, message, _ = outcome()
+    kind, message = outcome()
     assert kind == 'FileNotFoundError' and 'is not on the Hub yet' in message
 
 

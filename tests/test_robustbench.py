@@ -122,6 +122,10 @@ def test_dais_network_is_ours_bit_for_bit_in_float64_up_to_the_pooling(x):
         features = net.block3(net.block2(net.block1(net.conv1(x))))
         assert torch.equal(model.forward_features(x), net.activation(net.bn1(features)))
         assert torch.allclose(model(x), net(x), rtol=0, atol=1e-15)  # the mean of 64 pixels, summed in another order
+    for prefix in ('module.', 'module.module.'):  # of DataParallel, and of a file saved from it twice
+        named = wide_resnet.checkpoint_filter_fn({prefix + key: v for key, v in net.state_dict().items()}, model)
+        assert named.keys() == model.state_dict().keys() == wide_resnet.checkpoint_filter_fn(named, model).keys()
+        assert all(torch.equal(named[key], value) for key, value in model.state_dict().items())
     back = to_theirs(model.state_dict(), list(net.state_dict()), entry)
     assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
 
@@ -262,7 +266,7 @@ def test_a_radius_on_the_scale_of_8_bit_pixels_is_refused():
 @pytest.mark.slow
 @NEEDS
 @pytest.mark.parametrize(('norm', 'eps'), [('Linf', 0.004), ('L2', 0.12)])
-def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps):
+def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps, short_attacks):
     model = SmallNet().eval()
     data = images(model)
     upstream = door.benchmark(model, data, norm=norm, eps=eps, batch_size=4, seed=5)
@@ -275,15 +279,16 @@ def test_robustbenchs_benchmark_and_our_evaluation_agree_flag_by_flag(norm, eps)
     assert torch.equal(again['robust'], upstream['robust'][:8])
 
 
-@pytest.mark.slow
 @NEEDS
-def test_common_corruptions_from_local_files(tmp_path):
+def test_common_corruptions_from_local_files(tmp_path, monkeypatch):
+    data = package.robustbench().data
+    names = data.CORRUPTIONS[:2]  # of 15, each of which is read five times, 150 MB
+    monkeypatch.setattr(data, 'CORRUPTIONS', names)
     with pytest.raises(FileNotFoundError, match=r'shot_noise\.npy is missing; unpack CIFAR-10-C\.tar'):
         door.corruptions(SmallNet(), tmp_path)
     folder = tmp_path / 'CIFAR-10-C'
     folder.mkdir()
     model = SmallNet().eval()
-    names = package.robustbench().data.CORRUPTIONS
     for name in names:  # 50,000 rows, most of them holes in the file
         shape = (50_000, 32, 32, 3)
         rows = np.lib.format.open_memmap(folder / f'{name}.npy', 'w+', np.uint8, shape)

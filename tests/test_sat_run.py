@@ -39,20 +39,20 @@ def folder(tmp_path_factory):
 def test_a_network_trains_on_a_folder_is_measured_and_exported(name, folder, tmp_path):
     settings = ['-c', RECIPE, '--model', name, '--data-dir', folder, '--img-size', 64, '--batch-size', 4]
     settings += ['--val-size', 10, '--workers', 1, '--no-torchcompile', '--device', 'cpu']
-    settings += ['--output', tmp_path, '--checkpoint-hist', 1]
+    settings += ['--output', tmp_path, '--checkpoint-hist', 1, '--eval-steps', 1]
     train = ROOT / 'train/adv_train.py'
     call(train, *settings, '--experiment', 'one', '--max-steps', 2)
-    again = call(train, *settings, '--experiment', 'one', '--max-steps', 3, '--resume', 'auto', '--allow-changes')
-    assert json.loads(again.stdout.splitlines()[-1])['steps'] == 3 and 'at step 2 of 3' in again.stderr
+    if name == 'resnet50_silu':
+        again = call(train, *settings, '--experiment', 'one', '--max-steps', 3, '--resume', 'auto', '--allow-changes')
+        assert json.loads(again.stdout.splitlines()[-1])['steps'] == 3 and 'at step 2 of 3' in again.stderr
     pair = call(train, *settings, '--experiment', 'two', '--max-steps', 2, how=warm.run_pair)
     assert json.loads(pair.stdout.splitlines()[-1])['images'] == 16
 
     evaluate = ['-m', 'timm_robust.evaluate', tmp_path / 'one', '--dataset', 'folder', '--data-dir', folder]
     evaluate += ['--split', 'validation', '-n', 5, '--eps', '4/255', '--batch-size', 5, '--device', 'cpu', '--quiet']
-    for attack in ('pgd', 'autoattack'):
-        record = json.loads(call(*evaluate, '--attack', attack).stdout.splitlines()[-1])
-        assert (record['n'], record['dataset'], record['attack']) == (5, folder.name, attack)
-        assert 0 <= record['pgd_acc'] <= record['clean_acc'] <= 1
+    record = json.loads(call(*evaluate, '--attack', 'autoattack').stdout.splitlines()[-1])
+    assert (record['n'], record['dataset'], record['attack']) == (5, folder.name, 'autoattack')
+    assert 0 <= record['pgd_acc'] <= record['clean_acc'] <= 1
     (tmp_path / 'releases.json').write_text('{}')
     where = ['--cards', tmp_path / 'cards', '--table', tmp_path / 'releases.json']
     call('-m', 'timm_robust.staging', 'stage', tmp_path / 'one', f'{name}.sat_digits_linf', *where)

@@ -1,7 +1,6 @@
 """A training step's twins: recomputed, of half the bits, and with a learned activation instead of a fixed one."""
 
 import itertools
-import sys
 
 import pytest
 import timm
@@ -71,10 +70,10 @@ def test_bf16_trains_as_well_as_fp32(tmp_path):
     found = {}
     for amp in (False, True):
         changes = SETTINGS | {'model_kwargs': {'width': 8}, 'attack': 'fgsm', 'epochs': 5, 'batch_size': 64}
-        changes |= {'val_size': 200, 'lr': 0.1, 'eval_steps': 10, 'amp': amp}
+        changes |= {'train_split': 'train', 'val_size': 200, 'val_interval': 5, 'lr': 0.1, 'eval_steps': 10, 'amp': amp}
         found[amp] = fit(build(tiny(tmp_path / str(amp), **changes)))
     clean, robust = (abs(found[True][key] - found[False][key]) for key in ('val_clean_acc', 'val_pgd_acc'))
-    assert found[False]['val_pgd_acc'] > 0.3
+    assert found[False]['val_clean_acc'] > 0.8 and found[False]['val_pgd_acc'] > 0.5  # training teaches
     assert clean < 0.1 and robust < 0.1  # two standard errors of a difference between two shares of 200 images
 
 
@@ -96,13 +95,12 @@ def test_every_loss_attack_and_mode_takes_a_step(tmp_path, settings):
     before = run.model.conv1.weight.clone()
     run.scheduler.step_update(0)
     out = run.train_step(*run.batches[0], 0)
-    assert out.loss.isfinite() and 0 <= out.correct <= 400
+    assert out.loss.isfinite() and 0 <= out.correct <= 100
     assert not torch.equal(run.model.conv1.weight, before)
     assert all(p.requires_grad for p in run.model.parameters()) and run.model.training
 
 
-def test_the_compiled_run_follows_the_eager_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules['timm_robust.activations.pssilu'], '_kernels', None)  # put back afterwards
+def test_the_compiled_run_follows_the_eager_one(tmp_path):
     losses = []
     for compiled in (False, True):
         torch._dynamo.reset()

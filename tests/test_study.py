@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -373,16 +374,17 @@ def alive(pid):
 
 
 def test_a_fault_of_one_network_lets_the_others_end_and_begins_no_more(tmp_path, monkeypatch):
-    study, begun = read_study(small(tmp_path, seeds='[0, 1, 2]')), []
+    study, begun, heard = read_study(small(tmp_path, seeds='[0, 1, 2]')), [], threading.Event()
 
     def run_point(_, arm, seed, output):
         begun.append((arm.name, seed))
-        if len(begun) == 1:
+        if (arm, seed) == study.points[0]:
             raise ValueError('it does not fit')
-        time.sleep(0.2)
+        assert heard.wait(60)
         return {'arm': arm.name, 'seed': seed}
 
     monkeypatch.setattr(points, 'run_point', run_point)
+    monkeypatch.setattr(points._logger, 'warning', lambda *_: heard.set())
     monkeypatch.setattr(points, 'ProcessPoolExecutor', lambda jobs, **_: ThreadPoolExecutor(jobs))
     rows = []
     with pytest.raises(ValueError, match='it does not fit'):

@@ -25,7 +25,7 @@ from timm_robust.training.step import StepOutput
 from timm_robust.training.warmup import Timing, untouched, warm_up
 from timm_robust.training.watchdog import Diverged
 
-SHORT = {'model_kwargs': {'width': 2}, 'val_size': 60, 'eval_steps': 1, 'epochs': 2, 'max_steps': 3, 'batch_size': 200}
+SHORT = {'model_kwargs': {'width': 2}, 'eval_steps': 1, 'epochs': 2, 'max_steps': 3, 'batch_size': 50}
 SHORT |= {'lr': 0.2, 'warmup_epochs': 0.5, 'ema_bn_batches': 2, 'log_interval': 20}
 
 
@@ -141,7 +141,7 @@ def test_nothing_is_compiled_after_the_warm_up(tmp_path, monkeypatch):
     warm_up(run)
     before = graphs['unique_graphs']
     fit(run)
-    assert graphs['unique_graphs'] == before > 2 and len(run.held_out) == 60
+    assert graphs['unique_graphs'] == before > 2 and len(run.held_out) == 50
 
 
 class Seen(NamedTuple):

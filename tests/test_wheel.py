@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from PIL import Image
 
 from timm_robust.weights import RELEASES, WEIGHTS
@@ -46,7 +47,7 @@ def python(installed, tmp_path):
     environment = {**os.environ, 'PYTHONPATH': str(installed), 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
 
     def run(*words):
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = warm.run(words, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

@@ -12,6 +12,7 @@ TINY = Recipe(
     model='resnet18_pssilu',
     model_kwargs={'width': 4},
     dataset='digits',
+    train_split='test',  # a quarter of the images
     val_size=50,
     crop_padding=1,
     hflip=0.0,
@@ -20,7 +21,7 @@ TINY = Recipe(
     eval_steps=2,
     epochs=3,
     max_steps=7,
-    batch_size=400,
+    batch_size=100,
     lr=0.05,
     warmup_epochs=1.0,
     model_ema=True,
@@ -31,6 +32,8 @@ TINY = Recipe(
 
 
 def tiny(folder, **changes):
+    if 'dataset' in changes:
+        changes = {'train_split': 'train', **changes}
     return dataclasses.replace(TINY, output=str(folder), **changes)
 
 

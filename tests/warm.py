@@ -21,13 +21,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from subprocess import DEVNULL, PIPE
 
-LIBRARIES = ('torch', 'torchvision', 'sklearn.datasets', 'matplotlib.figure', 'safetensors.torch', 'pyautoattack')
+LIBRARIES = ('timm', 'torchvision', 'sklearn.datasets', 'matplotlib.figure', 'safetensors.torch', 'pyautoattack')
+HUB = ('timm', 'huggingface_hub')  # read HF_ENDPOINT and the like as they are imported
 LIMIT = 1 << 20  # bytes of arguments and environment
 _server, _lock = [], threading.Lock()  # of this process: the socket of what forks
 
@@ -142,7 +144,9 @@ class Popen:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        if kind and self.poll() is None:  # the test failed: nothing else would end it
+            self.kill()
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream:
                 stream.close()
@@ -222,8 +226,12 @@ def become(words, env, cwd):
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    tempfile.tempdir = None  # what this process found, not TMPDIR of that one
     if 'numpy' in sys.modules:
         sys.modules['numpy'].random.seed()  # else all would draw the same
+    if any(name.startswith('HF_') for name in env):
+        for name in [name for name in sys.modules if name.partition('.')[0] in HUB]:
+            del sys.modules[name]
     sys.path[1:1] = filter(None, env.get('PYTHONPATH', '').split(os.pathsep))
     kind, *rest = words
     if kind == '-c':
