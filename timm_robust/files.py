@@ -296,7 +296,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         new.mkdir()
         yield new
         for file in filter(Path.is_file, new.rglob('*')):
-            with open(file, 'r+b') as written:
+            with open(file, 'rb' if os.name == 'posix' else 'r+b') as written:  # Windows syncs what can be written
                 os.fsync(written.fileno())
         if not target.exists():
             new.rename(target)
