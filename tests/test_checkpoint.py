@@ -90,7 +90,7 @@ def test_a_write_that_the_system_cuts_short(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(
-            OSError, match=r'cannot write .*last\.pth\.tar: .*it needs about 20,000 bytes, [\d,]+ are free'
+            OSError, match=r'cannot write .*last\.pth\.tar: .*it needs about 20,000 bytes; [\d,]+ bytes are free'
         ):
             save_checkpoint(path, make_state(2))
     finally:

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import warm
 
 from timm_robust import files
-from timm_robust.files import LOCK, link_file, lock_folder, new_folder, read_yaml, sweep_temporaries
+from timm_robust.files import LOCK, atomic_file, link_file, lock_folder, new_folder, read_yaml, sweep_temporaries
 from timm_robust.training.writer import Writer
 
 HOLD = 'import sys, pathlib; from timm_robust.files import lock_folder; lock = lock_folder(pathlib.Path(sys.argv[1])); '
@@ -119,3 +120,10 @@ def test_values_that_their_tags_do_not_fit(tmp_path, value):
     (tmp_path / 'a.yaml').write_text(f'a: {value}\n')
     with pytest.raises(ValueError, match=r'a\.yaml: not valid YAML: a value is not what its tag says'):
         read_yaml(tmp_path / 'a.yaml')
+
+
+def test_a_folder_that_went_meanwhile_is_said_with_the_file(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    with pytest.raises(OSError, match=r'cannot write .*run/last: No such file'), atomic_file(folder / 'last'):
+        shutil.rmtree(folder)

@@ -268,9 +268,10 @@ def atomic_file(path: str | os.PathLike[str], size: int | None = None) -> Iterat
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):  # a failed write knows no file
-            needs = '' if size is None else f'it needs about {size:,} bytes, '
-            free = shutil.disk_usage(target.parent).free
-            raise OSError(f'cannot write {target}: {error.strerror or error}; {needs}{free:,} are free') from error
+            told = '' if size is None else f'; it needs about {size:,} bytes'
+            with contextlib.suppress(OSError):  # the folder may be gone
+                told += f'; {shutil.disk_usage(target.parent).free:,} bytes are free'
+            raise OSError(f'cannot write {target}: {error.strerror or error}{told}') from error
         raise
 
 

@@ -46,7 +46,8 @@ def save_checkpoint(path: str | Path, state: dict[str, Any], also: Sequence[str]
             raise OSError(str(error)) from error
     for name in also:
         link_file(path, path.with_name(name))
-    sync_folder(path.parent)
+    if also:
+        sync_folder(path.parent)
 
 
 def snapshot(value: Any) -> Any:
