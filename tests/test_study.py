@@ -181,14 +181,19 @@ def test_findings_pair_by_seed_and_image(tmp_path):
     effect = np.mean(
         [int(a != b) for i in (0, 2, 4) for a, b in zip(rows[i]['robust'], rows[i + 1]['robust'], strict=True)]
     )
-    assert f'| it helps | psilu-alpha2-frozen-pgd_at - plain | 3 of 3 | +{100 * effect:.1f} (' in text
+    arms = 'psilu-alpha2-frozen-pgd_at - plain'
+    assert f'| it helps | {arms} | 3 of 3 | +0.0 (+0.0 to +0.0) | +{100 * effect:.1f} (' in text
+    assert text.startswith(
+        'Robust: still right under APGD-CE + APGD-T, Linf 25.5/255, on the first 1000 images of digits, test'
+    )
+    assert 'of 1 claim,\nall about equal arms, 0.1 on average' in text
     assert '| shown |\n\nIntervals are 95 %' in text and '| plain | 3 | 100.0 (' in text
     turned = [{**r, 'arm': {'plain': 'psilu-alpha2-frozen-pgd_at'}.get(r['arm'], 'plain')} for r in rows]
     assert '| contradicted |' in '\n'.join(findings(study, turned))
     alone = '\n'.join(findings(study, rows[:1]))
-    assert '| 0 of 3 |  | not yet |' in alone and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
+    assert '| 0 of 3 |  |  | not yet |' in alone and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
     same = [{**rows[0], 'arm': r['arm'], 'seed': r['seed']} for r in rows]
-    assert '| 3 of 3 | +0.0 (+0.0 to +0.0) | not shown |' in '\n'.join(findings(study, same))
+    assert '| 3 of 3 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) | not shown |' in '\n'.join(findings(study, same))
 
 
 def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_path):
@@ -197,14 +202,19 @@ def test_a_claim_waits_for_every_pair_and_is_not_shown_where_a_seed_is_lost(tmp_
     plain = {'arm': 'plain', 'clean_correct': '1111', 'robust': '1000'}
     rows = [{**arm, 'seed': seed} for seed in (0, 1, 2) for arm in (psilu, plain)]
     equal = '\n'.join(findings(study, rows))
-    assert '| 3 of 3 | +50.0 (-41.9 to +141.9) | not shown |' in equal  # the images differ
-    assert '| 1 of 1 | +50.0 | not shown |' in '\n'.join(findings(read_study(small(tmp_path, seeds='[0]')), rows[:2]))
-    assert '| 2 of 3 | +50.0 (-41.9 to +141.9) | not yet |' in '\n'.join(findings(study, rows[:5]))
-    assert '| 1 of 3 | +50.0 | not yet |' in '\n'.join(findings(study, rows[:2]))
+    assert '| 3 of 3 | +0.0 (+0.0 to +0.0) | +50.0 (-41.9 to +141.9) | not shown |' in equal  # the images differ
+    assert '| 2 of 3 | +0.0 | +50.0 | not yet |' in '\n'.join(findings(study, rows[:5]))
+    sure = {**psilu, 'robust': '1111'}, {**plain, 'robust': '0000'}
+    for seeds in ([0], [0, 1]):  # too few, whatever they say
+        few = [
+            {**arm, 'seed': seed, 'robust': arm['robust'][: 4 - seed] + '1' * seed} for seed in seeds for arm in sure
+        ]
+        text = '\n'.join(findings(read_study(small(tmp_path, seeds=str(seeds))), few))
+        assert re.search(rf'{len(seeds)} of {len(seeds)} \| \+0.0 \| \+(100.0|87.5) \| not shown', text)
     for lost in (4, 5):  # of the arm that is said to be better, and of the other
         fallen = [*rows[:lost], {'arm': rows[lost]['arm'], 'seed': 2, 'diverged': 'the loss is nan'}, *rows[lost + 1 :]]
         text = '\n'.join(findings(study, fallen))
-        assert '| 2 of 3 | +50.0 (-41.9 to +141.9) | not shown (1 seed lost) |' in text
+        assert '| 2 of 3 | +0.0 | +50.0 | not shown (1 seed lost) |' in text
         assert f'Diverged: {rows[lost]["arm"]}-s2.' in text
 
 
@@ -328,6 +338,7 @@ def test_runs_that_held_out_other_images_are_not_paired(tmp_path, monkeypatch, c
         ('sweeps', '[{act: relu, loss: []}]', 'hold no point'),
         ('claims', '[3]', 'a claim: 3 is no mapping of claim, more, than'),
         ('claims', '[{claim: x, more: plain}]', 'a claim lacks than; write {claim: TEXT, more: ARM, than: ARM}'),
+        ('claims', '[{claim: x, more: plain, than: plain}]', 'plain cannot be more robust than itself; name two arms'),
         ('claims', '[{claim: x, more: plain, than: silu}]', "no arm is called 'silu'; there are psilu-alpha2-frozen"),
     ],
 )

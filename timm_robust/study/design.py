@@ -241,6 +241,8 @@ def _claim(claim: Any, names: Sequence[str], path: Path) -> Claim:
         raise ValueError(f'{path}, a claim lacks {", ".join(missing)}; write {{claim: TEXT, more: ARM, than: ARM}}')
     if unknown := [claim[key] for key in ('more', 'than') if claim[key] not in names]:
         raise ValueError(f'{path}, a claim: no arm is called {unknown[0]!r}; there are {", ".join(names)}')
+    if claim['more'] == claim['than']:
+        raise ValueError(f'{path}, a claim: {claim["more"]} cannot be more robust than itself; name two arms')
     return Claim(claim['claim'], claim['more'], claim['than'])
 
 

@@ -11,15 +11,21 @@ import numpy as np
 
 from ..files import write_text
 from ..results import mean_interval
+from ..training import Recipe
 from .design import Arm, Claim, Study
 
 _ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
 _LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
+_LEAST_SEEDS = 3
+"""Pairs of seeds that an interval of a claim takes: of two the spread is known too badly for its degrees of freedom."""
 _LIMITS = """
 Intervals are 95 %, and take seeds for normal draws. That of an arm is mean +- t * sd / sqrt(seeds) of its accuracies,
 on these images. That of a claim is of differences paired by seed and image, and for other images as well: both count
-as draws (crossed random effects). A claim about arms that are equal is shown or contradicted one time in twenty; count
-the claims."""
+as draws (crossed random effects). The verdict is on the robust accuracy.
+
+'Not shown' does not mean equal. An effect as large as the interval's half is shown every other time, one of 1.4 times
+that four times in five. A claim about arms that are equal is shown or contradicted one time in twenty: of {claims},
+all about equal arms, {expected:.1f} on average, and those that share an arm err together."""
 
 
 def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
@@ -69,8 +75,16 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
 
     An arm's are over seeds on these images, a claim's over seeds and images.
     """
-    attack = _ATTACKS[study.measurement.attack]
-    lines = [f'| arm | seeds | clean (%) | {attack} (%) | learned |', '|---|---|---|---|---|']
+    attack, measurement = _ATTACKS[study.measurement.attack], study.measurement
+    recipes = [Recipe.from_values(arm.recipe, arm.name) for arm in study.arms]
+    balls, data = {str(recipe.threat_model) for recipe in recipes}, {recipe.dataset for recipe in recipes}
+    lines = [
+        f'Robust: still right under {attack}, {" or ".join(sorted(balls))}, on the first {measurement.n} images of '
+        f'{" or ".join(sorted(data))}, {measurement.split} split.',
+        '',
+        '| arm | seeds | clean (%) | robust (%) | learned |',
+        '|---|---|---|---|---|',
+    ]
     for arm in study.arms:
         clean, robust = (verdicts(arm.name, rows, key) for key in ('clean_correct', 'robust'))
         cells = [percent(clean), percent(robust)] if len(robust) else ['', '']
@@ -82,23 +96,24 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     if commits:
         lines += ['', f'Networks by commit: {", ".join(f"{n} at {commit}" for commit, n in commits.items())}.']
     if study.claims:
-        lines += ['', '| claim | arms | pairs of seeds | effect (points) | |', '|---|---|---|---|---|']
+        lines += ['', '| claim | arms | pairs of seeds | clean (points) | robust (points) | verdict |']
+        lines += ['|---|---|---|---|---|---|']
     for claim in study.claims:
-        more, than = (by_seed(name, rows, 'robust') for name in (claim.more, claim.than))
-        both = sorted(more.keys() & than.keys())
-        pairs = f'{len(both)} of {len(study.seeds)}'
-        differences = np.stack([more[seed].astype(float) - than[seed] for seed in both]) if both else np.zeros((0, 0))
-        effect = percent(differences, sign='+', other_images=True) if both else ''
-        word = judge(study, claim, rows, differences)
-        lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {pairs} | {effect} | {word} |')
-    return lines + _LIMITS.split('\n')
+        clean, robust = (differences(claim, rows, key) for key in ('clean_correct', 'robust'))
+        effects = [percent(values, '+', other_images=True) if len(values) else '' for values in (clean, robust)]
+        cells = [f'{len(robust)} of {len(study.seeds)}', *effects, judge(study, claim, rows, robust)]
+        lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {" | ".join(cells)} |')
+    count = len(study.claims)
+    limits = _LIMITS.format(claims=f'{count} claim{"s" * (count != 1)}', expected=0.05 * count)
+    return lines + limits.split('\n')
 
 
 def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: np.ndarray) -> str:
     """'shown' or 'contradicted' if the 95 % interval of the mean lies above or below 0, else 'not shown'.
 
     'not yet' until every point of both arms is there. Where a training diverged nothing is shown: the seeds that are
-    left would speak for the arm that lost the others; nor where all differences are equal, and their spread unknown.
+    left would speak for the arm that lost the others; nor where all differences are equal, or of fewer than three
+    seeds, and their spread is unknown.
     """
     own = [row for row in rows if row['arm'] in (claim.more, claim.than)]
     if len(own) < 2 * len(study.seeds):
@@ -106,15 +121,23 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
     if lost := {row['seed'] for row in own if 'diverged' in row}:
         return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
     _, low, high = mean_interval(differences, other_images=True)
-    if len(set(differences.sum(1))) == 1:
+    if len(differences) < _LEAST_SEEDS or len(set(differences.sum(1))) == 1:
         return 'not shown'
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
 
 
 def percent(values: np.ndarray, sign: str = '', other_images: bool = False) -> str:
-    """A mean in percent with its 95 % interval (`mean_interval`), if there are several trainings."""
+    """A mean in percent with its 95 % interval (`mean_interval`), if there are as many trainings as that takes."""
     mean, low, high = (100 * value for value in mean_interval(values.astype(float), other_images=other_images))
-    return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) > 1 else '')
+    least = _LEAST_SEEDS if other_images else 2
+    return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) >= least else '')
+
+
+def differences(claim: Claim, rows: list[dict[str, Any]], key: str) -> np.ndarray:
+    """The verdicts of a claim's arms, one minus the other, under each seed that both have: [seeds, images]."""
+    more, than = (by_seed(name, rows, key) for name in (claim.more, claim.than))
+    both = sorted(more.keys() & than.keys())
+    return np.stack([more[seed].astype(float) - than[seed] for seed in both]) if both else np.zeros((0, 0))
 
 
 def by_seed(name: str, rows: list[dict[str, Any]], key: str) -> dict[int, np.ndarray]:

@@ -7,7 +7,7 @@
 Under each seed a quarter-width `resnet18_pssilu` learns eight classes of CIFAR-10, once as usual, once adversarially.
 The other two, automobile and truck, are 'your own': a draw of 50, 200 or 1,000 pictures a class, on which
 `finetune_folder` starts from random weights and from either network. Each of the 27 classifiers meets APGD-CE + APGD-T
-on the same 500 test pictures. All take 600 steps whatever their pictures, under the crops and flips of the first
+on the same -n test pictures. All take 600 steps whatever their pictures, under the crops and flips of the first
 training; nothing is held out, and the last weights count.
 
 --tune tries five rates for each start and size under seed 99, with networks and a draw of its own, on 1,000 training
