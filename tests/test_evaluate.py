@@ -19,6 +19,7 @@ from timm_robust.evaluate import main
 from timm_robust.evaluation import measure as module
 from timm_robust.evaluation.measure import SeededStart, evaluate
 from timm_robust.evaluation.split import default_batch_size
+from timm_robust.models import load_model
 from timm_robust.pixels import PixelInput, pixel_input
 from timm_robust.results import NOT_CHECKED, RobustnessResult
 from timm_robust.threat_model import ThreatModel
@@ -327,6 +328,23 @@ def checkpoint(tmp_path_factory) -> Path:
 def on_digits(model, flags):
     """Measure a model by the command."""
     return main([str(model), '--dataset', 'digits', *flags.split()])
+
+
+def test_a_run_is_measured_in_the_ball_that_it_trained_for(checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+
+    def ball(recipe, flags=''):
+        torch.save({**state, 'recipe': recipe}, tmp_path / 'own.pth.tar')
+        on_digits(tmp_path / 'own.pth.tar', f'-n 2 --attack pgd --steps 1 --no-checks --quiet {flags}')
+        record = json.loads(capsys.readouterr().out.splitlines()[-1])
+        return record['norm'], record['eps_text']
+
+    trained = {'norm': 'L2', 'eps': '0.25'}
+    assert ball(trained) == ('L2', '0.25') and ball(trained, '--eps 1') == ('L2', '1')
+    assert ball(trained, '--norm Linf') == ('Linf', '8/255') and ball({}, '--norm L2') == ('L2', '0.5')
+    assert ball({'norm': 3, 'eps': []}) == ('Linf', '8/255')  # a stranger's
+    timm_keys = set(load_model(checkpoint).pretrained_cfg)
+    assert set(load_model(tmp_path / 'own.pth.tar').pretrained_cfg) == timm_keys  # it can be pushed to the Hub by timm
 
 
 @pytest.mark.slow

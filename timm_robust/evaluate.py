@@ -28,9 +28,9 @@ from .data import DATASETS, SPLITS, ImageData, is_stream
 from .distributed import World
 from .evaluation import DEFAULT_N, default_batch_size, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
-from .models import BEST, check_model_kwargs, load_model
+from .models import BEST, check_model_kwargs, load_model, trained_ball
 from .results import ATTACKS, NOT_CHECKED, RobustnessResult, is_record
-from .threat_model import MAX_CLASSES, NORMS, ThreatModel, parse_eps
+from .threat_model import LEADERBOARD_EPS, MAX_CLASSES, NORMS, ThreatModel, parse_eps
 from .training import HELD_OUT, held_out_images
 
 _SETTINGS = (
@@ -50,15 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if record is not None:
         _take_settings(args, record)
     _check_files(args)
-    threat_model = ThreatModel(args.norm, args.eps)
-    threat_model.check_scale()
-    if args.attack != 'none' and not threat_model.eps:
-        raise ValueError(
-            f'eps {args.eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy'
-        )
     options = _model_options(args)
     world = World.join(args.device)
     model = load_model(args.model, checkpoint=args.checkpoint, device=world.device, **options)
+    threat_model = _threat_model(args, model)
     fetches = args.dataset_download or not is_stream(args.dataset or 'cifar10')  # or unpacks an archive
     with world.in_turn(fetches):
         data = _read_data(args, model, world).to(world.device)
@@ -97,6 +92,19 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
     if statistics := {key: tuple(getattr(args, key)) for key in ('mean', 'std') if getattr(args, key)}:
         options['pretrained_cfg_overlay'] = {**options.get('pretrained_cfg_overlay', {}), **statistics}
     return options
+
+
+def _threat_model(args: argparse.Namespace, model: nn.Module) -> ThreatModel:
+    """Norm and radius as typed; else those that the model was trained for; else the leaderboard's."""
+    trained_norm, trained_eps = trained_ball(model) or ('Linf', LEADERBOARD_EPS['Linf'])
+    norm = args.norm or trained_norm
+    usual = trained_eps if norm == trained_norm else LEADERBOARD_EPS.get(norm, trained_eps)
+    eps: Any = usual if args.eps is None else args.eps  # it reads '8/255' too
+    threat_model = ThreatModel(norm, eps)
+    threat_model.check_scale()
+    if args.attack != 'none' and not threat_model.eps:
+        raise ValueError(f'eps {eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy')
+    return threat_model
 
 
 def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
@@ -245,8 +253,12 @@ def _parser() -> Parser:
         type=count,
         help=f'images: the first of the split, of a folder evenly spread; {DEFAULT_N} or all if not given',
     )
-    add('--norm', default='Linf', help=', '.join(NORMS))
-    add('--eps', default='8/255', help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5")
+    add('--norm', help=', '.join(NORMS) + '; that of training, for a run of ours, or Linf if not given')
+    add(
+        '--eps',
+        help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5; that of training, for a run of ours, or "
+        '8/255 for Linf and 0.5 for L2 if not given',
+    )
     add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
     add('--steps', dest='pgd_steps', type=whole_number(1, 10_000), default=10, metavar='N', help='steps of PGD')
     add('--restarts', dest='pgd_restarts', type=count, default=1, metavar='N', help='random starts of PGD')

@@ -149,8 +149,7 @@ def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwarg
         raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
     if arch or args:
         note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
-    recipe = state.get('recipe')
-    _note_size(model, recipe.get('img_size') if isinstance(recipe, Mapping) else None)
+    _note_training(model, state.get('recipe'))
     if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):
         note(model, label_names=names)
     return model
@@ -175,7 +174,7 @@ def _from_config(folder: Path, model_kwargs: dict[str, Any]) -> nn.Module:
     if weights:
         _check_kinds(model, weights, file)
     if (folder / HYPER_PARAMETERS).is_file():
-        _note_size(model, read_hyper_parameters(folder).get('img_size'))
+        _note_training(model, read_hyper_parameters(folder))
     return model
 
 
@@ -217,7 +216,17 @@ def class_list(names: Any, num_classes: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and len(names) == num_classes else None
 
 
-def _note_size(model: nn.Module, img_size: Any) -> None:
-    """Keep the size that a run resized its images to."""
-    if isinstance(img_size, int):
-        note(model, img_size=img_size)
+def trained_ball(model: nn.Module) -> tuple[str, float | str] | None:
+    """Norm and eps that a model which load_model made was trained for; None if they are not known."""
+    return getattr(model, '_trained_ball', None)
+
+
+def _note_training(model: nn.Module, settings: Any) -> None:
+    """Keep the size that a run resized its images to, and the ball that it trained for."""
+    if not isinstance(settings, Mapping):
+        return
+    if isinstance(settings.get('img_size'), int):
+        note(model, img_size=settings['img_size'])
+    norm, eps = settings.get('norm'), settings.get('eps')
+    if isinstance(norm, str) and isinstance(eps, (float, str)):  # pretrained_cfg is no place: timm refuses other keys
+        model._trained_ball = (norm, eps)  # type: ignore[assignment]

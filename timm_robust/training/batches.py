@@ -39,14 +39,14 @@ def read_data(recipe: Recipe, split_seed: int, classes: Sequence[str] | None = N
     The classes of the validation split are those of training by name, and those of training what they were in the run
     that is resumed.
     """
-    train = read_split(recipe, recipe.train_split, classes)
+    train = _split_of(recipe, recipe.train_split, classes)
     if (split := validation_split(recipe)) is not None:
-        return train, read_split(recipe, split, train.classes)
+        return train, _split_of(recipe, split, train.classes)
     count = recipe.held_out_of(len(train))
     return split_holdout(train, count, split_seed) if count else (train, None)
 
 
-def read_split(recipe: Recipe, split: str, classes: Sequence[str] | None) -> Any:
+def _split_of(recipe: Recipe, split: str, classes: Sequence[str] | None) -> Any:
     """A split of the recipe's data set, in memory or streamed, with these classes if there are any."""
     if not is_stream(recipe.dataset):
         data = load_dataset(recipe.dataset, recipe.data_dir, split, recipe.dataset_download)
