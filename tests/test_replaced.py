@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import nn
 
 from timm_robust import replace_activations
-from timm_robust.activations.modules import PSSiLU, SmoothReLU
+from timm_robust.activations.modules import ACTIVATIONS, Activation, PSSiLU, SmoothReLU
 from timm_robust.models.replaced import SharedAct
 
 NETS = ['test_resnet', 'test_efficientnet', 'test_vit', 'test_convnext']
@@ -40,6 +40,19 @@ def test_every_place_applies_the_activation_and_the_other_weights_stay(name, x):
     with torch.no_grad():
         model.shared_act.alpha.fill_(3.0)
     assert not torch.equal(model(x), silu(x))
+
+
+def test_an_activation_of_ones_own(monkeypatch, x):
+    class Mish(Activation):
+        @staticmethod
+        def call(x, params):
+            return nn.functional.mish(x)
+
+    monkeypatch.setitem(ACTIVATIONS, 'mish', Mish)
+    swapped = net('act_swapped', model='test_resnet', act='mish').eval()
+    expected = net('test_resnet', act_layer=nn.Mish).eval()
+    expected.load_state_dict(swapped.state_dict())
+    assert torch.allclose(swapped(x), expected(x), atol=1e-5)
 
 
 def test_a_network_without_parameters_takes_activations_too():

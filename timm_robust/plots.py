@@ -73,11 +73,11 @@ def run_figure(path: str | Path, runs: dict[str, Rows], metrics: dict[str, str] 
     largest = max(x for key in panels for points in series[key].values() for x, _ in points)
     scale, unit = _unit(largest)
     columns = len(panels) if len(panels) < 4 else (len(panels) + 1) // 2
-    lines = -(-len(panels) // columns)
+    lines = math.ceil(len(panels) / columns)
     handles, labels = _legend(best)
     room, wide = 44 * max(columns, 2), [len(label) + 7 for label in labels]  # of the legend, in characters
     beside = len(labels) if sum(wide) <= room else max(1, room // max(wide))
-    height = 2.1 * lines + 0.19 * -(-len(labels) // beside) + 0.1
+    height = 2.1 * lines + 0.19 * math.ceil(len(labels) / beside) + 0.1
     with matplotlib.rc_context(_STYLE):
         figure = new_figure(2.6 * max(columns, 2), height)
         grid = figure.subplots(lines, columns, squeeze=False).flat
@@ -105,7 +105,11 @@ def read_run(folder: str | Path) -> Rows:
     if not path.is_file():
         what = 'holds no summary.csv' if folder.is_dir() else 'is not a folder'
         place = folder if folder.is_dir() else folder.parent
-        names = sorted(item.name + '/' * item.is_dir() for item in place.iterdir()) if place.is_dir() else []
+        names = (
+            sorted(f'{item.name}/' if item.is_dir() else item.name for item in place.iterdir())
+            if place.is_dir()
+            else []
+        )
         there = ', '.join(names[:12]) + (f' and {len(names) - 12} more' if len(names) > 12 else '') or 'nothing'
         where = 'it' if place == folder else str(place)
         raise FileNotFoundError(f'run {folder} {what}; {where} holds {there}; name the folder that training wrote')
@@ -324,7 +328,8 @@ def _legend(best: dict[str, Any]) -> tuple[list[Any], list[str]]:
         name = name if len(name) <= 60 else f'{name[:29]}...{name[-28:]}'
         what = 'PGD' if row.get('metric') == 'val_pgd_acc' else 'clean'
         score = f' ({what} {100 * row[row["metric"]]:.1f} %, epoch {row["epoch"]:.0f})' if row else ''
-        labels.append((' ' * name.startswith('_') + name + score).replace('$', r'\$'))  # a leading '_' hides it
+        shown = f' {name}' if name.startswith('_') else name  # a leading '_' hides it
+        labels.append((shown + score).replace('$', r'\$'))
     if any(best.values()):
         handles.append(Line2D([], [], color='0.4', linestyle='', marker='*', **_STAR))
         labels.append('best epoch')

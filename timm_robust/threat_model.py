@@ -35,8 +35,11 @@ def parse_eps(eps: float | str) -> float:
         ValueError: if it is no number, or not finite, or negative.
     """
     try:
-        numerator, slash, denominator = str(eps).partition('/') if isinstance(eps, str) else (eps, '', '')
-        value = float(numerator) / float(denominator if slash else 1)
+        if isinstance(eps, str) and '/' in eps:
+            numerator, denominator = eps.split('/', 1)
+            value = float(numerator) / float(denominator)
+        else:
+            value = float(eps)
     except (ValueError, ZeroDivisionError, TypeError, OverflowError):
         raise ValueError(
             f"eps {eps!r} is not a number; write a fraction such as '8/255' or a decimal such as 0.5"

@@ -69,9 +69,7 @@ def valid(kind: str, folder: Path) -> Path:
         save_for_hf(model, folder / 'hub', safe_serialization=True)
         return folder / 'hub/config.json'
     if kind == 'recipe':
-        Recipe(eps='4/255', model_kwargs={'width': 2}, decay_milestones=[1, 2], budget='5m').to_yaml(
-            folder / 'a.yaml', True
-        )
+        Recipe(eps='4/255', model_kwargs={'width': 2}, decay_milestones=[1, 2], budget='5m').to_yaml(folder / 'a.yaml')
         return folder / 'a.yaml'
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 255, (20, 8, 8, 3), dtype=np.uint8), rng.integers(0, 10, 20)

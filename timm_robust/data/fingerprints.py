@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def fingerprint(data: Any) -> str:
         count, known = _hash_stream(data, digest)
     else:
         count, known = len(data), True
-        rows = torch.arange(0, count, -(-count // HASHED))
+        rows = torch.arange(0, count, math.ceil(count / HASHED))
         if isinstance(data, ExtraImages):
             images, _ = data[rows]
             labels = data.labels
@@ -65,5 +66,5 @@ def _hash_stream(data: StreamData, digest: Any) -> tuple[int, bool]:
 
 def _sizes(root: Path, names: list[str]) -> list[str]:
     """Bytes of some of these files; nothing for one that is no local file."""
-    paths = [root / name for name in names[:: max(-(-len(names) // _SIZED), 1)]]
+    paths = [root / name for name in names[:: max(math.ceil(len(names) / _SIZED), 1)]]
     return [str(path.stat().st_size) for path in paths if path.is_file()]

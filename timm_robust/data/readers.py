@@ -101,7 +101,8 @@ def _digits(name: str, folder: Path, split: str, download: bool) -> ImageData | 
     grey = F.interpolate(grey, size=(32, 32), mode='bilinear', align_corners=False).round_().to(torch.uint8)
     labels = torch.from_numpy(digits.target).long()
     data = ImageData(grey.repeat(1, 3, 1, 1), labels, tuple(map(str, range(10))), 'digits')
-    return split_holdout(data, _DIGITS_TEST, seed=0)[split == 'test']
+    train, test = split_holdout(data, _DIGITS_TEST, seed=0)
+    return test if split == 'test' else train
 
 
 class Source(NamedTuple):

@@ -113,13 +113,15 @@ def autoattack(
         if search is not None and not _labels_alike(search, x, y_pred, batch_size, report):
             search = None
         searcher = plain if search is None else runner(search)
-        steps = [_Step(attack, searcher, work) for attack, work in plain.plan(version).items()]
-        batches = _Batches(plain, x, y, threat_model, report, store, world)
+        batches = _Batches(plain, searcher, x, y, threat_model, report, store, world)
         verdicts, per_attack = _Verdicts(clean_correct, x.clone(), y_pred), {'clean': share(clean_correct)}
-        for place, step in enumerate(steps):
-            batches.attack_all(step, verdicts, later=sum(other.work for other in steps[place + 1 :]))
-            per_attack[step.attack] = share(verdicts.robust)
-            report.say(f'{step.attack}: {per_attack[step.attack]:.2%} of {len(x)} images still robust')
+        plan = plain.plan(version)
+        later = sum(plan.values())
+        for attack, work in plan.items():
+            later -= work
+            batches.attack_all(attack, verdicts, work, later)
+            per_attack[attack] = share(verdicts.robust)
+            report.say(f'{attack}: {per_attack[attack]:.2%} of {len(x)} images still robust')
         plain.checks.check_square_sr(per_attack, logger=report.logger)
     del per_attack['clean']
     return AutoAttackResult(
@@ -143,15 +145,6 @@ def _labels_alike(search: nn.Module, x: torch.Tensor, y_pred: torch.Tensor, batc
     return not differ
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    """One attack on what is left: its name, where it runs, and its work on a survivor."""
-
-    attack: str
-    runner: Runner
-    work: int
-
-
 @dataclass(eq=False)
 class _Verdicts:
     """What is known of every image so far; the tensors are those of `AutoAttackResult`."""
@@ -172,9 +165,10 @@ class _Verdicts:
 
 @dataclass(frozen=True, eq=False)
 class _Batches:
-    """The images, the model that has the last word on each find, where finds are kept, and who shares the batches."""
+    """The images, the model that confirms, the copy that is searched, where finds are kept, who helps."""
 
     plain: Runner
+    searcher: Runner
     x: torch.Tensor
     y: torch.Tensor
     threat_model: ThreatModel
@@ -182,33 +176,32 @@ class _Batches:
     store: BatchStore | None
     world: World
 
-    def attack_all(self, step: _Step, verdicts: _Verdicts, later: int) -> None:
-        """A step on every image that is still robust; later is the work of the steps after it on one image."""
+    def attack_all(self, attack: str, verdicts: _Verdicts, work: int, later: int) -> None:
+        """An attack on every image that is still robust; its work on one image, and that of those after it."""
         left = verdicts.robust.nonzero()[:, 0]
         if not len(left) or not self.threat_model.eps:  # at eps 0 the ball holds nothing but the image
             return
         parts, world = dict(enumerate(left.split(self.plain.batch_size))), self.world
         mine = {number: part for number, part in parts.items() if number % world.size == world.rank}
-        work = step.work * sum(len(part) for part in mine.values())
-        self.report.start(step.attack, work, len(left) * later / world.size)
-        every = world.gather({number: self.attack(step, number, part) for number, part in mine.items()})
+        self.report.start(attack, work * sum(map(len, mine.values())), len(left) * later / world.size)
+        every = world.gather({number: self.attack(attack, number, part, work) for number, part in mine.items()})
         for number, found in every.items():
             verdicts.note(parts[number], found)
             self.report.messages += found.messages
 
-    def attack(self, step: _Step, number: int, part: torch.Tensor) -> Found:
-        """What a step finds in one batch, now or in the run before."""
-        found = self._recall(step.attack, number, part) if self.store else None
+    def attack(self, attack: str, number: int, part: torch.Tensor, work: int) -> Found:
+        """What an attack finds in one batch, now or in the run before."""
+        found = self._recall(attack, number, part) if self.store else None
         if found is None:
-            found = self._find(step, self.x[part], self.y[part])
+            found = self._find(attack, self.x[part], self.y[part])
             try:
                 if self.store:
-                    self.store.save(step.attack, number, part, found)
+                    self.store.save(attack, number, part, found)
             except OSError as error:  # what was found counts all the same
                 self.report.say(f'{error}; going on without')
         else:
-            self.report.resume(len(part) * step.work, found.seconds)
-        self.report.say(f'{step.attack}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
+            self.report.resume(len(part) * work, found.seconds)
+        self.report.say(f'{attack}, batch {number + 1}: {len(found.broken)} of {len(part)} images broken')
         return found
 
     def _recall(self, name: str, number: int, part: torch.Tensor) -> Found | None:
@@ -232,16 +225,16 @@ class _Batches:
             return None
         return found
 
-    def _find(self, step: _Step, x: torch.Tensor, y: torch.Tensor) -> Found:
+    def _find(self, attack: str, x: torch.Tensor, y: torch.Tensor) -> Found:
         """One attack on one batch; what the model does not confirm is attacked again on the model."""
         started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
-        claims, claimed = step.runner.run(step.attack, x, y)
+        claims, claimed = self.searcher.run(attack, x, y)
         claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model)
         broken &= claimed
         again = claimed & ~broken
-        if step.runner is not self.plain and again.any():
-            more, sure = self.plain.run(step.attack, x[again], y[again])
+        if self.searcher is not self.plain and again.any():
+            more, sure = self.plain.run(attack, x[again], y[again])
             more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model)
             claims[again], labels[again] = more, names
             broken[again], claimed[again] = fell & sure, sure

@@ -127,8 +127,8 @@ def evaluate(
         facts['clean_acc'] = share(tensors['clean_correct'])
         if attack != 'none':
             facts |= {'steps': pgd_steps, 'step_size': step_size, 'restarts': pgd_restarts}
-            settings = _PGD(pgd_steps, step_size, pgd_restarts, batch_size, seed)
-            facts |= _pgd(logits, x, tensors, threat_model, settings, progress)
+            settings = {'steps': pgd_steps, 'restarts': pgd_restarts, 'batch_size': batch_size, 'seed': seed}
+            facts |= _pgd(logits, x, tensors, threat_model, progress, step_size=step_size, **settings)
             if checks:
                 few = evenly(data, min(_CHECKED, len(x))).to(device_of(logits, x))
                 images, labels = few.pixels(), few.labels
@@ -191,36 +191,30 @@ def _check_fit(logits: nn.Module, data: ImageData) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _PGD:
-    """Settings of `evaluate`'s PGD, by the names that they have there."""
-
-    steps: int
-    step_size: float
-    restarts: int
-    batch_size: int
-    seed: int
-
-
 def _pgd(
     logits: nn.Module,
     x: torch.Tensor,
     tensors: dict[str, torch.Tensor],
     threat_model: ThreatModel,
-    settings: _PGD,
     progress: Progress | None,
+    *,
+    steps: int,
+    step_size: float,
+    restarts: int,
+    batch_size: int,
+    seed: int,
 ) -> dict[str, Any]:
     """PGD on the cross-entropy, each restart on the images still standing; adds its verdicts to tensors."""
     robust, x_adv, y_pred_adv = tensors['clean_correct'].clone(), x.clone(), tensors['y_pred'].clone()
-    device, steps, step_size, rejected = device_of(logits, x), settings.steps, settings.step_size, 0
-    for restart in range(settings.restarts):
+    device, rejected = device_of(logits, x), 0
+    for restart in range(restarts):
         left = robust.nonzero()[:, 0]
         if not len(left):
             break
-        what = f'PGD-{steps} start {restart + 1} of {settings.restarts}'
-        for part in _paced(left.split(settings.batch_size), what, progress):
+        what = f'PGD-{steps} start {restart + 1} of {restarts}'
+        for part in _paced(left.split(batch_size), what, progress):
             images, y = x[part].to(device), tensors['y'][part].to(device)
-            keys = tuple(f'{settings.seed}/{restart}/{index}' for index in part.tolist())
+            keys = tuple(f'{seed}/{restart}/{index}' for index in part.tolist())
             start = SeededStart(threat_model.norm, threat_model.eps, threat_model.bounds, keys)
             found = pgd(cross_entropy_of(logits, y), images, start, steps=steps, step_size=step_size)
             found, labels, broken = recheck(logits, found, images, y, threat_model)

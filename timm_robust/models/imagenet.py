@@ -5,6 +5,7 @@ EfficientNet up to L1 (width 3.9, depth 3.7, 600 pixels, dropout 0.5). timm's na
 activation.
 """
 
+import math
 from functools import partial
 from typing import Any, Dict, Tuple
 
@@ -91,7 +92,7 @@ def _networks() -> Dict[str, Network]:
         found[name] = Network(cfg, partial(_resnet, size, act), doc.format(size, ACTIVATIONS[act].__name__))
     for size, (_, _, pixels, _) in _EFFICIENTNETS.items():
         name = f'efficientnet_{size}'
-        side = -(-pixels // 32)
+        side = math.ceil(pixels / 32)
         sizes = {'input_size': (3, pixels, pixels), 'pool_size': (side, side)}
         cfg = _cfg(**sizes, first_conv='conv_stem', classifier='classifier')
         found[f'{name}_silu'] = Network(cfg, partial(_efficientnet, size), doc.format(name, 'SiLU'))

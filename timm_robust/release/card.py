@@ -203,7 +203,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     steps = f', {hyper["steps"]} steps' if 'steps' in TRAINING_ATTACKS[hyper['attack']].takes else ''
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
-    recipe = f'The recipe: `train/recipes/{record["model"]}.yaml`; e' if _is_ours(record['model']) else 'E'
+    every = f'The recipe: `train/recipes/{record["model"]}.yaml`; every' if _is_ours(record['model']) else 'Every'
     return [
         f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
@@ -213,7 +213,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',
         f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
         f'{_held_out(hyper)}; the test set was never looked at.',
-        f'- {recipe}very setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
+        f'- {every} setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
         'again, in the folder of this card:',
         '',
         '```bash',

@@ -18,7 +18,7 @@ from ..data import SPLITS
 from ..files import read_yaml
 from ..training import Recipe
 
-_ATTACKS = ('autoattack', 'apgd', 'pgd')
+ATTACK_NAMES = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
 _OWN = {'seed', 'output', 'experiment', 'resume'}
 """Settings of a recipe that a study makes itself."""
 
@@ -170,8 +170,8 @@ def _measurement(options: Any, path: Path) -> Measurement:
     """
     _check_keys(options, tuple(Measurement.__dataclass_fields__), f'{path}, measure')
     found = Measurement(**options)
-    if found.attack not in _ATTACKS:
-        raise ValueError(f'{path}: attack {found.attack!r} is unknown; allowed: {", ".join(_ATTACKS)}')
+    if found.attack not in [*ATTACK_NAMES]:  # it may be unhashable
+        raise ValueError(f'{path}: attack {found.attack!r} is unknown; allowed: {", ".join(ATTACK_NAMES)}')
     if found.split not in SPLITS[1:]:
         raise ValueError(f'{path}, measure: split {found.split!r} is not allowed; allowed: {", ".join(SPLITS[1:])}')
     for key in ('n', 'square_queries'):

@@ -12,9 +12,8 @@ import numpy as np
 from ..files import write_text
 from ..results import mean_interval
 from ..training import Recipe
-from .design import Arm, Claim, Study
+from .design import ATTACK_NAMES, Arm, Claim, Study
 
-_ATTACKS = {'autoattack': 'AutoAttack', 'apgd': 'APGD-CE + APGD-T', 'pgd': 'PGD-10'}
 _LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
 _LEAST_SEEDS = 3
 """Pairs of seeds that an interval of a claim takes: of two the spread is known too badly for its degrees of freedom."""
@@ -75,7 +74,7 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
 
     An arm's are over seeds on these images, a claim's over seeds and images.
     """
-    attack, measurement = _ATTACKS[study.measurement.attack], study.measurement
+    attack, measurement = ATTACK_NAMES[study.measurement.attack], study.measurement
     recipes = [Recipe.from_values(arm.recipe, arm.name) for arm in study.arms]
     balls, data = {str(recipe.threat_model) for recipe in recipes}, {recipe.dataset for recipe in recipes}
     lines = [

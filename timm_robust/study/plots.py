@@ -12,14 +12,11 @@ from ..activations import get_activation
 from ..evaluation import set_shape
 from ..plots import new_figure, save_figure
 from ..results import mean_interval
+from .design import ATTACK_NAMES
 from .findings import verdicts
 
-_TITLES = {
-    'autoattack': 'AutoAttack accuracy (%)',
-    'apgd': 'APGD-CE + APGD-T accuracy (%)',
-    'pgd': 'PGD-10 accuracy (%)',
-    'radius': 'mean minimal radius (pixels)',
-}
+_TITLES = {attack: f'{name} accuracy (%)' for attack, name in ATTACK_NAMES.items()}
+_TITLES['radius'] = 'mean minimal radius (pixels)'
 _CLAIMS = (
     ('best at 4 to 10 (Yu et al. 2026, arXiv:2603.23860)', 4, 10),
     ('low is better (Singla et al. 2021, arXiv:2102.07861)', None, 1),

@@ -44,8 +44,8 @@ class Clock:
         last_step: seconds that the last step may take.
     """
 
-    def __init__(self, total_steps: int, budget: float | None = None, spent: float = 0.0) -> None:
-        self.total_steps, self.budget, self.spent = total_steps, budget, spent
+    def __init__(self, total_steps: int, budget: float | None = None) -> None:
+        self.total_steps, self.budget, self.spent = total_steps, budget, 0.0
         self.validations: list[float] = []
         self.breaks: list[float] = []
         self.interval = self.last_step = 0.0

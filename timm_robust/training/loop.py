@@ -135,7 +135,7 @@ def make_folder(run: Run) -> None:
     """The run's folder, with the recipe in it, and the names of what was held out of a folder of pictures."""
     if not run.world.rank:
         run.folder.mkdir(parents=True, exist_ok=True)
-        replace(run.recipe, allow_changes=False, resume=None).to_yaml(run.folder / 'args.yaml', full=True)
+        replace(run.recipe, allow_changes=False, resume=None).to_yaml(run.folder / 'args.yaml')
         if run.held_out_names:
             with atomic_file(run.folder / HELD_OUT_NAMES) as file:
                 file.write(os.fsencode('\n'.join([*run.held_out_names, ''])))  # a name may be no text

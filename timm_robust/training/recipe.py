@@ -69,14 +69,10 @@ KINDS = {
 }
 
 
-def _about(group: str, text: str, allowed: str | tuple[str, ...] = '') -> dict[str, Any]:
-    """What is known of a setting: its help text, and what it may be: a tuple of choices, or a key of _RANGES."""
-    return {'group': group, 'help': text, 'allowed': allowed}
-
-
 def _field(group: str, default: Any, text: str, allowed: str | tuple[str, ...] = '') -> Any:
-    """A setting with a default."""
-    return dataclasses.field(default=default, metadata=_about(group, text, allowed))
+    """A setting: its default (dict or list: an empty one), its help text, and choices or a key of _RANGES."""
+    first = 'default_factory' if default in (dict, list) else 'default'
+    return dataclasses.field(**{first: default}, metadata={'group': group, 'help': text, 'allowed': allowed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,9 +84,7 @@ class Recipe:
     """
 
     model: str = _field('model', 'resnet18_pssilu', 'name in the timm registry')
-    model_kwargs: dict[str, Any] = dataclasses.field(
-        default_factory=dict, metadata=_about('model', 'arguments for the model, as key=value')
-    )
+    model_kwargs: dict[str, Any] = _field('model', dict, 'arguments for the model, as key=value')
     act: str | None = _field('model', None, "put this activation of ours in the model's places; none: the model's own")
     act_shared: bool = _field('model', True, 'one such activation for the whole network, not one a place')
     num_classes: int | None = _field('model', None, 'classes; none: as many as the data has', '2 to 100000')
@@ -101,9 +95,8 @@ class Recipe:
     img_size: int | None = _field(
         'model', None, 'pixels a side that images are resized to; none: as they are', '8 to 4096'
     )
-    progressive_resizing: dict[str, Any] = dataclasses.field(
-        default_factory=dict,
-        metadata=_about('model', 'train on smaller images first: SIDE=EPOCHS of each stage, such as 16=4 24=8 32=10'),
+    progressive_resizing: dict[str, Any] = _field(
+        'model', dict, 'train on smaller images first: SIDE=EPOCHS of each stage, such as 16=4 24=8 32=10'
     )
     bn_momentum: float | None = _field(
         'model', None, "weight of a batch in batch norm's running statistics; none: the model's own", '> 0 and <= 1'
@@ -182,9 +175,7 @@ class Recipe:
         'optimizer', None, "run the schedule on the clock instead: '25m', '1.5h', '1h30m', '90s'"
     )
     batch_size: int = _field('optimizer', 128, 'images a training step', '>= 1')
-    opt_kwargs: dict[str, Any] = dataclasses.field(
-        default_factory=dict, metadata=_about('optimizer', 'further arguments of the optimizer, as key=value')
-    )
+    opt_kwargs: dict[str, Any] = _field('optimizer', dict, 'further arguments of the optimizer, as key=value')
     layer_decay: float | None = _field('optimizer', None, 'factor of the rate from layer to layer', '> 0 and <= 1')
     opt: str = _field('optimizer', 'sgd', "name of a timm optimizer; 'sgd' has Nesterov momentum, 'momentum' has not")
     lr: float = _field('optimizer', 0.1, 'peak learning rate', '> 0')
@@ -202,9 +193,7 @@ class Recipe:
     )
     warmup_epochs: float = _field('schedule', 0.0, 'epochs of linear warm-up', '>= 0')
     min_lr: float = _field('schedule', 0.0, 'learning rate at the end', '>= 0')
-    decay_milestones: list[int] = dataclasses.field(
-        default_factory=list, metadata=_about('schedule', 'epochs at which multistep lowers the rate')
-    )
+    decay_milestones: list[int] = _field('schedule', list, 'epochs at which multistep lowers the rate')
     decay_rate: float = _field('schedule', 0.1, 'factor at each milestone', '> 0 and <= 1')
 
     model_ema: bool = _field('averaging', False, 'keep an exponential moving average of the weights')
@@ -500,12 +489,9 @@ class Recipe:
             name: values[name] and Path(values[name]).name for name in ('extra_data', 'initial_checkpoint')
         }
 
-    def to_yaml(self, path: str | Path, full: bool = False) -> None:
-        """Write what differs from the defaults (full: every setting), atomically: never half a file."""
-        path, default = Path(path), type(self)()
-        values = {name: getattr(self, name) for name in SETTINGS}
-        if not full:
-            values = {name: value for name, value in values.items() if value != getattr(default, name)}
+    def to_yaml(self, path: str | Path) -> None:
+        """Write every setting, atomically: never half a file."""
+        path, values = Path(path), {name: getattr(self, name) for name in SETTINGS}
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

@@ -62,10 +62,8 @@ def relu_gradient(net: nn.Module, kind: str) -> Iterator[None]:
         yield
         return
     called = [module for module in net.modules() if getattr(module, 'act_fn', None) is ReLU.call]
-    every = [
-        part for module in net.modules() for part in (module, *(module.owner if isinstance(module, SharedAct) else ()))
-    ]
-    modules = [module for module in dict.fromkeys(every) if type(module) in (nn.ReLU, ReLU)]
+    owned = [part for module in net.modules() if isinstance(module, SharedAct) for part in module.owner]
+    modules = {module for module in (*net.modules(), *owned) if type(module) in (nn.ReLU, ReLU)}
     if not called and not modules:
         raise ValueError(
             f'{type(net).__name__} has no ReLU; the smooth gradient is for networks of ReLU, such as resnet50'

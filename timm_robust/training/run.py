@@ -179,7 +179,10 @@ def validations_since(history: list[dict[str, Any]], changes: list[dict[str, Any
     """The epochs validated since the last change of what a validation measures."""
     for each in reversed(changes):
         if _MEASURED & each['changes'].keys() or 'clean' in each['changes'].get('loss', ()):
-            return history[each.get('rows', len([row for row in history if row['step'] <= each['step']])) :]
+            start = each.get('rows')
+            if start is None:  # of a checkpoint that did not count them
+                start = sum(row['step'] <= each['step'] for row in history)
+            return history[start:]
     return history
 
 

@@ -80,7 +80,8 @@ class Release:
         size = path.stat().st_size
         if size != self.size:
             with open(path, 'rb') as file:
-                pointer = ' (a Git LFS pointer; type: git lfs pull)' * file.read(32).startswith(b'version https://git-')
+                is_pointer = file.read(32).startswith(b'version https://git-')
+            pointer = ' (a Git LFS pointer; type: git lfs pull)' if is_pointer else ''
             raise ValueError(f'{path} has {size:,} bytes{pointer}, the released {self.name} {self.size:,}; {_MEND}')
         content = path.read_bytes()
         if (found := hashlib.sha256(content).hexdigest()) != self.sha256:
