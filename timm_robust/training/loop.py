@@ -392,16 +392,13 @@ def result(run: Run) -> dict[str, Any]:
     """The run in one line: the best epoch's accuracies, steps, time and where the checkpoint is."""
     best = best_row(run.recipe, run.history, run.changes, run.best) or (run.history or [{}])[-1]
     keys = ('epoch', 'val_clean_acc', 'val_pgd_acc', 'alpha', 'beta')
-    line: dict[str, Any] = {
+    return {
         'model': run.recipe.model,
         'threat_model': str(run.recipe.threat_model),
         'output': str(run.folder),
+        **{key: best[key] for key in keys if key in best},
+        'steps': run.step,
+        'images': run.step * run.recipe.batch_size * run.world.size,
+        'seconds': round(run.clock.elapsed(), 1),
+        'rollbacks': run.rollbacks,
     }
-    line.update({key: best[key] for key in keys if key in best})
-    line.update(
-        steps=run.step,
-        images=run.step * run.recipe.batch_size * run.world.size,
-        seconds=round(run.clock.elapsed(), 1),
-        rollbacks=run.rollbacks,
-    )
-    return line

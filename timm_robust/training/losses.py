@@ -23,17 +23,15 @@ from ..attacks import Attack, Model, climb_cross_entropy, kl_divergence
 
 
 class AdvLoss(NamedTuple):
-    """A training loss and what it was computed from.
+    """A training loss.
 
     Args:
         loss: scalar to descend.
-        output: logits on the clean images [B, K], or None where the loss does not need them.
-        output_adv: logits on the adversarial images [B, K], or None.
+        logits: on the adversarial images [B, K], which the log's accuracy is of; of clean training on the clean ones.
     """
 
     loss: torch.Tensor
-    output: torch.Tensor | None
-    output_adv: torch.Tensor | None
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def pgd_at(smoothing: float = 0.0) -> Loss:
 
     def descend(model: Model, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> AdvLoss:
         output_adv = model(x_adv)
-        return AdvLoss(F.cross_entropy(output_adv.float(), y, label_smoothing=smoothing), None, output_adv)
+        return AdvLoss(F.cross_entropy(output_adv.float(), y, label_smoothing=smoothing), output_adv)
 
     return Loss(climb_cross_entropy, descend)
 
@@ -79,7 +77,7 @@ def trades(beta: float = 6.0, smoothing: float = 0.0) -> Loss:
     def descend(model: Model, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> AdvLoss:
         output, output_adv = model(x), model(x_adv)
         natural = F.cross_entropy(output.float(), y, label_smoothing=smoothing)
-        return AdvLoss(natural + beta * kl_divergence(output_adv, output).mean(), output, output_adv)
+        return AdvLoss(natural + beta * kl_divergence(output_adv, output).mean(), output_adv)
 
     return Loss(perturb, descend)
 
@@ -99,7 +97,7 @@ def mart(beta: float = 5.0, smoothing: float = 0.0) -> Loss:
         margin = -torch.log1p(-wrong.clamp(max=1 - 1e-6)).mean()
         boosted = F.cross_entropy(output_adv.float(), y, label_smoothing=smoothing) + margin
         p_true = output.float().softmax(1).gather(1, y[:, None])[:, 0]
-        return AdvLoss(boosted + beta * (kl_divergence(output_adv, output) * (1 - p_true)).mean(), output, output_adv)
+        return AdvLoss(boosted + beta * (kl_divergence(output_adv, output) * (1 - p_true)).mean(), output_adv)
 
     return Loss(climb_cross_entropy, descend)
 
@@ -109,7 +107,7 @@ def clean(smoothing: float = 0.0) -> Loss:
 
     def descend(model: Model, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> AdvLoss:
         output = model(x)
-        return AdvLoss(F.cross_entropy(output.float(), y, label_smoothing=smoothing), output, None)
+        return AdvLoss(F.cross_entropy(output.float(), y, label_smoothing=smoothing), output)
 
     return Loss(lambda model, attack, x, y: x, descend)
 

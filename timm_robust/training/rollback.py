@@ -29,15 +29,13 @@ def roll_back(run: Run, error: Diverged) -> None:
     if run.point is not None and not run.world.rank:
         leave_course(run, *run.point)  # before anything of it could be gone back to
     path = run.world.broadcast_object(good_state(run, isinstance(error, Collapsed)))
-    stop = recipe.on_divergence == 'stop' or count > MAX_ROLLBACKS or path is None
-    if stop:
+    if path is None or recipe.on_divergence == 'stop' or count > MAX_ROLLBACKS:
         tried = f' after {run.rollbacks} rollbacks' if run.rollbacks else ''
         raise Diverged(
             f'{error}; the run stops{tried}. {run.folder} holds the last good state. '
             'Lower --lr, add --clip-grad 1.0, or resume with another --seed'
         ) from error
     logger.warning('%s: back to %s with another seed (%d of %d)', error, path, count, MAX_ROLLBACKS)
-    assert path is not None
     spent = run.clock.elapsed()
     restore(run, path)
     if not run.world.rank:

@@ -201,7 +201,7 @@ class TrainStep:
             progress, self.model, lambda: self.objective(self.forward, x, x_adv, target)[0]
         )
         with relu_gradient(self.model, self.update_grad), perturbed:
-            loss, out = self.objective(self.update_forward or self.forward, x, x_adv, target)
+            loss, logits = self.objective(self.update_forward or self.forward, x, x_adv, target)
             with frozen_statistics(self.model) if self.recomputes else nullcontext():
                 # what it recomputes must not count twice in the statistics; AdaHessian differentiates once more
                 loss.backward(create_graph=getattr(self.optimizer, 'is_second_order', False))
@@ -209,25 +209,20 @@ class TrainStep:
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update(self.model, step=number)
-        shown = out.output if out.output_adv is None else out.output_adv
-        assert shown is not None
         label = target.argmax(1) if target.ndim > 1 else y  # of mixed images the larger part
-        return StepOutput(loss.detach(), (shown.detach().argmax(1) == label).sum())
+        return StepOutput(loss.detach(), (logits.detach().argmax(1) == label).sum())
 
     def perturb(self, x: torch.Tensor, y: torch.Tensor, progress: float) -> torch.Tensor:
         """Adversarial images [B, C, H, W] for the update."""
         with self.attack_forward.ready(self.attack.bn, self.attack.grad) as forward:
             return self.loss.perturb(forward, self.attack.at(progress), x, y)
 
-    def objective(
-        self, forward: Forward, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor
-    ) -> tuple[torch.Tensor, AdvLoss]:
-        """The loss with PSSiLU's penalty lambda |beta|, and what it came from."""
-        out = self.loss.descend(forward, x, x_adv, y)
-        loss = out.loss
+    def objective(self, forward: Forward, x: torch.Tensor, x_adv: torch.Tensor, y: torch.Tensor) -> AdvLoss:
+        """The loss, with PSSiLU's penalty lambda |beta|."""
+        loss, logits = self.loss.descend(forward, x, x_adv, y)
         if self.betas and self.pssilu_reg:
             loss = loss + self.pssilu_reg * torch.stack([beta.abs().sum() for beta in self.betas]).sum()
-        return loss, out
+        return AdvLoss(loss, logits)
 
     def draw_from(self, number: int) -> None:
         """Seed everything random with (seed, step, process)."""
