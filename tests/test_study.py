@@ -66,6 +66,7 @@ def test_a_study_trains_measures_and_draws_and_goes_on_where_it_was(tmp_path, ca
     robust, clean = (by_seed('relu-frozen-pgd_at', points, key)[0] for key in ('robust', 'clean_correct'))
     assert robust.shape == clean.shape == (6,) and robust.mean() == pytest.approx(float(rows[4]['pgd_acc']))
     assert (robust <= clean).all()
+    assert learned['commits'] == [learned['environment']['commit']]
     assert learned['environment']['hardware'] and rows[0]['rollbacks'] == '0' and rows[3]['max_curvature'] == ''
     lines = (tmp_path / 'published/points.jsonl').read_text().splitlines(keepends=True)
     (tmp_path / 'published/points.jsonl').write_text(''.join(lines[:3] + lines[4:]))
@@ -192,6 +193,9 @@ def test_findings_pair_by_seed_and_image(tmp_path):
     assert '| contradicted |' in '\n'.join(findings(study, turned))
     alone = '\n'.join(findings(study, rows[:1]))
     assert '| 0 of 3 |  |  | not yet |' in alone and '| psilu-alpha2-frozen-pgd_at | 0 |  |  |  |' in alone
+    places = {'environment': {'commit': 'b'}, 'commits': ['a', 'b']}, {'environment': {'commit': None}}
+    resumed = [row | place for row, place in zip(rows, places, strict=False)]
+    assert 'Networks by commit: 1 at a and b, 1 at none.' in findings(study, resumed)
     same = [{**rows[0], 'arm': r['arm'], 'seed': r['seed']} for r in rows]
     assert '| 3 of 3 | +0.0 (+0.0 to +0.0) | +0.0 (+0.0 to +0.0) | not shown |' in '\n'.join(findings(study, same))
 

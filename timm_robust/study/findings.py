@@ -14,7 +14,7 @@ from ..results import mean_interval
 from ..training import Recipe
 from .design import ATTACK_NAMES, Arm, Claim, Study
 
-_LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment')
+_LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment', 'commits')
 _LEAST_SEEDS = 3
 """Pairs of seeds that an interval of a claim takes: of two the spread is known too badly for its degrees of freedom."""
 _LIMITS = """
@@ -91,9 +91,9 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
     lost = [f'{row["arm"]}-s{row["seed"]}' for row in rows if 'diverged' in row]
     if lost:
         lines += ['', f'Diverged: {", ".join(lost)}.']
-    commits = Counter(str(row['environment']['commit'] or 'none') for row in rows if 'environment' in row)
-    if commits:
-        lines += ['', f'Networks by commit: {", ".join(f"{n} at {commit}" for commit, n in commits.items())}.']
+    commits = [row.get('commits') or [row['environment']['commit']] for row in rows if 'environment' in row]
+    if counts := Counter(' and '.join(commit or 'none' for commit in each) for each in commits):
+        lines += ['', f'Networks by commit: {", ".join(f"{n} at {commit}" for commit, n in counts.items())}.']
     if study.claims:
         lines += ['', '| claim | arms | pairs of seeds | clean (points) | robust (points) | verdict |']
         lines += ['|---|---|---|---|---|---|']

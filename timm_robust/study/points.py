@@ -99,8 +99,7 @@ def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]
     device = device_of(Recipe.from_values(arm.recipe, arm.name))
     row = arm.facts(seed) | {'environment': {'commit': git_commit(), **environment(device)}}
     try:
-        row['rollbacks'] = train(arm, seed, name, output)['rollbacks']
-        row |= measure(arm, study.measurement, output / name)
+        row |= train(arm, seed, name, output) | measure(arm, study.measurement, output / name)
     except Diverged as error:
         row['diverged'] = str(error.__cause__ or error)  # without the folder of this machine and the advice
     row = {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in row.items()}
@@ -108,7 +107,7 @@ def run_point(study: Study, arm: Arm, seed: int, output: Path) -> dict[str, Any]
 
 
 def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
-    """Train a point, or go on with its training; returns the run's last line.
+    """Train a point, or go on with its training; returns its rollbacks, and the commits of the code that trained it.
 
     Raises:
         ValueError: if its folder holds another training, or its network has no activation of its own to set.
@@ -124,7 +123,7 @@ def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
         )
     for network in networks:
         set_shape(network.act, {} if run.step else arm.shape, arm.learned)
-    return fit(run)
+    return {'rollbacks': fit(run)['rollbacks'], 'commits': list(dict.fromkeys(each['commit'] for each in run.origins))}
 
 
 def check_folder(arm: Arm, folder: Path) -> None:
