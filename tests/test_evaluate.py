@@ -19,7 +19,7 @@ from timm_robust.evaluate import main
 from timm_robust.evaluation import measure as module
 from timm_robust.evaluation.measure import SeededStart, evaluate
 from timm_robust.evaluation.split import default_batch_size
-from timm_robust.models import load_model
+from timm_robust.models import load_model, trained_for
 from timm_robust.pixels import PixelInput, pixel_input
 from timm_robust.results import NOT_CHECKED, RobustnessResult
 from timm_robust.threat_model import ThreatModel
@@ -342,7 +342,14 @@ def test_a_run_is_measured_in_the_ball_that_it_trained_for(checkpoint, tmp_path,
     trained = {'norm': 'L2', 'eps': '0.25'}
     assert ball(trained) == ('L2', '0.25') and ball(trained, '--eps 1') == ('L2', '1')
     assert ball(trained, '--norm Linf') == ('Linf', '8/255') and ball({}, '--norm L2') == ('L2', '0.5')
-    assert ball({'norm': 3, 'eps': []}) == ('Linf', '8/255')  # a stranger's
+    assert ball({'norm': 'L2', 'eps': 1}) == ('L2', '1') and ball({'norm': 3, 'eps': []}) == ('Linf', '8/255')
+    on_digits(tmp_path / 'own.pth.tar', '-n 2 --attack none')  # a stranger's
+    assert 'the attacks have' not in capsys.readouterr().err
+    ball(trained)
+    on_digits(tmp_path / 'own.pth.tar', '-n 2 --attack pgd --steps 1 --no-checks --eps 1')
+    assert 'note: the attacks have L2 1, as in training; --norm' in capsys.readouterr().err
+    assert trained_for(load_model(tmp_path / 'own.pth.tar')) == ThreatModel('L2', 0.25)
+    assert trained_for(load_model('resnet18_relu.fgsm_cifar10_linf', pretrained=False)) == ThreatModel()
     timm_keys = set(load_model(checkpoint).pretrained_cfg)
     assert set(load_model(tmp_path / 'own.pth.tar').pretrained_cfg) == timm_keys  # it can be pushed to the Hub by timm
 

@@ -28,7 +28,7 @@ from .data import DATASETS, SPLITS, ImageData, is_stream
 from .distributed import World
 from .evaluation import DEFAULT_N, default_batch_size, evaluate, evenly, fit_channels, read_split
 from .files import atomic_file, check_output
-from .models import BEST, check_model_kwargs, load_model, trained_ball
+from .models import BEST, check_model_kwargs, load_model, trained_for
 from .results import ATTACKS, NOT_CHECKED, RobustnessResult, is_record
 from .threat_model import LEADERBOARD_EPS, MAX_CLASSES, NORMS, ThreatModel, parse_eps
 from .training import HELD_OUT, held_out_images
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record = RobustnessResult.from_json(args.repeat) if args.repeat else None
     if record is not None:
         _take_settings(args, record)
+    ThreatModel(args.norm or 'L2', args.eps or 1.0)  # what is typed is refused before anything is loaded
     _check_files(args)
     options = _model_options(args)
     world = World.join(args.device)
@@ -96,14 +97,15 @@ def _model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _threat_model(args: argparse.Namespace, model: nn.Module) -> ThreatModel:
     """Norm and radius as typed; else those that the model was trained for; else the leaderboard's."""
-    trained_norm, trained_eps = trained_ball(model) or ('Linf', LEADERBOARD_EPS['Linf'])
-    norm = args.norm or trained_norm
-    usual = trained_eps if norm == trained_norm else LEADERBOARD_EPS.get(norm, trained_eps)
-    eps: Any = usual if args.eps is None else args.eps  # it reads '8/255' too
-    threat_model = ThreatModel(norm, eps)
+    trained = trained_for(model) or ThreatModel()
+    norm = args.norm or trained.norm
+    eps: Any = trained.eps if norm == trained.norm else LEADERBOARD_EPS[norm]
+    threat_model = ThreatModel(norm, eps if args.eps is None else args.eps)
     threat_model.check_scale()
     if args.attack != 'none' and not threat_model.eps:
-        raise ValueError(f'eps {eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy')
+        raise ValueError(
+            f'eps {args.eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy'
+        )
     return threat_model
 
 
@@ -118,6 +120,9 @@ def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
         found.append(f'{args.model} has random weights; for trained ones name MODEL.TAG, a checkpoint file or a folder')
     if args.attack != 'none':
         found += threat_model.find_problems()
+        norm = args.norm or 'Linf'
+        if threat_model.norm != norm or (args.eps is None and threat_model.eps != parse_eps(LEADERBOARD_EPS[norm])):
+            found.append(f'the attacks have {threat_model}, as in training; --norm and --eps set others')
     if args.split == 'train':
         found.append('these are images of the training split; robustness is claimed on others (--split test)')
     if args.state_dir and args.attack not in ('autoattack', 'apgd'):

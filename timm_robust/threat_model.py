@@ -131,7 +131,7 @@ class ThreatModel:
         if self.norm == 'Linf' and self.eps >= (hi - lo) / 2:
             return [f'in the ball of {self} every image can be made grey all over, so no network can resist']
         if self.norm == 'L2' and self.eps == 8 / 255:
-            return [f'{self} is 8/255, a usual radius of Linf; that of L2 is 0.5 (--eps 0.5)']
+            return [f'{self} is 8/255, a usual radius of Linf; that of L2 is 0.5 (--eps 0.5, or --norm Linf)']
         if self.norm == 'L2' and self.eps > 10 * (hi - lo):
             return [f'{self} is far beyond the usual 0.5 to 5, and on small images holds pictures of every class']
         return []

@@ -7,7 +7,7 @@ from . import cifar_resnet, wide_resnet
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
 from .config import check_model_kwargs, input_channels, make_model
-from .load import HYPER_PARAMETERS, class_list, load_model, read_hyper_parameters, trained_ball, trained_classes
+from .load import HYPER_PARAMETERS, class_list, load_model, read_hyper_parameters, trained_classes, trained_for
 from .replaced import SharedAct, replace_activations
 from .wide_resnet import WideResNet
 
@@ -28,8 +28,8 @@ __all__ = [
     'read_hyper_parameters',
     'read_weights',
     'replace_activations',
-    'trained_ball',
     'trained_classes',
+    'trained_for',
     'wide_resnet',
 ]
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from ..files import read_yaml
-from ..weights import fetch_folder
+from ..threat_model import LEADERBOARD_EPS, ThreatModel
+from ..weights import RELEASES, fetch_folder
 from .checkpoint import BEST, SUFFIXES, load_checkpoint, read_weights, weights_of
 from .config import (
     check_model_kwargs,
@@ -103,7 +105,10 @@ def _from_registry(name: str, model_kwargs: dict[str, Any]) -> nn.Module:
     tags = [key.partition('.')[2] for key in timm.models.get_arch_pretrained_cfgs(arch)]
     if tag and tag not in tags:
         raise ValueError(f'{arch} has no weights {tag!r}; it has {", ".join(tags) or "none"}')
-    return make_model(name, model_kwargs, pretrained=bool(tag))
+    model = make_model(name, model_kwargs, pretrained=bool(tag))
+    if release := RELEASES.get(name):
+        _note_training(model, {'norm': release.norm, 'eps': LEADERBOARD_EPS[release.norm]})
+    return model
 
 
 def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None) -> nn.Module:
@@ -216,17 +221,20 @@ def class_list(names: Any, num_classes: Any) -> tuple[str, ...] | None:
     return tuple(names) if names and len(names) == num_classes else None
 
 
-def trained_ball(model: nn.Module) -> tuple[str, float | str] | None:
-    """Norm and eps that a model which load_model made was trained for; None if they are not known."""
-    return getattr(model, '_trained_ball', None)
+def trained_for(model: nn.Module) -> ThreatModel | None:
+    """The threat model that a model which load_model made was trained for; None if it is not known.
+
+    Of a release the norm is known, by its name, and the radius is taken for the leaderboard's.
+    """
+    return getattr(model, '_trained_for', None)
 
 
 def _note_training(model: nn.Module, settings: Any) -> None:
-    """Keep the size that a run resized its images to, and the ball that it trained for."""
+    """Keep the size that a run resized its images to, and the threat model that it trained for."""
     if not isinstance(settings, Mapping):
         return
     if isinstance(settings.get('img_size'), int):
         note(model, img_size=settings['img_size'])
-    norm, eps = settings.get('norm'), settings.get('eps')
-    if isinstance(norm, str) and isinstance(eps, (float, str)):  # pretrained_cfg is no place: timm refuses other keys
-        model._trained_ball = (norm, eps)  # type: ignore[assignment]
+    with contextlib.suppress(KeyError, TypeError, ValueError):  # a stranger's file may say anything
+        model._trained_for = ThreatModel(settings['norm'], settings['eps'])  # type: ignore[assignment]
+        # pretrained_cfg is no place for it: timm refuses to load a config.json with other keys

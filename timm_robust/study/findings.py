@@ -20,11 +20,11 @@ _LEAST_SEEDS = 3
 _LIMITS = """
 Intervals are 95 %, and take seeds for normal draws. That of an arm is mean +- t * sd / sqrt(seeds) of its accuracies,
 on these images. That of a claim is of differences paired by seed and image, and for other images as well: both count
-as draws (crossed random effects). The verdict is on the robust accuracy.
-
-'Not shown' does not mean equal. An effect as large as the interval's half is shown every other time, one of 1.4 times
-that four times in five. A claim about arms that are equal is shown or contradicted one time in twenty: of {claims},
-all about equal arms, {expected:.1f} on average, and those that share an arm err together."""
+as draws (crossed random effects). The verdict is on the robust accuracy."""
+_CAUTION = """
+'Not shown' does not mean equal: an effect as large as half of the interval is shown about every other time, one of 1.4
+times that about seven times in ten. A claim about arms that are equal is shown or contradicted one time in twenty at
+most. Of {count} such claims {expected:.2g} would be, on average and at most; claims that share an arm err together."""
 
 
 def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
@@ -102,9 +102,8 @@ def findings(study: Study, rows: list[dict[str, Any]]) -> list[str]:
         effects = [percent(values, '+', other_images=True) if len(values) else '' for values in (clean, robust)]
         cells = [f'{len(robust)} of {len(study.seeds)}', *effects, judge(study, claim, rows, robust)]
         lines.append(f'| {claim.text} | {claim.more} - {claim.than} | {" | ".join(cells)} |')
-    count = len(study.claims)
-    limits = _LIMITS.format(claims=f'{count} claim{"s" * (count != 1)}', expected=0.05 * count)
-    return lines + limits.split('\n')
+    caution = _CAUTION.format(count=len(study.claims), expected=0.05 * len(study.claims)) if study.claims else ''
+    return lines + (_LIMITS + caution).split('\n')
 
 
 def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: np.ndarray) -> str:
@@ -120,7 +119,9 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
     if lost := {row['seed'] for row in own if 'diverged' in row}:
         return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
     _, low, high = mean_interval(differences, other_images=True)
-    if len(differences) < _LEAST_SEEDS or len(set(differences.sum(1))) == 1:
+    if len(differences) < _LEAST_SEEDS:
+        return f'not shown ({len(differences)} of the {_LEAST_SEEDS} seeds that a claim takes)'
+    if len(set(differences.sum(1))) == 1:
         return 'not shown'
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
 

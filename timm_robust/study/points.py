@@ -123,7 +123,9 @@ def train(arm: Arm, seed: int, name: str, output: Path) -> dict[str, Any]:
         )
     for network in networks:
         set_shape(network.act, {} if run.step else arm.shape, arm.learned)
-    return {'rollbacks': fit(run)['rollbacks'], 'commits': list(dict.fromkeys(each['commit'] for each in run.origins))}
+    rollbacks = fit(run)['rollbacks']
+    trained = [each['commit'] for each in run.origins if each['step'] < run.step]
+    return {'rollbacks': rollbacks, 'commits': list(dict.fromkeys(trained))}
 
 
 def check_folder(arm: Arm, folder: Path) -> None:
