@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 import timm_robust.models.pretrained as resolver
 from timm_robust.data import load_dataset
 from timm_robust.files import sha256
-from timm_robust.models.load import load_model, read_hyper_parameters, trained_classes
+from timm_robust.models.load import load_model, read_hyper_parameters, trained_classes, trained_for
 from timm_robust.plots import read_run
 from timm_robust.release import staging
 from timm_robust.release.card import model_card
@@ -27,6 +27,7 @@ from timm_robust.release.record import read_results, results_of, strongest
 from timm_robust.release.results_page import README_START, results_page
 from timm_robust.release.staging import measure, render, stage
 from timm_robust.staging import main
+from timm_robust.threat_model import ThreatModel
 from timm_robust.training.builder import build
 from timm_robust.training.flags import parse_recipe
 from timm_robust.training.loop import fit
@@ -86,7 +87,9 @@ def test_a_staged_folder_holds_what_the_hub_and_the_reader_need(staged, run):
     config = json.loads((folder / 'config.json').read_text())
     assert config['architecture'] == 'resnet18_pssilu' and config['pretrained_cfg']['tag'] == 'fgsm_digits_linf'
     assert config['pretrained_cfg']['mean'] == [0, 0, 0] and config['pretrained_cfg']['std'] == [1, 1, 1]
-    assert config['label_names'] == list(trained_classes(load_model(folder))) == [str(i) for i in range(10)]
+    model, hyper = load_model(folder), read_hyper_parameters(folder)
+    assert config['label_names'] == list(trained_classes(model)) == [str(i) for i in range(10)]
+    assert trained_for(model) == ThreatModel(hyper['norm'], hyper['eps'])
     assert config['robustness']['attack'] == 'pgd' and config['robustness']['n'] == 10
     everything = ''.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.yaml', '.md', '.csv'))
     assert str(run.parent) not in everything and str(staged) not in everything
