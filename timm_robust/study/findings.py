@@ -22,6 +22,7 @@ Intervals are 95 %, and take seeds for normal draws. That of an arm is mean +- t
 on these images. That of a claim is of differences paired by seed and image, and for other images as well: both count
 as draws (crossed random effects). The verdict is on the robust accuracy."""
 _CAUTION = """
+
 'Not shown' does not mean equal: an effect as large as half of the interval is shown about every other time, one of 1.4
 times that about seven times in ten. A claim about arms that are equal is shown or contradicted one time in twenty at
 most. Of {count} such claims {expected:.2g} would be, on average and at most; claims that share an arm err together."""
