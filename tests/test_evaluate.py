@@ -344,7 +344,10 @@ def test_a_run_is_measured_in_the_ball_that_it_trained_for(checkpoint, tmp_path,
     assert ball(trained, '--norm Linf') == ('Linf', '8/255') and ball({}, '--norm L2') == ('L2', '0.5')
     assert ball({'norm': 'L2', 'eps': 1}) == ('L2', '1') and ball({'norm': 3, 'eps': []}) == ('Linf', '8/255')
     on_digits(tmp_path / 'own.pth.tar', '-n 2 --attack none')  # a stranger's
-    assert 'the attacks have' not in capsys.readouterr().err
+    torch.save({**state, 'recipe': {'norm': 'L2', 'eps': '0'}}, tmp_path / 'own.pth.tar')
+    assert on_digits(tmp_path / 'own.pth.tar', '-n 2') == 2
+    err = capsys.readouterr().err
+    assert 'eps 0.0 leaves the attack no room' in err and 'the attacks have' not in err
     ball(trained)
     on_digits(tmp_path / 'own.pth.tar', '-n 2 --attack pgd --steps 1 --no-checks --eps 1')
     assert 'note: the attacks have L2 1, as in training; --norm' in capsys.readouterr().err

@@ -99,13 +99,13 @@ def _threat_model(args: argparse.Namespace, model: nn.Module) -> ThreatModel:
     """Norm and radius as typed; else those that the model was trained for; else the leaderboard's."""
     trained = trained_for(model) or ThreatModel()
     norm = args.norm or trained.norm
-    eps: Any = trained.eps if norm == trained.norm else LEADERBOARD_EPS[norm]
-    threat_model = ThreatModel(norm, eps if args.eps is None else args.eps)
+    eps: Any = args.eps
+    if eps is None:
+        eps = trained.eps if norm == trained.norm else LEADERBOARD_EPS[norm]
+    threat_model = ThreatModel(norm, eps)
     threat_model.check_scale()
     if args.attack != 'none' and not threat_model.eps:
-        raise ValueError(
-            f'eps {args.eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy'
-        )
+        raise ValueError(f'eps {eps!r} leaves the attack no room; allowed: > 0, or --attack none for clean accuracy')
     return threat_model
 
 
