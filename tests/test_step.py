@@ -151,6 +151,15 @@ def test_regulariser_and_clip_rule_beta(tmp_path):
     assert free.model.act.beta.grad.item() - none.model.act.beta.grad.item() == pytest.approx(10, rel=1e-3)
 
 
+def test_the_penalty_of_beta_takes_nothing_from_a_bound_on_the_norm(tmp_path):
+    gradients = []
+    for bound in (None, 1e3):  # no bound, and one that ordinary gradients are far below
+        run = build(tiny(tmp_path, max_steps=1, clip_grad=bound, pssilu_reg=1e5))
+        run.train_step(*run.batches[0], 0)
+        gradients.append(run.model.conv1.weight.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('loss', ['pgd_at', 'trades'])
 def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):

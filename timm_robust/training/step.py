@@ -124,12 +124,15 @@ class Clipping:
     beta: float | None = None
 
     def clip(self, model: nn.Module, betas: list[torch.Tensor]) -> None:
-        """Clip the gradients of the model, then those of its betas."""
+        """Clip the gradients of the betas, then those of the model.
+
+        The betas come first: their penalty gives them a gradient near 10, which would rule the norm of all.
+        """
+        if self.beta is not None and betas:
+            nn.utils.clip_grad_norm_(betas, self.beta)
         if self.value is not None:
             parameters = model_parameters(model, exclude_head=self.mode == 'agc')  # as timm's train.py has it
             dispatch_clip_grad(parameters, value=self.value, mode=self.mode)
-        if self.beta is not None and betas:
-            nn.utils.clip_grad_norm_(betas, self.beta)
 
 
 @dataclass
