@@ -303,6 +303,29 @@ def test_a_rejected_image_meets_the_next_attack(monkeypatch):
     assert result.rejected == len(x)
 
 
+class WrongInTF32(nn.Module):
+    """Another class for every image, wherever TF32 is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = conv_net()
+
+    def forward(self, x):
+        logits = self.net(x)
+        return logits.roll(1, dims=1) if tf32_allowed() else logits
+
+
+@pytest.mark.parametrize('searched', [False, True])
+def test_what_tf32_alone_gets_wrong_is_attacked_in_fp32(searched):
+    assert tf32_allowed()
+    model = WrongInTF32()
+    x, y = images(model.net)
+    result = autoattack(model, x, y, LINF, version='apgd', search=model if searched else None)
+    truth = autoattack(model.net, x, y, LINF, version='apgd')
+    assert result.clean_correct.all() and result.searched == searched
+    assert not truth.robust.all() and torch.equal(result.robust, truth.robust)
+
+
 @pytest.mark.parametrize('num_classes', [2, 3, 5])
 def test_few_classes_are_attacked_and_said_so(num_classes, short_attacks):
     model = linear_net(num_classes)

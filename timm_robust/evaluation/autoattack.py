@@ -226,15 +226,20 @@ class _Batches:
         return found
 
     def _find(self, attack: str, x: torch.Tensor, y: torch.Tensor) -> Found:
-        """One attack on one batch; what the model does not confirm is attacked again on the model."""
+        """One attack on one batch; what the model does not confirm is attacked again, on the model and in fp32.
+
+        The first search is in the precision that the user has, TF32 on a GPU. An image whose clean label is wrong there
+        alone counts as found, and would never be attacked.
+        """
         started = time.perf_counter()
         messages, self.report.messages = self.report.messages, []
         claims, claimed = self.searcher.run(attack, x, y)
         claims, labels, broken = recheck(self.plain.logits, claims, x, y, self.threat_model)
         broken &= claimed
         again = claimed & ~broken
-        if self.searcher is not self.plain and again.any():
-            more, sure = self.plain.run(attack, x[again], y[again])
+        if again.any():
+            with ieee_fp32():
+                more, sure = self.plain.run(attack, x[again], y[again])
             more, names, fell = recheck(self.plain.logits, more, x[again], y[again], self.threat_model)
             claims[again], labels[again] = more, names
             broken[again], claimed[again] = fell & sure, sure
