@@ -111,6 +111,40 @@ def test_a_card_tells_of_extra_data_changes_on_the_way_and_the_papers(tmp_path):
     assert '- P2333/DM-Improves-AT' in card.split('---')[1]
 
 
+NEVER = '; the test set was never looked at.'
+
+
+@pytest.mark.parametrize(
+    ('settings', 'said'),
+    [
+        ({}, f'the best by PGD accuracy on 1000 images held out of the training set{NEVER}'),
+        (
+            {'val_size': 0.2},
+            f'the best by PGD accuracy on 20% of the training images, held out of the training set{NEVER}',
+        ),
+        ({'val_size': 0}, f'the last, for nothing was held out{NEVER}'),
+        ({'val_split': 'validation'}, f'the best by PGD accuracy on the images of the split validation{NEVER}'),
+        ({'val_split': 'test'}, 'the best by PGD accuracy on the images of the split test.'),
+        (
+            {'train_split': 'test', 'val_size': 0},
+            'the last, for nothing was held out; it was trained on the split test.',
+        ),
+        ({'loss': 'clean'}, f'the best by clean accuracy on 1000 images held out of the training set{NEVER}'),
+    ],
+)
+def test_a_card_says_how_the_epoch_was_chosen_and_whether_there_was_an_attack(tmp_path, settings, said):
+    folder = tmp_path / 'resnet18_pssilu.fgsm_cifar10_linf'
+    shutil.copytree(STAGED / folder.name, folder)
+    hyper = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(hyper | {'val_size': 1000} | settings))
+    card = model_card(folder)
+    assert f'), {said}\n' in card
+    assert ('chose the epoch: what is measured on them is too good' in card) == (settings.get('val_split') == 'test')
+    clean = settings.get('loss') == 'clean'
+    assert ('trained on cifar10 without attacks.' in card and 'clean loss; no attack; ' in card) == clean
+    assert ('trained adversarially on cifar10' in card and 'attack n_fgsm, Linf 8/255' in card) != clean
+
+
 def test_what_is_staged_is_released():
     assert {path.parent.name for path in STAGED.glob('*/results.json')} == set(RELEASES)
 

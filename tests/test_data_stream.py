@@ -21,6 +21,8 @@ from timm_robust.data import (
     split_holdout,
 )
 from timm_robust.data.classes import new_labels
+from timm_robust.evaluation.split import read_split
+from timm_robust.models import load_model
 from timm_robust.training.batches import read_data
 from timm_robust.training.recipe import Recipe
 
@@ -143,6 +145,33 @@ def test_the_centre_is_cropped_after_resizing(tmp_path):
     Image.fromarray(pixels).save(write_folder(tmp_path, n=3) / 'train/ant/000.png')
     x, _ = next(stream(tmp_path, img_size=28).first(1).batches(1))
     assert x.shape == (1, 3, 28, 28) and x.mean() == pytest.approx(20 / 35, abs=0.01)
+
+
+def test_the_crop_is_that_of_the_models_data_configuration(tmp_path):
+    write_folder(tmp_path, n=20, make=lambda number, size: noisy(number, (32, 32)))
+    write_folder(tmp_path, n=3, split='val', make=lambda number, size: noisy(number, (32, 32)))
+    exact = stream(tmp_path, img_size=32, data_config={'crop_pct': 1.0}).in_memory()
+    with Image.open(tmp_path / 'train/ant/000.png') as picture:
+        assert torch.equal(exact.images[0], torch.tensor(np.array(picture)).permute(2, 0, 1))
+    zoomed = stream(tmp_path, img_size=32).in_memory()
+    assert not torch.equal(zoomed.images, exact.images)
+    model = load_model('resnet18_relu', width=4)  # made for 32 pixels, and crop_pct 1
+    assert torch.equal(read_split(model, 'folder', str(tmp_path), 'train').images, exact.images)
+    model.pretrained_cfg = {}
+    assert torch.equal(read_split(model, 'folder', str(tmp_path), 'train', img_size=32).images, zoomed.images)
+    recipe = Recipe(model='resnet18_relu', dataset='folder', data_dir=str(tmp_path), val_split='auto', workers=0)
+    held_out = read_data(recipe, 0)[1]
+    assert torch.equal(
+        held_out.in_memory().images,
+        stream(tmp_path, 'val', img_size=32, data_config={'crop_pct': 1.0}).in_memory().images,
+    )
+
+
+@pytest.mark.parametrize('said', [{'crop_pct': 'much'}, {'interpolation': 'magic'}, {'crop_pct': [1]}])
+def test_a_data_configuration_that_timm_cannot_resize_by_is_named(folder, said):
+    with pytest.raises(ValueError, match='data configuration cannot be resized by') as error:
+        stream(folder, data_config=said)
+    assert str(next(iter(said.values()))) in str(error.value)
 
 
 def test_subset_first_holdout_and_memory(folder):

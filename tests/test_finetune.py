@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from tiny_runs import signalled_at, tiny
+from tiny_runs import draw_pictures, signalled_at, tiny
 
 from timm_robust import cli
 from timm_robust.data import CIFAR10_CLASSES
@@ -24,19 +24,6 @@ from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import Stopped, fit, out_of_patience
-
-
-def draw_pictures(folder, classes=('ant', 'bee', 'cat'), n=10, side=32):
-    """Pictures of one colour a class, with noise: what a network learns in a few steps."""
-    rng = np.random.default_rng(0)
-    for number, name in enumerate(classes):
-        for index in range(n):
-            pixels = rng.integers(0, 90, (side, side, 3), dtype=np.uint8)
-            pixels[..., number % 3] += 160
-            path = folder / name / f'{index}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    return folder
 
 
 def in_grey(folder):

@@ -143,6 +143,29 @@ def test_epochs_between_validations_are_not_saved_unless_long_ago(tmp_path, monk
     assert state['step'] == 5 and [row['epoch'] for row in state['history']] == list(range(5))
 
 
+def test_a_run_that_holds_nothing_out_ends_with_its_last_weights_as_the_best(tmp_path):
+    run = build(tiny(tmp_path, val_size=0))
+    fit(run)
+    assert_same(weights(tmp_path), weights(tmp_path, 'model_best.pth.tar'))
+    assert load_model(tmp_path / 'run').num_classes == 10  # as its users open it
+    best = tmp_path / 'run/model_best.pth.tar'
+    best.unlink()
+    assert build(tiny(tmp_path, val_size=0, resume='auto')).step == 7
+    assert best.is_file()  # a kill may have come before its name
+
+
+def test_the_average_of_a_run_that_holds_nothing_out_gets_statistics_of_its_own(tmp_path, monkeypatch):
+    states = []
+    for number, estimate in enumerate([engine.reestimate_batch_norm, lambda run, batches: None]):
+        monkeypatch.setattr(engine, 'reestimate_batch_norm', estimate)
+        fit(build(tiny(tmp_path / str(number), val_size=0)))
+        states.append(load_checkpoint(tmp_path / str(number) / 'run/last.pth.tar'))
+    with_statistics, without = (state['state_dict_ema'] for state in states)
+    different = {key for key, value in with_statistics.items() if not torch.equal(value, without[key])}
+    assert different and all('running' in key or 'num_batches' in key for key in different)
+    assert_same(states[0]['state_dict'], states[1]['state_dict'])
+
+
 def test_a_long_epoch_is_saved_inside(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
     with pytest.raises(Killed):

@@ -11,8 +11,10 @@ import pytest
 import timm
 import torch
 import warm
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load, save
+from tiny_runs import draw_pictures
 
 import timm_robust.models.pretrained as resolver
 from timm_robust.data import load_dataset
@@ -455,11 +457,29 @@ def test_weights_of_others_are_named_and_not_listed_until_fetched():
     )
 
 
+@pytest.mark.parametrize(('beside', 'split'), [(True, 'validation'), (False, None)])
+def test_a_staged_folder_knows_which_images_val_split_auto_found(tmp_path, beside, split):
+    pictures = tmp_path / 'things'
+    draw_pictures(pictures / 'train' if beside else pictures, n=4)
+    if beside:
+        draw_pictures(pictures / 'val', n=2)
+    settings = {'dataset': 'folder', 'data_dir': str(pictures), 'val_split': 'auto', 'val_size': 0.25, 'workers': 0}
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path), batch_size=4, **settings)))
+    folder = stage(tmp_path / 'run', 'resnet18_pssilu.at_things_linf', cards=tmp_path)
+    assert yaml.safe_load((folder / 'train_hparams.yaml').read_text())['val_split'] == split
+
+
 def test_a_release_keeps_to_one_split_of_one_data_set(copy):
     folder, digits = copy / 'model_cards' / NAME, load_dataset('digits', None, 'test')
     before = (folder / 'results.json').read_bytes()
-    with pytest.raises(ValueError, match='was trained on such images; a release is measured with --split test'):
+    with pytest.raises(ValueError, match='was trained on the images of train; measure it on others: --split SPLIT'):
         measure(folder, load_dataset('digits', None, 'train'), attack='pgd', n=10, split='train')
+    settings = folder / 'train_hparams.yaml'
+    kept = settings.read_text()
+    settings.write_text(kept.replace('train_split: train', 'train_split: test'))
+    with pytest.raises(ValueError, match='was trained on the images of test'):
+        measure(folder, digits, attack='pgd', n=10)
+    settings.write_text(kept)
     with pytest.raises(
         ValueError, match=r'was measured on digits test, and keeps to it, not noise test; .*--overwrite'
     ):

@@ -89,12 +89,15 @@ def test_timms_train_and_validate_take_our_models(pictures, tmp_path, capsys):
 def test_a_checkpoint_of_timm_tells_all_that_its_attack_needs(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=10, in_chans=1).eval()
-    args = arguments(model='test_resnet', in_chans=1, mean=[0.3], std=[0.2], img_size=48, model_kwargs={})
+    args = arguments(model='test_resnet', in_chans=1, mean=[0.3], std=[0.2], img_size=48, model_kwargs={}, crop_pct=0.6)
     loaded = load_model(save(tmp_path, args, model))
     x = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
         assert torch.allclose(pixel_input(loaded)(x), model((x - 0.3) / 0.2), atol=1e-5)
         assert pixel_input(loaded).img_size == 48
+        cfg = timm.get_pretrained_cfg('test_resnet')
+        assert loaded.pretrained_cfg['crop_pct'] == 0.6 != cfg.crop_pct
+        assert loaded.pretrained_cfg['interpolation'] == cfg.interpolation
         other = load_model(tmp_path / 'timm/last.pth.tar', pretrained_cfg_overlay={'mean': (0.0,), 'std': (1.0,)})
         assert torch.allclose(pixel_input(other)(x), model(x), atol=1e-5)
 

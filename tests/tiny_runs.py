@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import torch
+from PIL import Image
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import loop as engine
@@ -46,6 +48,19 @@ def assert_same(a, b):
     assert a.keys() == b.keys()
     different = [key for key in a if not torch.equal(a[key], b[key])]
     assert not different
+
+
+def draw_pictures(folder, classes=('ant', 'bee', 'cat'), n=10, side=32):
+    """Pictures of one colour a class, with noise: what a network learns in a few steps."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(classes):
+        for index in range(n):
+            pixels = rng.integers(0, 90, (side, side, 3), dtype=np.uint8)
+            pixels[..., number % 3] += 160
+            path = folder / name / f'{index}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+    return folder
 
 
 class Killed(Exception):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from ..data import CIFAR10_CLASSES, ImageData
+from ..data import CIFAR10_CLASSES, ImageData, eval_transform
 from ..models import input_channels, trained_classes
 from ..pixels import to_pixels
 
@@ -99,10 +99,8 @@ def as_input(picture: Image.Image, model: nn.Module) -> torch.Tensor:
     picture = picture.convert('L' if channels == 1 else 'RGB')
     if picture.size == (width, height):
         return to_pixels(pil_to_tensor(picture)[None])
-    config = resolve_data_config({}, pretrained_cfg=dict(getattr(model, 'pretrained_cfg', None) or {}))
-    chosen = {key: config[key] for key in ('interpolation', 'mean', 'crop_pct', 'crop_mode')}
-    steps = create_transform((channels, height, width), normalize=False, **chosen)
-    return to_pixels(steps(picture)[None])
+    transform = eval_transform((height, width), getattr(model, 'pretrained_cfg', None))
+    return to_pixels(transform(picture)[None])
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, load_dataset
 from .sources import has_split, is_stream
 from .stream_batches import StreamBatches
 from .stream_data import StreamData, reader_fault
+from .transforms import eval_transform
 
 __all__ = [
     'CIFAR10_CLASSES',
@@ -25,6 +26,7 @@ __all__ = [
     'StreamBatches',
     'StreamData',
     'TrainBatches',
+    'eval_transform',
     'fingerprint',
     'has_split',
     'is_stream',

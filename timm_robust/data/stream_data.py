@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class StreamData:
         root: the folder or the `.tar` file; a folder may hold a folder or a `.tar` for each split.
         split: as the reader names it; for 'wds/' without an `_info.json` 'x-{0000..0009}.tar|10000', the number of
             images last.
-        img_size: pixels a side: the shorter one is resized to img_size / 0.875, bilinearly, then the centre cropped.
+        img_size: pixels a side, after resizing and cropping as `eval_transform` does it.
+        data_config: of the model that sees them, for its crop_pct and interpolation.
         workers: processes that read and decode; 0: this one.
         num_classes: needed where the reader does not know the classes ('wds/'); elsewhere at least as many.
         classes: those of training: the labels are theirs, by name, and this split may lack some; see `new_labels`.
@@ -64,6 +65,7 @@ class StreamData:
         split: str = 'train',
         img_size: int = 224,
         *,
+        data_config: Mapping[str, Any] | None = None,
         workers: int = 4,
         num_classes: int | None = None,
         classes: Sequence[str] | None = None,
@@ -72,7 +74,7 @@ class StreamData:
         """Open the data set and learn its size and classes; no image is read."""
         self._options: dict[str, Any] = {'name': name, 'root': root, 'split': split, 'download': download}
         self.img_size, self.workers, self.device, self.channels = img_size, workers, torch.device('cpu'), 3
-        self.transform = eval_transform(img_size)
+        self.transform = eval_transform(img_size, data_config)
         self.dataset = open_dataset(**self._options)
         self.iterable = isinstance(self.dataset, IterableDataset)
         self.name = source_name(name, root)

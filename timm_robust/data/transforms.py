@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from .batches import seed_of
@@ -31,9 +31,27 @@ def train_transform(img_size: int, hflip: float) -> Callable[[Any], torch.Tensor
     return create_transform(img_size, is_training=True, hflip=hflip, interpolation='random', use_prefetcher=True)
 
 
-def eval_transform(img_size: int) -> Callable[[Any], torch.Tensor]:
-    """Resize the shorter side to img_size / 0.875, then crop the centre: PIL image -> [3, H, W] of uint8."""
-    return create_transform(img_size, crop_pct=0.875, interpolation='bilinear', use_prefetcher=True)
+def eval_transform(
+    img_size: int | tuple[int, int], data_config: Mapping[str, Any] | None = None
+) -> Callable[[Any], torch.Tensor]:
+    """Resize the shorter side to img_size / crop_pct, then crop the centre: PIL image -> [C, H, W] of uint8.
+
+    Args:
+        img_size: pixels a side, or (height, width).
+        data_config: of the model: crop_pct, interpolation and crop_mode of its pretrained_cfg. What it does not say is
+            0.875, bilinear and the centre, as RobustBench has it on ImageNet.
+
+    Raises:
+        ValueError: for values that timm cannot resize by.
+    """
+    given = {'crop_pct': 0.875, 'interpolation': 'bilinear', **(data_config or {})}
+    try:
+        config = resolve_data_config({}, pretrained_cfg=given)
+        settings = {key: config[key] for key in ('crop_pct', 'interpolation', 'crop_mode', 'mean')}
+        return create_transform(img_size, use_prefetcher=True, **settings)
+    except (AssertionError, ArithmeticError, KeyError, TypeError, ValueError) as error:
+        said = {key: given.get(key) for key in ('crop_pct', 'interpolation', 'crop_mode')}
+        raise ValueError(f"the model's data configuration cannot be resized by, {said}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def read_split(
     download: bool = False,
     processes: int = 1,
 ) -> ImageData:
-    """A split to measure a model on, in memory; of a streamed data set n images at the model's size.
+    """A split to measure a model on, in memory; of a streamed data set n images at the model's size and crop.
 
     Args:
         model: says the size of streamed images, the channels and the classes.
@@ -44,7 +44,7 @@ def read_split(
         return fit_channels(model, load_dataset(dataset, data_dir, split, download))
     config = dict(getattr(model, 'pretrained_cfg', None) or {})
     size = img_size or config.get('img_size') or config.get('input_size', (3, 224, 224))[-1]
-    options: dict[str, Any] = {'download': download, 'classes': trained_classes(model)}
+    options: dict[str, Any] = {'download': download, 'classes': trained_classes(model), 'data_config': config}
     if dataset.partition('/')[0] in ('wds', 'hfids', 'tfds'):  # folders know their classes, and may lack some
         options['num_classes'] = getattr(model, 'num_classes', None)
     stream = StreamData(dataset, data_dir, split, size, **options)

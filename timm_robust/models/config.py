@@ -96,7 +96,7 @@ def timm_settings(args: Mapping[str, Any], where: object) -> dict[str, Any]:
 
 
 def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, Any], in_chans: int) -> None:
-    """Keep where pixel_input looks for it what images timm's train.py showed the model: mean, std and size.
+    """Keep in the model's pretrained_cfg what images timm's train.py showed it: mean, std, size and crop.
 
     Args:
         model: made of these args.
@@ -107,7 +107,7 @@ def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, A
     Raises:
         ValueError: for values that are none.
     """
-    keys = ('in_chans', 'input_size', 'img_size', 'mean', 'std')
+    keys = ('in_chans', 'input_size', 'img_size', 'mean', 'std', 'crop_pct', 'interpolation', 'crop_mode')
     try:
         found = resolve_data_config({key: args.get(key) for key in keys}, dict(model.pretrained_cfg or {}))  # type: ignore
         statistics = {key: tuple(overlay.get(key) or found[key]) for key in ('mean', 'std')}
@@ -117,7 +117,7 @@ def note_data(model: nn.Module, args: Mapping[str, Any], overlay: Mapping[str, A
         size = int(found['input_size'][-1])
     except (AssertionError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
         raise ValueError(f'its args hold no mean, std and size of images: {type(error).__name__} {error}') from None
-    note(model, **statistics, img_size=size)
+    note(model, **statistics, img_size=size, **{key: found[key] for key in ('crop_pct', 'interpolation', 'crop_mode')})
 
 
 def note(model: nn.Module, **facts: Any) -> None:

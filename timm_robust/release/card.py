@@ -47,7 +47,7 @@ def model_card(folder: Path) -> str:
     lines += ['', '## Training', '', *_training(record, hyper)]
     if (folder / 'training.png').is_file():
         lines += ['', '![course of training](training.png)']
-    lines += ['', '## Limits', '', *_limits(record)]
+    lines += ['', '## Limits', '', *_limits(record, hyper)]
     lines += ['', '## Papers', '', *[f'- {who}: {paper_link(where)}' for who, where in papers]]
     lines += [
         '',
@@ -123,7 +123,8 @@ def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     """What the model is, in two sentences."""
     best, activation = strongest(results_of(record)), record['training']['activation']
     data = record['model'].split('_')[-2] if is_stream(hyper['dataset']) else hyper['dataset']
-    text = f'{hyper["model"]} trained adversarially on {data} against {hyper["norm"]} {hyper["eps"]}.'
+    how = f'adversarially on {data} against {hyper["norm"]} {hyper["eps"]}'
+    text = f'{hyper["model"]} trained {how if _is_attacked(hyper) else f"on {data} without attacks"}.'
     if activation:
         shape = ', '.join(f'{key} {value:.4g}' for key, value in activation.items() if key != 'max_curvature')
         text += f' One activation serves the whole network; it learned {shape}.'
@@ -182,10 +183,12 @@ def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:
     return ' '.join([*words, f'--batch-size {result.batch_size} --seed {result.seed}'])
 
 
-def _limits(record: dict[str, Any]) -> list[str]:
+def _limits(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     """What the reader must not overlook."""
     results = results_of(record)
     lines = [f'- {note}' for note in record['training']['notes']]
+    if any(result.split in (HELD_OUT, hyper.get('val_split')) for result in results):
+        lines.append('- The images of the table above chose the epoch: what is measured on them is too good.')
     warnings = dict.fromkeys(text for result in results for text in result.warnings)
     lines += [f'- Evaluation warned: {text}' for text in warnings]
     best = strongest(results)
@@ -201,18 +204,18 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     origin = training['origins'][-1] if training['origins'] else {}
     loss = f'{hyper["loss"]} loss' + (f', beta {hyper["beta"]:g}' if 'beta' in LOSSES[hyper['loss']].takes else '')
     steps = f', {hyper["steps"]} steps' if 'steps' in TRAINING_ATTACKS[hyper['attack']].takes else ''
+    attack = f'attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}' if _is_attacked(hyper) else 'no attack'
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
     every = f'The recipe: `train/recipes/{record["model"]}.yaml`; every' if _is_ours(record['model']) else 'Every'
     return [
-        f'- {loss}; attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}; {training["epochs"]} epochs, '
+        f'- {loss}; {attack}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
         *[f'- From step {each["step"]:,} on: {_changes(each["changes"])}.' for each in training.get('changes', [])],
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',
-        f'- Weights of epoch {training["epoch"]} ({training["weights"]}), the best by PGD accuracy on '
-        f'{_held_out(hyper)}; the test set was never looked at.',
+        f'- Weights of epoch {training["epoch"]} ({training["weights"]}), {_chosen_by(hyper)}.',
         f'- {every} setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
         'again, in the folder of this card:',
         '',
@@ -222,13 +225,22 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     ]
 
 
-def _held_out(hyper: dict[str, Any]) -> str:
-    """What the best epoch was chosen by."""
-    size = hyper['val_size']
-    if hyper.get('val_split') not in (None, 'auto'):
-        return f'the images of the split {hyper["val_split"]}'
+def _chosen_by(hyper: dict[str, Any]) -> str:
+    """How the epoch was chosen, and whether the test set was looked at."""
+    size, split, trained = hyper['val_size'], hyper.get('val_split'), hyper.get('train_split', 'train')
     what = f'{size:.0%} of the training images,' if 0 < size < 1 else f'{size:g} images'
-    return f'{what} held out of the training set'
+    images = f'the images of the split {split}' if split else f'{what} held out of the training set'
+    text = f'the best by {"PGD" if _is_attacked(hyper) else "clean"} accuracy on {images}'
+    if not (split or size):
+        text = 'the last, for nothing was held out'
+    if trained == 'test':
+        return f'{text}; it was trained on the split {trained}'
+    return text if split == 'test' else f'{text}; the test set was never looked at'
+
+
+def _is_attacked(hyper: dict[str, Any]) -> bool:
+    """Whether the images of training were adversarial."""
+    return hyper['loss'] != 'clean'
 
 
 def _changes(changes: dict[str, list[Any]]) -> str:

@@ -127,10 +127,12 @@ def _text_of(card: str) -> str:
     return card.split('\n---\n', 1)[-1]
 
 
-def check_alike(record: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel) -> None:
+def check_alike(
+    record: dict[str, Any], hyper: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel
+) -> None:
     """Refuse training images, and another data set, split or radius than those of the measurements before."""
-    if split == 'train':
-        raise ValueError(f'{record["model"]} was trained on such images; a release is measured with --split test')
+    if split in ('train', hyper.get('train_split')):
+        raise ValueError(f'{record["model"]} was trained on the images of {split}; measure it on others: --split SPLIT')
     for result in results_of(record):
         there, wished = f'{result.dataset} {result.split}', f'{dataset} {split}'
         if result.attack != 'none':

@@ -7,7 +7,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..plots import adversarial_figure, read_run, run_figure
 from ..provenance import CHECKOUT, PACKAGE
 from ..results import read_object
 from ..threat_model import ThreatModel, parse_eps
-from ..training import Recipe
+from ..training import HELD_OUT_NAMES, VALIDATION, Recipe
 from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
 from .card import model_card
 from .folder import ORGANISATION, check_alike, check_sums, forget_sum, sums_of, verify
@@ -83,6 +83,8 @@ def stage(
     with atomic_folder(folder) as new:
         write_files(new, model, content, tag)
         (new / 'LICENSE').write_text(_license())
+        if recipe.val_split == 'auto':  # without the data nobody could tell which it was
+            recipe = replace(recipe, val_split=_found_split(run, recipe, state))
         settings = yaml.safe_dump(recipe.public(), sort_keys=False, allow_unicode=True)
         (new / HYPER_PARAMETERS).write_text(settings)
         shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
@@ -100,6 +102,12 @@ def stage(
 def stored_weights(run: Path) -> dict[str, torch.Tensor]:
     """The best weights of a run as a release stores them."""
     return stored(read_weights(run / BEST))
+
+
+def _found_split(run: Path, recipe: Recipe, state: dict[str, Any]) -> str | None:
+    """The split that val_split 'auto' found beside the training pictures; None: they were drawn, or none were."""
+    folder = recipe.dataset in ('', 'folder') and VALIDATION in state.get('images', ())
+    return 'validation' if folder and not (run / HELD_OUT_NAMES).is_file() else None
 
 
 def _training_facts(name: str, state: dict[str, Any], last: dict[str, Any], notes: Sequence[str]) -> dict[str, Any]:
@@ -155,7 +163,7 @@ def measure(
         eps = next((result.eps for result in results_of(before) if result.attack != 'none'), hyper['eps'])
     threat_model = ThreatModel(hyper['norm'], parse_eps(eps))
     threat_model.check_scale()
-    check_alike(before, data.name, settings.get('split', 'test'), threat_model)
+    check_alike(before, hyper, data.name, settings.get('split', 'test'), threat_model)
     check_output(folder / RESULTS)
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
@@ -166,7 +174,7 @@ def measure(
     record = read_results(folder)  # another measurement may have ended meanwhile
     if record['weights'] != before['weights']:
         raise ValueError(f'{folder} got other weights while these were measured; type the same again')
-    check_alike(record, result.dataset, result.split, threat_model)
+    check_alike(record, hyper, result.dataset, result.split, threat_model)
     verdicts = verdicts_file(folder, result)
     verdicts.parent.mkdir(exist_ok=True)
     with atomic_file(verdicts) as file:

@@ -1,7 +1,7 @@
 """Adversarial training: recipe -> build -> Run -> fit; a checkpoint holds what `state` says."""
 
 from .advice import few_images
-from .batches import HELD_OUT, held_out_images
+from .batches import HELD_OUT, HELD_OUT_NAMES, VALIDATION, held_out_images
 from .builder import build
 from .flags import parse_recipe
 from .loop import Stopped, fit
@@ -13,8 +13,10 @@ from .watchdog import Diverged
 
 __all__ = [
     'HELD_OUT',
+    'HELD_OUT_NAMES',
     'LOSSES',
     'RECIPES',
+    'VALIDATION',
     'Diverged',
     'Recipe',
     'Run',

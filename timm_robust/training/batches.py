@@ -29,6 +29,8 @@ from .recipe import Recipe
 
 HELD_OUT = 'held_out'
 """The split of a run's own images that it validated on."""
+HELD_OUT_NAMES = 'held_out.txt'
+"""The file of a run that lists what was drawn out of a folder of pictures."""
 TRAINING, VALIDATION = 'training data', 'validation data'
 """What checkpoints call the images whose fingerprints they hold."""
 
@@ -53,6 +55,7 @@ def _split_of(recipe: Recipe, split: str, classes: Sequence[str] | None) -> Any:
         return data.with_classes(classes) if classes else data
     size = recipe.img_size or default_size(recipe.model)
     settings: dict[str, Any] = {'workers': recipe.workers, 'download': recipe.dataset_download}
+    settings['data_config'] = _data_config(recipe.model)
     settings |= {'num_classes': recipe.num_classes, 'classes': classes}
     return StreamData(recipe.dataset, recipe.data_dir, split, size, **settings)
 
@@ -106,8 +109,13 @@ def held_out_images(path: Path, data_dir: str | None = None) -> ImageData:
 
 def default_size(model: str) -> int:
     """Pixels a side of the images that a registered model was made for."""
+    return int(_data_config(model).get('input_size', (3, 224, 224))[-1])
+
+
+def _data_config(model: str) -> dict[str, Any]:
+    """What a registered model says of its images; nothing where it says nothing."""
     cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    return cfg.input_size[-1] if cfg else 224
+    return cfg.to_dict() if cfg else {}
 
 
 def make_batches(recipe: Recipe, data: Any, seed: int, world: World) -> Any:

@@ -20,6 +20,7 @@ from ..models import LAST
 from ..precision import fastest_convolutions
 from .advice import near_chance
 from .averaging import averaged_weights
+from .batches import HELD_OUT_NAMES
 from .log import RunLog
 from .rollback import roll_back
 from .run import (
@@ -48,9 +49,6 @@ SAVE_SECONDS = 600
 
 STAGE_BN_BATCHES = 50
 """Batches that re-estimate batch norm where progressive resizing goes on to another side."""
-
-HELD_OUT_NAMES = 'held_out.txt'
-"""Names of the pictures that a run drew out of its folder to validate on."""
 
 
 class Stopped(Exception):
@@ -331,14 +329,15 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
     if run.world.size > 1:
         for network in [run.model] if run.ema is None else [run.model, run.ema.module]:
             distribute_bn(network, run.world.size, reduce=True)
-    if run.held_out is not None and due:
+    if (run.held_out is not None and due) or (run.ema is not None and ended):
         if run.sums is not None and (ended or save_is_due(run)):  # validation may take long, or be killed
             save_within(run, row['epoch'])
         try:
             with averaged_weights(run.model, run.ema):
                 if run.ema is not None:
                     reestimate_batch_norm(run, recipe.ema_bn_batches)
-                row.update(validate(run, run.held_out))
+                if run.held_out is not None:
+                    row.update(validate(run, run.held_out))
         except StopAsked:
             if run.sums is None:  # of an epoch that had ended before: its row waits to be validated
                 run.history.append(row)
@@ -361,6 +360,8 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
     last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
     is_best = last_stage and metric > run.best
     run.best = metric if is_best else run.best
+    if run.held_out is None:  # nothing to choose by: the last weights are those of the run
+        is_best = ended
     if due or save_is_due(run):
         save(run, row['epoch'], is_best=is_best)
     if metric_name(recipe) in row or run.held_out is None:

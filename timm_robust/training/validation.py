@@ -63,7 +63,7 @@ def reestimation_batches(run: Run, batches: int) -> int:
 
 
 def reestimate_batch_norm(run: Run, batches: int) -> None:
-    """Running statistics anew: the plain mean over so many batches of what training feeds the network.
+    """Running statistics anew: the plain mean over so many batches of what training feeds the network, but unmixed.
 
     For averaged weights, whose averaged statistics belong to no weights that ever were, and for images of another side
     than before. The adversarial images are made first, with the statistics as they are. Frozen ones stay.

@@ -69,8 +69,8 @@ def warm_up(run: Run) -> Timing:
                     started = time.perf_counter()
                     validate(run, part)
                     validation = run.world.max((time.perf_counter() - started) * len(run.held_out) / len(part))
-            if run.ema is not None:  # at most: a step does more
-                validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
+        if run.ema is not None:  # at most: a step does more
+            validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
     return Timing(steps, validation)
 
 
