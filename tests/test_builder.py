@@ -33,6 +33,15 @@ def test_schedules(settings, expected):
             assert optimizer.param_groups[0]['lr'] == pytest.approx(expected[step], abs=2e-3), step
 
 
+def test_a_constant_rate_warms_up_and_keeps_layer_decay():
+    groups = [{'params': [torch.nn.Parameter(torch.zeros(1))], 'lr_scale': scale} for scale in (0.5, 1.0)]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    scheduler = make_scheduler(optimizer, Recipe(lr=1.0, epochs=10, sched='constant', warmup_epochs=2.0), 100)
+    for step, expected in ((0, 0.0), (10, 0.5), (20, 1.0), (99, 1.0)):
+        scheduler.step_update(step)
+        assert [group['lr'] for group in optimizer.param_groups] == pytest.approx([expected / 2, expected])
+
+
 @pytest.mark.parametrize('warmup_epochs', [0.1, 0.25, 3.0])
 def test_a_cosine_cycle_is_that_of_torch(warmup_epochs):
     """The rate and momentum of OneCycleLR with its defaults, at every step."""

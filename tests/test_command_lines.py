@@ -225,6 +225,10 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
         'far beyond the usual': ['--norm', 'L2', '--eps', '20'],
         'far less than one step': ['--eps', '1e-9'],
         'throws the weights about': ['--lr', '100'],
+        "attack 'n_fgsm' takes no steps: 3 changes nothing": ['--attack', 'n_fgsm', '--steps', '3'],
+        "attack 'fgsm' takes no late_steps: 5 changes": ['--attack', 'fgsm', '--late-steps', '5'],
+        "attack 'n_fgsm' takes no random_start: False": ['--attack', 'n_fgsm', '--no-random-start'],
+        "attack 'apgd' takes no step_size: '1/255'": ['--attack', 'apgd', '--step-size', '1/255'],
         'not all reached in 100 epochs': ['--sched', 'multistep', '--decay-milestones', '50', '500'],
     }
     for text, more in cases.items():

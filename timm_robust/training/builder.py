@@ -391,7 +391,8 @@ def create_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps: int) -> Scheduler | None:
     """A timm scheduler over the whole run, set by step; 'onecycle' rises over the warm-up, then falls, both linearly.
 
-    'onecycle_cosine' is torch's one cycle instead, with momentum that goes against the rate.
+    'onecycle_cosine' is torch's one cycle instead, with momentum that goes against the rate. 'constant' is timm's step
+    schedule without a decay: timm before 1.0.31 has no constant one, so that neither warm-up nor layer decay held.
     A run that max_steps or a budget makes shorter than its epochs goes through the same course faster.
     """
     steps_per_epoch = total_steps / recipe.epochs
@@ -400,7 +401,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
         return CosineOneCycle(optimizer, total_steps, warmup, recipe.min_lr)
     scheduler, _ = create_scheduler_v2(
         optimizer,
-        sched={'onecycle': 'poly'}.get(recipe.sched, recipe.sched),
+        sched={'onecycle': 'poly', 'constant': 'step'}.get(recipe.sched, recipe.sched),
         num_epochs=total_steps - warmup,
         warmup_epochs=warmup,
         warmup_prefix=True,
@@ -408,7 +409,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, total_steps
         min_lr=recipe.min_lr,
         # timm looks one step ahead
         decay_milestones=[round(m * steps_per_epoch) - warmup + 1 for m in recipe.decay_milestones],
-        decay_rate=1.0 if recipe.sched == 'onecycle' else recipe.decay_rate,
+        decay_rate=1.0 if recipe.sched in ('onecycle', 'constant') else recipe.decay_rate,
         step_on_epochs=False,
         updates_per_epoch=1,
     )
