@@ -28,6 +28,19 @@ def test_minimal_radii_of_a_linear_model_are_margin_over_l1_norm():
     assert resists.max().item() == pytest.approx(expected.max().item() / 2)
 
 
+@pytest.mark.parametrize('pixel', [0.0, 1.0])
+def test_minimal_radii_where_the_pixels_bound_the_ball(pixel):
+    model, x = linear(), torch.full((4, 3, 4, 4), pixel)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+        away = (model[1].weight[1 - y] - model[1].weight[y]).clamp(*((0, None) if pixel == 0 else (None, 0)))
+        margin = model(x).gather(1, y[:, None])[:, 0] - model(x).gather(1, 1 - y[:, None])[:, 0]
+        expected = margin / away.abs().sum(1)  # half of the weights point out of the box
+    assert expected.max() < 1
+    found = minimal_radii(model, x, y, largest=1.0, rounds=14, generator=torch.Generator().manual_seed(2))
+    assert torch.allclose(found, expected, atol=2 / 2**14 + 1e-5)
+
+
 def test_local_lipschitz_of_a_linear_model_with_one_output_is_its_l1_norm():
     model = linear(outputs=1)
     x = torch.full((3, 3, 4, 4), 0.5)
