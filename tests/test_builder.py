@@ -1,14 +1,16 @@
 import time
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from tiny_runs import tiny
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import builder as module
+from timm_robust.training.advice import other_function
 from timm_robust.training.batches import read_data
-from timm_robust.training.builder import build, make_scheduler, set_bn_momentum
+from timm_robust.training.builder import build, load_initial, make_scheduler, set_bn_momentum
 from timm_robust.training.checkpoints import save_checkpoint
 from timm_robust.training.loop import fit
 from timm_robust.training.recipe import Recipe
@@ -108,6 +110,43 @@ def test_a_run_starts_from_the_weights_of_another_with_a_new_head(tmp_path, capl
         build(tiny(tmp_path, model='resnet18_relu', model_kwargs={'width': 4}, initial_checkpoint=str(where)))
     with pytest.raises(ValueError, match=r"'resnet18_relu' names a network, not its weights; add the tag"):
         build(tiny(tmp_path, **settings, initial_checkpoint='resnet18_relu'))
+
+
+def test_weights_of_another_function_are_told(tmp_path, caplog):
+    statistics = {'pretrained_cfg_overlay': {'mean': (0.5, 0.4, 0.3), 'std': (0.2, 0.2, 0.2)}}
+    kwargs = {'widen_factor': 1, 'same_padding': True, **statistics}
+    source = timm.create_model('wrn28_10_silu', **kwargs)
+    state = {'arch': 'wrn28_10_silu', 'num_classes': 10, 'state_dict': source.state_dict()}
+    save_checkpoint(tmp_path / 'before/model_best.pth.tar', state | {'model_kwargs': kwargs})
+    where = str(tmp_path / 'before')
+    plain = timm.create_model('wrn28_10_relu', widen_factor=1)
+    load_initial(plain, where)
+    for text in ('mean (0.5, 0.4, 0.3) there', 'pads ', 'act is SiLU there, ReLU here'):
+        assert text in '; '.join(other_function(source, plain)), text
+    assert (
+        f'{where} is of a network that computes otherwise: mean ' in caplog.text and 'same_padding=true' in caplog.text
+    )
+    caplog.clear()
+    same = timm.create_model('wrn28_10_silu', **kwargs, drop_rate=0.3, num_classes=3)
+    load_initial(same, where)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / 'alone.safetensors')
+    load_initial(plain, str(tmp_path / 'alone.safetensors'))  # says nothing of its network
+    assert not caplog.text and torch.equal(plain.conv1.weight, source.conv1.weight)
+
+
+def test_a_folder_that_has_the_name_of_a_network_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = timm.create_model('resnet18_relu', width=2)
+    state = {
+        'arch': 'resnet18_relu',
+        'num_classes': 10,
+        'state_dict': source.state_dict(),
+        'model_kwargs': {'width': 2},
+    }
+    save_checkpoint(tmp_path / 'resnet18_relu/model_best.pth.tar', state)
+    model = timm.create_model('resnet18_relu', width=2)
+    load_initial(model, 'resnet18_relu')
+    assert torch.equal(model.conv1.weight, source.conv1.weight)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from tiny_runs import draw_pictures, signalled_at, tiny
 
 from timm_robust import cli
 from timm_robust.data import CIFAR10_CLASSES
+from timm_robust.models import load_model
+from timm_robust.pixels import pixel_input
 from timm_robust.training import builder, parse_recipe
 from timm_robust.training.batches import held_out_images
 from timm_robust.training.builder import build
@@ -135,6 +137,21 @@ def test_a_grey_network_learns_grey_pictures_from_the_weights_of_one_in_colour(t
     assert cli.main(['evaluate', str(run.folder), '--split', 'held_out', '--attack', 'pgd']) == 0
     with pytest.raises(ValueError, match='has images in colour, the model takes 1 channel'):
         fit(build(tiny(tmp_path, data_dir=str(colours), experiment='colours', **settings)))
+
+
+def test_a_network_of_timm_learns_grey_pictures(tmp_path):
+    pictures = in_grey(draw_pictures(tmp_path / 'grey'))
+    settings = {'dataset': 'folder', 'val_size': 0.2, 'img_size': 32, 'workers': 0, 'batch_size': 6, 'max_steps': 2}
+    settings |= {'model': 'test_resnet', 'data_dir': str(pictures)}
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    kwargs = {'in_chans': 1, 'pretrained_cfg_overlay': {'mean': mean, 'std': std}}
+    run = build(tiny(tmp_path, model_kwargs=kwargs, **settings))
+    assert fit(run)['steps'] == 2
+    assert cli.main(['evaluate', str(run.folder), '--split', 'held_out', '--attack', 'pgd']) == 0
+    x, model = torch.rand(2, 1, 32, 32), load_model(run.folder)
+    with torch.no_grad():
+        expected = model((x - 0.4) / 0.3)  # the means over colours, as timm's loader takes them
+        torch.testing.assert_close(pixel_input(model)(x), expected)
 
 
 def test_initial_weights_are_taken_instead_of_pretrained_ones(tmp_path, monkeypatch):

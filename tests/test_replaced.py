@@ -201,6 +201,9 @@ def test_the_kernel_of_linear_attention_stays():
 
 
 def test_networks_without_a_place_are_refused():
+    for name, what in (('caformer_s18', 'StarReLU in 25 places'), ('dm_nfnet_f0', 'GammaAct in 52 places')):
+        with torch.device('meta'), pytest.raises(ValueError, match=what):
+            replace_activations(timm.create_model(name), 'pssilu')
     with pytest.raises(ValueError, match='has no activation module to replace: it calls functions instead'):
         replace_activations(nn.Sequential(nn.Linear(1, 1)), 'pssilu')
     with pytest.raises(ValueError, match='takes its activation by name; create resnet18_silu'):

@@ -25,6 +25,15 @@ def resized(x: torch.Tensor, side: int | None) -> torch.Tensor:
     return F.interpolate(x, (side, side), mode='bilinear', antialias=True).clamp_(0, 1)
 
 
+def input_channels(model: nn.Module) -> int | None:
+    """Channels of the images that a model takes, 1 or 3: those of its first convolution; None if it has others or none.
+
+    A first convolution may see pixels that were moved into channels, as TResNet's 48.
+    """
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first if first in (1, 3) else None
+
+
 class PixelInput(nn.Module):
     """A model that takes pixels: model((x - mean) / std), so that eps is in pixels.
 
@@ -81,7 +90,8 @@ class Resized(nn.Module):
 def pixel_input(model: nn.Module, img_size: int | None = None) -> nn.Module:
     """The model as one that takes pixels, of any size if img_size is given; itself where there is nothing to do.
 
-    A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation. img_size None is what
+    A pretrained_cfg with mean 0 and std 1, or without such entries, needs no normalisation. Statistics of three colours
+    are averaged for a network of grey images, as timm's loader does. img_size None is what
     pretrained_cfg holds under 'img_size', where load_model puts the size that a run resized its images to.
 
     Raises:
@@ -100,6 +110,8 @@ def _normalised(model: nn.Module) -> nn.Module:
     _check_statistics('std', std, 0, 'finite numbers > 0')
     if set(mean) == {0.0} and set(std) == {1.0}:
         return model
+    if input_channels(model) == 1:
+        mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
     return PixelInput(model, mean, std)
 
 

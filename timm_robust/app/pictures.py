@@ -11,8 +11,8 @@ from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
 from ..data import CIFAR10_CLASSES, ImageData, eval_transform
-from ..models import input_channels, trained_classes
-from ..pixels import to_pixels
+from ..models import trained_classes
+from ..pixels import input_channels, to_pixels
 
 EXAMPLES = Path(__file__).with_name('examples.png')
 """The first official CIFAR-10 test image of each class (Krizhevsky 2009), side by side in the order of the labels."""

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..data import ImageData, StreamData, is_stream, load_dataset
-from ..models import input_channels, trained_classes
+from ..models import trained_classes
+from ..pixels import input_channels
 
 DEFAULT_N = 1000
 Data = TypeVar('Data', ImageData, StreamData)

@@ -6,7 +6,7 @@ import pkgutil
 from . import cifar_resnet, wide_resnet
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
-from .config import check_model_kwargs, input_channels, make_model
+from .config import check_model_kwargs, make_model
 from .load import HYPER_PARAMETERS, class_list, load_model, read_hyper_parameters, trained_classes, trained_for
 from .replaced import SharedAct, replace_activations
 from .wide_resnet import WideResNet
@@ -21,7 +21,6 @@ __all__ = [
     'check_model_kwargs',
     'cifar_resnet',
     'class_list',
-    'input_channels',
     'load_checkpoint',
     'load_model',
     'make_model',

@@ -125,15 +125,6 @@ def note(model: nn.Module, **facts: Any) -> None:
     model.pretrained_cfg = {**dict(getattr(model, 'pretrained_cfg', None) or {}), **facts}  # type: ignore[assignment]
 
 
-def input_channels(model: nn.Module) -> int | None:
-    """Channels of the images that a model takes, 1 or 3: those of its first convolution; None if it has others or none.
-
-    A first convolution may see pixels that were moved into channels, as TResNet's 48.
-    """
-    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return first if first in (1, 3) else None
-
-
 def _takes(name: str) -> str:
     """The arguments of a model's constructor, with their defaults, for a message."""
     try:

@@ -58,7 +58,8 @@ def load_model(
             model_best.pth.tar).
             A name of the registry wins over a folder of that name; write './name' for the folder. Weights of files,
             folders and 'hf-hub:' are read here, not by timm: no code in them runs.
-        checkpoint: file of weights for a timm name, of timm's train.py or its clean_checkpoint.py.
+        checkpoint: file of weights for a timm name, of timm's train.py or its clean_checkpoint.py; a config.json of
+            that name beside a .safetensors file says how the network was made.
         num_classes: for a new head on a timm name or a config.json; None: as many as the weights have.
         device: where the model goes.
         model_kwargs: further arguments of timm.create_model; pretrained=True or False overrides the tag.
@@ -119,7 +120,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
     else:
         state = load_checkpoint(path)
         weights = weights_of(state, path)
-    if path.suffix == '.safetensors' and arch is None:
+    if path.suffix == '.safetensors' and (arch is None or _tells_of(path.parent, arch)):
         model = _from_config(path.parent, model_kwargs)
     else:
         model = _from_state(state, path, arch, model_kwargs)
@@ -129,6 +130,13 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
         raise ValueError(f'the weights in {path} do not fit the model: {" ".join(str(error).split())[:500]}') from None
     _check_kinds(model, weights, path)
     return model
+
+
+def _tells_of(folder: Path, arch: str) -> bool:
+    """Whether a folder's config.json is of this network: it knows its statistics, padding and classes."""
+    with contextlib.suppress(Exception):  # none there, or a damaged one
+        return read_config(folder)[0] == arch
+    return False
 
 
 def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwargs: dict[str, Any]) -> nn.Module:

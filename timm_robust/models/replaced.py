@@ -23,6 +23,8 @@ _KINDS: Tuple[Type[nn.Module], ...] = (
     *(nn.Hardswish, Swish, Mish, GELU, GELUTanh, QuickGELU, HardSwish, HardMish, Activation),
 )
 """What counts as an activation between layers; gates (sigmoid, hard sigmoid, tanh) do not."""
+_COMPOUND = ('StarReLU', 'SquaredReLU', 'GammaAct')
+"""timm's modules that make an activation of one: with another inside they are neither."""
 _KERNEL = 'kernel_func'  # of EfficientViT's linear attention: its values divide, so they must not be negative
 
 
@@ -52,9 +54,10 @@ class SharedAct(nn.Module):
 def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
     """Put an activation of `timm_robust.activations` in every place where a network has one, in place.
 
-    Every ReLU, SiLU, GELU, ELU, Mish, ... module is replaced; gates stay, and the ReLU of EfficientViT's attention.
-    The other weights are not touched, so pretrained ones may be loaded before, and the networks differ by the
-    activation's own parameters alone.
+    Every ReLU, SiLU, GELU, ELU, Mish, ... module is replaced; gates stay, and the ReLU of EfficientViT's attention, and
+    what a network calls as a function (a ReLU of xception, nasnet, pnasnet and of mobilevitv2's attention). The other
+    weights are not touched, so pretrained ones may be loaded before, and the networks differ by the activation's own
+    parameters alone.
 
     Args:
         model: any network built of modules.
@@ -68,7 +71,8 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
     model_args=model._model_args.
 
     Raises:
-        ValueError: if there is no such activation, or the network has no place for it (it may call functions).
+        ValueError: if there is no such activation, if the network has no place for it (it may call functions), or if
+            its activation is a compound of one: StarReLU, SquaredReLU, an NFNet's GammaAct.
     """
     if hasattr(model, 'act_fn'):
         raise ValueError(
@@ -85,6 +89,12 @@ def exchange(model: nn.Module, act: str, shared: bool = True) -> nn.Module:
     if isinstance(model, FeatureGetterNet):  # features_only around a whole network
         exchange(model.model, act, shared)
         return model
+    compound = [type(module).__name__ for module in model.modules() if type(module).__name__ in _COMPOUND]
+    if compound:
+        raise ValueError(
+            f'{type(model).__name__} has {compound[0]} in {len(compound)} places, which is more than the activation in '
+            'it, so no other fits there; take another network'
+        )
     places: List[Tuple[nn.Module, str, nn.Module]] = [
         (parent, name, child)
         for parent in model.modules()

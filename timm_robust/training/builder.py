@@ -24,9 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attacks import FoldedNet, batch_norms
 from ..data import StreamData, fingerprint, is_stream
 from ..distributed import World
-from ..models import BEST, class_list, input_channels, load_checkpoint, load_model, make_model, read_weights
-from ..pixels import pixel_input
+from ..models import BEST, class_list, load_checkpoint, load_model, make_model, read_weights
+from ..pixels import input_channels, pixel_input
 from ..provenance import environment, git_commit
+from .advice import other_function
 from .averaging import ModelEma
 from .awp import WeightPerturbation
 from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
@@ -218,7 +219,8 @@ def set_bn_momentum(model: nn.Module, momentum: float) -> None:
 def load_initial(model: nn.Module, where: str) -> None:
     """Load the weights that a run starts from; a classifier of another number of classes stays new.
 
-    A first convolution in colour is adapted to other channels as timm does it for pretrained weights: summed for grey.
+    Where the weights say what network they are of, and it computes otherwise than the model, a warning says so. A first
+    convolution in colour is adapted to other channels as timm does it for pretrained weights: summed for grey.
 
     Args:
         model: gets the weights.
@@ -233,7 +235,8 @@ def load_initial(model: nn.Module, where: str) -> None:
     named = not path.exists() and timm.is_model(where)
     if named and '.' not in where:
         raise ValueError(f'initial_checkpoint {where!r} names a network, not its weights; add the tag, or name a file')
-    weights = dict(load_model(where).state_dict() if named or path.is_dir() else read_weights(where))
+    source = _network(where if named else path)
+    weights = dict(read_weights(where) if source is None else source.state_dict())
     config, own = getattr(model, 'pretrained_cfg', None) or {}, model.state_dict()
     for stem in _names(config.get('first_conv')):
         key = f'{stem}.weight'
@@ -249,6 +252,23 @@ def load_initial(model: nn.Module, where: str) -> None:
     except RuntimeError as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'the weights in {where} do not fit {type(model).__name__}: {reason}') from None
+    if source is not None and (found := other_function(source, model)):
+        logger.warning(
+            '%s is of a network that computes otherwise: %s; if that is not meant, make it the same by --model and '
+            '--model-kwargs (same_padding=true, "pretrained_cfg_overlay={mean: [...], std: [...]}")',
+            where,
+            '; '.join(found[:4]) + '; ...' * (len(found) > 4),
+        )
+
+
+def _network(where: str | Path) -> nn.Module | None:
+    """The network that a name, a folder or a file of weights tells of; None for a file that holds weights alone."""
+    try:
+        return load_model(where)
+    except (ValueError, FileNotFoundError):
+        if not Path(where).is_file():
+            raise
+        return None
 
 
 def _names(value: str | Sequence[str] | None) -> Sequence[str]:
