@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 import warm
@@ -396,6 +397,30 @@ def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
     path.write_text(json.dumps(record))
     assert main([str(checkpoint), '--repeat', str(path), '--quiet']) == 1
     assert 'not repeated: pgd_acc is' in capsys.readouterr().err
+
+
+def test_a_record_of_a_folder_does_not_say_what_the_folder_holds(checkpoint, tmp_path, capsys):
+    path = tmp_path / 'r.json'
+    on_digits(checkpoint, f'-n 2 --attack none --quiet --results-file {path}')
+    path.write_text(json.dumps(json.loads(path.read_text()) | {'dataset': 'pets'}))
+    assert main([str(checkpoint), '--repeat', str(path)]) == 2
+    assert 'the record is of the folder pets; type what it holds, --dataset KIND' in capsys.readouterr().err
+    assert main([str(checkpoint), '--repeat', str(path), '--dataset', 'digits', '--quiet']) == 0
+
+
+def test_images_that_typed_weights_make_smaller_are_named(tmp_path, capsys):
+    model = timm.create_model('resnet18_relu', width=2, num_classes=10)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'w.safetensors')
+    np.savez(tmp_path / 'test.npz', image=np.zeros((10, 48, 48, 3), np.uint8), label=np.arange(10))
+    words = ['resnet18_relu', '--checkpoint', str(tmp_path / 'w.safetensors'), '--model-kwargs', 'width=2']
+    words += ['--num-classes', '10', '--dataset', 'npz', '--data-dir', str(tmp_path), '--attack', 'none']
+    assert main(words) == 0
+    assert (
+        'images of 48 pixels are resized to 32, the size of resnet18_relu; --img-size 48: not'
+        in capsys.readouterr().err
+    )
+    assert main([*words, '--img-size', '48']) == 0
+    assert 'resized' not in capsys.readouterr().err
 
 
 def test_a_record_of_one_step_can_be_repeated_and_says_what_was_not_looked_for(checkpoint, tmp_path, capsys):

@@ -469,6 +469,25 @@ def test_a_staged_folder_knows_which_images_val_split_auto_found(tmp_path, besid
     assert yaml.safe_load((folder / 'train_hparams.yaml').read_text())['val_split'] == split
 
 
+def test_a_release_says_of_which_size_its_images_are(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ('train', 'test'):
+        images = rng.integers(0, 256, (12, 48, 48, 3), dtype=np.uint8)
+        (tmp_path / 'pets').mkdir(exist_ok=True)
+        np.savez(tmp_path / f'pets/{split}.npz', image=images, label=np.arange(12) % 10)
+    settings = {'dataset': 'npz', 'data_dir': str(tmp_path / 'pets'), 'val_size': 4, 'batch_size': 4}
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path), **settings)))
+    cards = tmp_path / 'cards'
+    folder = stage(tmp_path / 'run', 'resnet18_pssilu.at_pets_linf', cards=cards)
+    for spec in (tmp_path / 'run', folder):
+        assert load_model(spec).pretrained_cfg['input_size'] == (3, 48, 48)
+    where = ['--cards', str(cards), '--table', str(tmp_path / 'releases.json'), '--data-dir', str(tmp_path / 'pets')]
+    (tmp_path / 'releases.json').write_text('{}')
+    assert main(['measure', folder.name, *where, '--attack', 'none', '-n', '6']) == 0
+    card = (folder / 'README.md').read_text()
+    assert '--data-dir DIR --dataset npz --attack none -n 6' in card  # the folder's name is no data set
+
+
 def test_a_release_keeps_to_one_split_of_one_data_set(copy):
     folder, digits = copy / 'model_cards' / NAME, load_dataset('digits', None, 'test')
     before = (folder / 'results.json').read_bytes()

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     fetches = args.dataset_download or not is_stream(args.dataset or 'cifar10')  # or unpacks an archive
     with world.in_turn(fetches):
         data = _read_data(args, model, world).to(world.device)
-    for note in _notes(args, threat_model) if not world.rank else ():
+    for note in _notes(args, threat_model, model, data) if not world.rank else ():
         say(f'note: {note}')
     settings = {key: value for key, value in vars(args).items() if key in _SETTINGS}
     progress = None if args.quiet or world.rank else say
@@ -109,9 +109,12 @@ def _threat_model(args: argparse.Namespace, model: nn.Module) -> ThreatModel:
     return threat_model
 
 
-def _notes(args: argparse.Namespace, threat_model: ThreatModel) -> list[str]:
+def _notes(args: argparse.Namespace, threat_model: ThreatModel, model: nn.Module, data: ImageData) -> list[str]:
     """What may be meant, but rarely is; a line of text each."""
-    found = []
+    found, side = [], data.images.shape[-1]
+    size = (getattr(model, 'pretrained_cfg', None) or {}).get('img_size')
+    if args.checkpoint and args.img_size is None and size not in (None, side):
+        found.append(f'images of {side} pixels are resized to {size}, the size of {args.model}; --img-size {side}: not')
     if (
         timm.is_model(args.model)
         and '.' not in args.model
@@ -215,6 +218,10 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     named = record.dataset in DATASETS and record.split != HELD_OUT  # a folder has a name of its own, a run its data
     if args.dataset is None and named:
         args.dataset = record.dataset
+    if args.dataset is None and record.split != HELD_OUT:
+        raise ValueError(
+            f'the record is of the folder {record.dataset}; type what it holds, --dataset KIND --data-dir DIR'
+        )
     args.search = record.search != 'model'
     args.checks &= NOT_CHECKED not in record.warnings
     if record.steps is not None:

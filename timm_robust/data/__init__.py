@@ -10,7 +10,7 @@ from .extra import ExtraImages
 from .fingerprints import fingerprint
 from .memory import ImageData, split_holdout
 from .mixed import MixedBatches
-from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, load_dataset
+from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, is_named_by_folder, load_dataset
 from .sources import has_split, is_stream
 from .stream_batches import StreamBatches
 from .stream_data import StreamData, reader_fault
@@ -29,6 +29,7 @@ __all__ = [
     'eval_transform',
     'fingerprint',
     'has_split',
+    'is_named_by_folder',
     'is_stream',
     'load_dataset',
     'reader_fault',

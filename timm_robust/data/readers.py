@@ -19,6 +19,7 @@ from torchvision.datasets.utils import check_integrity
 from .arrays import SPLITS, find_arrays, load_arrays
 from .classes import number_classes
 from .memory import ImageData, split_holdout
+from .sources import is_stream
 
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 _CLASSES = {'cifar10': CIFAR10_CLASSES, 'cifar100': tuple(map(str, range(100)))}
@@ -129,6 +130,11 @@ DATASETS = {
     'npy': Source((_arrays,), SPLITS),
 }
 """Every data set in memory, by the name that --dataset takes."""
+
+
+def is_named_by_folder(name: str) -> bool:
+    """Whether what --dataset takes says the kind of the files alone: records then have the folder's name."""
+    return is_stream(name) or name in ('parquet', 'npz', 'npy')
 
 
 def _load_torchvision(name: str, folder: Path, split: str, download: bool) -> ImageData:

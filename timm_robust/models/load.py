@@ -162,6 +162,8 @@ def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwarg
         raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
     if arch or args:
         note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
+    if size := _size(state.get('input_size')):
+        note(model, input_size=size)
     _note_training(model, state.get('recipe'))
     if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):
         note(model, label_names=names)
@@ -235,6 +237,12 @@ def trained_for(model: nn.Module) -> ThreatModel | None:
     Of a release the norm is known, by its name, and the radius is taken for the leaderboard's.
     """
     return getattr(model, '_trained_for', None)
+
+
+def _size(value: Any) -> tuple[int, ...] | None:
+    """Channels, height and width of images, out of a file; None for what cannot be."""
+    numbers = isinstance(value, (list, tuple)) and all(type(number) is int and 0 < number < 10_000 for number in value)
+    return tuple(value) if numbers and len(value) == 3 else None
 
 
 def _note_training(model: nn.Module, settings: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..attacks import TRAINING_ATTACKS
-from ..data import DATASETS, is_stream
+from ..data import DATASETS, is_named_by_folder, is_stream
 from ..results import RobustnessResult, check_types, read_object
 from ..training import HELD_OUT, LOSSES, RECIPES
 from .papers import Paper, extra_data_of, paper_link, papers_of
@@ -173,7 +173,7 @@ def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:
     words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {_address(name)}']
     words.append('--data-dir DIR')
     if not held_out:
-        dataset = hyper['dataset'] if is_stream(hyper['dataset']) else result.dataset  # a folder's is its own name
+        dataset = hyper['dataset'] if is_named_by_folder(hyper['dataset']) else result.dataset
         words += [f'--dataset {dataset}'] if dataset != 'cifar10' else []
         words += [f'--split {result.split}'] if result.split != 'test' else []
     words.append(f'--attack {result.attack} -n {result.n}')

@@ -74,6 +74,8 @@ def _config(model: nn.Module, tag: str, model_args: dict[str, Any] | None) -> st
     config = {**dict(model.pretrained_cfg), 'tag': tag}  # type: ignore[arg-type]
     if side := config.pop('img_size', None):  # ours, which timm refuses
         config['input_size'] = (config['input_size'][0], side, side)
+    for key in ('test_input_size', 'test_crop_pct'):  # of timm's weights of that name; these were not measured there
+        config.pop(key, None)
     names = config.pop('label_names', None)
     labels = {'label_names': list(names)} if names else None
     own, model.pretrained_cfg = model.pretrained_cfg, config  # type: ignore[assignment]

@@ -13,7 +13,7 @@ import torch
 
 from ..files import link_file
 from ..models import BEST, LAST, load_checkpoint
-from .batches import VALIDATION, make_batches
+from .batches import VALIDATION, image_shape, make_batches
 from .changes import Changes, find_changes
 from .checkpoints import later_checkpoints, prune_checkpoints, read_step, save_checkpoint, set_aside, snapshot
 from .recipe import Recipe
@@ -45,6 +45,7 @@ def save(run: Run, epoch: int, *, numbered: bool = True, is_best: bool = False) 
         'model_kwargs': architecture(run.recipe)[1],
         'num_classes': run.model.num_classes,
         'classes': list(run.batches.data.classes),
+        'input_size': image_shape(run.batches.data),
         'unreadable': sorted(getattr(run.batches.data, 'unreadable', {}).values()),
         'recipe': asdict(run.recipe),
         'split_seed': run.split_seed,
