@@ -16,7 +16,7 @@ that always says the same.
 
 results.csv, findings.md and accuracy.png go to OUT; what was done with the same settings is not done again.
 
-Hours: 1.0 for --tune (with first networks of six epochs) and 0.8 for the rest with -n 200, on two CPU cores with bf16.
+Hours: 0.8 for --tune and 0.8 for the rest with -n 200, on two CPU cores with bf16, tests beside.
 """
 
 from __future__ import annotations
