@@ -225,6 +225,7 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
         'far beyond the usual': ['--norm', 'L2', '--eps', '20'],
         'far less than one step': ['--eps', '1e-9'],
         'throws the weights about': ['--lr', '100'],
+        'where its gradient is rounding noise': ['--loss', 'trades', '--no-random-start'],
         "attack 'n_fgsm' takes no steps: 3 changes nothing": ['--attack', 'n_fgsm', '--steps', '3'],
         "attack 'fgsm' takes no late_steps: 5 changes": ['--attack', 'fgsm', '--late-steps', '5'],
         "attack 'n_fgsm' takes no random_start: False": ['--attack', 'n_fgsm', '--no-random-start'],

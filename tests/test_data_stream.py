@@ -167,7 +167,9 @@ def test_the_crop_is_that_of_the_models_data_configuration(tmp_path):
     )
 
 
-@pytest.mark.parametrize('said', [{'crop_pct': 'much'}, {'interpolation': 'magic'}, {'crop_pct': [1]}])
+@pytest.mark.parametrize(
+    'said', [{'crop_pct': 'much'}, {'interpolation': 'magic'}, {'crop_pct': [1]}, {'crop_pct': 1e-9}, {'crop_pct': 50}]
+)
 def test_a_data_configuration_that_timm_cannot_resize_by_is_named(folder, said):
     with pytest.raises(ValueError, match='data configuration cannot be resized by') as error:
         stream(folder, data_config=said)

@@ -150,8 +150,16 @@ def test_a_run_that_holds_nothing_out_ends_with_its_last_weights_as_the_best(tmp
     assert load_model(tmp_path / 'run').num_classes == 10  # as its users open it
     best = tmp_path / 'run/model_best.pth.tar'
     best.unlink()
-    assert build(tiny(tmp_path, val_size=0, resume='auto')).step == 7
-    assert best.is_file()  # a kill may have come before its name
+    fit(build(tiny(tmp_path, val_size=0, resume='auto')))  # a kill may have come before its name
+    assert_same(weights(tmp_path), weights(tmp_path, 'model_best.pth.tar'))
+
+
+def test_a_budget_that_ends_in_the_save_of_an_epoch_leaves_the_best_checkpoint_too(tmp_path, monkeypatch):
+    run = build(tiny(tmp_path, val_size=0, max_steps=None, epochs=80, budget='1h'))
+    end_behind_epoch(run, 2, monkeypatch)
+    monkeypatch.setattr(engine, 'SAVE_SECONDS', 0)
+    fit(run)
+    assert_same(weights(tmp_path), weights(tmp_path, 'model_best.pth.tar'))
 
 
 def test_the_average_of_a_run_that_holds_nothing_out_gets_statistics_of_its_own(tmp_path, monkeypatch):

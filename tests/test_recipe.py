@@ -233,8 +233,6 @@ def test_unreadable_recipe_files(tmp_path, capsys):
         ({'start_noise': 0}, 'start_noise 0 is out of range; allowed: > 0'),
         ({'start_noise': 0.001, 'attack': 'apgd'}, r"the attacks pgd and fgsm; leave it out with attack 'apgd'"),
         ({'start_noise': 0.001, 'random_start': False}, r'random_start False \(--start-noise none\)'),
-        ({'loss': 'trades', 'random_start': False}, r'needs a random start \(--random-start\)'),
-        ({'loss': 'trades', 'random_start': False, 'attack': 'apgd'}, 'needs a random start'),
         ({'bn_momentum': 1.5}, 'bn_momentum 1.5 is out of range; allowed: > 0 and <= 1'),
         ({'sched': 'onecycle_cosine', 'momentum': 0.95}, 'momentum 0.95 cannot swing by 0.05.*allowed: 0.05 to'),
         ({'decay_milestones': [90, 75]}, 'must be increasing epochs'),

@@ -111,7 +111,7 @@ def _threat_model(args: argparse.Namespace, model: nn.Module) -> ThreatModel:
 
 def _notes(args: argparse.Namespace, threat_model: ThreatModel, model: nn.Module, data: ImageData) -> list[str]:
     """What may be meant, but rarely is; a line of text each."""
-    found, side = [], data.images.shape[-1]
+    found, side = [], max(data.images.shape[-2:])
     size = (getattr(model, 'pretrained_cfg', None) or {}).get('img_size')
     if args.checkpoint and args.img_size is None and size not in (None, side):
         found.append(f'images of {side} pixels are resized to {size}, the size of {args.model}; --img-size {side}: not')

@@ -11,7 +11,7 @@ from .fingerprints import fingerprint
 from .memory import ImageData, split_holdout
 from .mixed import MixedBatches
 from .readers import CIFAR10_CLASSES, DATASETS, SPLITS, is_named_by_folder, load_dataset
-from .sources import has_split, is_stream
+from .sources import has_split, is_stream, same_split
 from .stream_batches import StreamBatches
 from .stream_data import StreamData, reader_fault
 from .transforms import eval_transform
@@ -33,5 +33,6 @@ __all__ = [
     'is_stream',
     'load_dataset',
     'reader_fault',
+    'same_split',
     'split_holdout',
 ]

@@ -98,6 +98,12 @@ def _locate(root: Path, split: str) -> Path:
     return root
 
 
+def same_split(one: str | None, other: str | None) -> bool:
+    """Whether two names are of one split: 'val', 'valid' and 'eval' are 'validation', 'training' is 'train'."""
+    names = {'training': 'train', 'val': 'validation', 'valid': 'validation', 'eval': 'validation'}
+    return names.get(str(one), one) == names.get(str(other), other)
+
+
 def has_split(name: str, root: str | None, split: str) -> bool:
     """Whether a folder of pictures holds a folder or `.tar` for this split, rather than the classes themselves."""
     if name not in _FOLDER or root is None or not Path(root).is_dir():

@@ -44,13 +44,16 @@ def eval_transform(
     Raises:
         ValueError: for values that timm cannot resize by.
     """
-    given = {'crop_pct': 0.875, 'interpolation': 'bilinear', **(data_config or {})}
+    said = {key: value for key, value in (data_config or {}).items() if value is not None}
+    given = {'crop_pct': 0.875, 'interpolation': 'bilinear', **said}
     try:
         config = resolve_data_config({}, pretrained_cfg=given)
         settings = {key: config[key] for key in ('crop_pct', 'interpolation', 'crop_mode', 'mean')}
-        return create_transform(img_size, use_prefetcher=True, **settings)
+        transform = create_transform(img_size, use_prefetcher=True, **settings)
+        transform(Image.new('RGB', (64, 64)))
+        return transform
     except (AssertionError, ArithmeticError, KeyError, TypeError, ValueError) as error:
-        said = {key: given.get(key) for key in ('crop_pct', 'interpolation', 'crop_mode')}
+        said = {key: said.get(key) for key in ('crop_pct', 'interpolation', 'crop_mode')}
         raise ValueError(f"the model's data configuration cannot be resized by, {said}: {error}") from None
 
 

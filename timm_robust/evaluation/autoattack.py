@@ -105,7 +105,7 @@ def autoattack(
         check_images(x, y, plain.num_classes)
         if state_dir is not None:
             facts = {'batch_size': batch_size, 'seed': seed, 'threat_model': str(threat_model), 'eps': threat_model.eps}
-            facts |= identity(model, x, y) | {'search': search is not None}
+            facts |= identity(model, x, y) | {'search': search is not None, 'again': 'fp32'}  # the last: not always so
             logits = _logits(plain.logits, x[:_KNOWN_BY], batch_size).cpu()
             store = BatchStore(state_dir, facts, world.broadcast_object(logits))  # one text for all processes
         y_pred = predict(plain.logits, x, batch_size)

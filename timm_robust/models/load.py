@@ -135,7 +135,7 @@ def _from_file(path: Path, model_kwargs: dict[str, Any], arch: str | None = None
 def _tells_of(folder: Path, arch: str) -> bool:
     """Whether a folder's config.json is of this network: it knows its statistics, padding and classes."""
     with contextlib.suppress(Exception):  # none there, or a damaged one
-        return read_config(folder)[0] == arch
+        return read_config(folder)[0] == arch.partition('.')[0]
     return False
 
 
@@ -160,9 +160,12 @@ def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwarg
     except _REFUSALS as error:
         given = model_kwargs if arch else f'the model_kwargs of {path}'
         raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
-    if arch or args:
+    if args or (arch and 'recipe' not in state):  # a run of ours says itself what images it saw
         note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
-    if size := _size(state.get('input_size')):
+    size = _size(state.get('input_size'))
+    if size and not (getattr(model, 'pretrained_cfg', None) or {}).get(
+        'fixed_input_size'
+    ):  # timm would build another network for it
         note(model, input_size=size)
     _note_training(model, state.get('recipe'))
     if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):

@@ -72,7 +72,7 @@ def replace_activations(model: nn.Module, act: str, shared: bool = True) -> nn.M
 
     Raises:
         ValueError: if there is no such activation, if the network has no place for it (it may call functions), or if
-            its activation is a compound of one: StarReLU, SquaredReLU, an NFNet's GammaAct.
+            its activation is a compound of one: StarReLU, SquaredReLU, GammaAct of dm_nfnet.
     """
     if hasattr(model, 'act_fn'):
         raise ValueError(

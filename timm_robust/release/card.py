@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..attacks import TRAINING_ATTACKS
-from ..data import DATASETS, is_named_by_folder, is_stream
+from ..data import DATASETS, is_named_by_folder, is_stream, same_split
 from ..results import RobustnessResult, check_types, read_object
 from ..training import HELD_OUT, LOSSES, RECIPES
 from .papers import Paper, extra_data_of, paper_link, papers_of
@@ -122,7 +122,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
 def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
     """What the model is, in two sentences."""
     best, activation = strongest(results_of(record)), record['training']['activation']
-    data = record['model'].split('_')[-2] if is_stream(hyper['dataset']) else hyper['dataset']
+    data = record['model'].split('_')[-2] if is_named_by_folder(hyper['dataset']) else hyper['dataset']
     how = f'adversarially on {data} against {hyper["norm"]} {hyper["eps"]}'
     text = f'{hyper["model"]} trained {how if _is_attacked(hyper) else f"on {data} without attacks"}.'
     if activation:
@@ -173,7 +173,8 @@ def _command(result: RobustnessResult, hyper: dict[str, Any]) -> str:
     words = [f'timm-robust measure {name} --run RUN' if held_out else f'timm-robust evaluate {_address(name)}']
     words.append('--data-dir DIR')
     if not held_out:
-        dataset = hyper['dataset'] if is_named_by_folder(hyper['dataset']) else result.dataset
+        kind = hyper['dataset']  # a folder's own name is none that --dataset takes
+        dataset = kind if is_stream(kind) or result.dataset not in DATASETS else result.dataset
         words += [f'--dataset {dataset}'] if dataset != 'cifar10' else []
         words += [f'--split {result.split}'] if result.split != 'test' else []
     words.append(f'--attack {result.attack} -n {result.n}')
@@ -187,7 +188,7 @@ def _limits(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     """What the reader must not overlook."""
     results = results_of(record)
     lines = [f'- {note}' for note in record['training']['notes']]
-    if any(result.split in (HELD_OUT, hyper.get('val_split')) for result in results):
+    if any(result.split == HELD_OUT or same_split(result.split, hyper.get('val_split')) for result in results):
         lines.append('- The images of the table above chose the epoch: what is measured on them is too good.')
     warnings = dict.fromkeys(text for result in results for text in result.warnings)
     lines += [f'- Evaluation warned: {text}' for text in warnings]
@@ -228,6 +229,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
 def _chosen_by(hyper: dict[str, Any]) -> str:
     """How the epoch was chosen, and whether the test set was looked at."""
     size, split, trained = hyper['val_size'], hyper.get('val_split'), hyper.get('train_split', 'train')
+    split = None if split == 'auto' else split  # staged before that was found out
     what = f'{size:.0%} of the training images,' if 0 < size < 1 else f'{size:g} images'
     images = f'the images of the split {split}' if split else f'{what} held out of the training set'
     text = f'the best by {"PGD" if _is_attacked(hyper) else "clean"} accuracy on {images}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..data import same_split
 from ..files import sha256, write_text
 from ..models import HYPER_PARAMETERS, load_model
 from ..threat_model import ThreatModel
@@ -131,7 +132,7 @@ def check_alike(
     record: dict[str, Any], hyper: dict[str, Any], dataset: str, split: str, threat_model: ThreatModel
 ) -> None:
     """Refuse training images, and another data set, split or radius than those of the measurements before."""
-    if split in ('train', hyper.get('train_split')):
+    if same_split(split, hyper.get('train_split', 'train')):
         raise ValueError(f'{record["model"]} was trained on the images of {split}; measure it on others: --split SPLIT')
     for result in results_of(record):
         there, wished = f'{result.dataset} {result.split}', f'{dataset} {split}'

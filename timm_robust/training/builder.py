@@ -235,7 +235,7 @@ def load_initial(model: nn.Module, where: str) -> None:
     named = not path.exists() and timm.is_model(where)
     if named and '.' not in where:
         raise ValueError(f'initial_checkpoint {where!r} names a network, not its weights; add the tag, or name a file')
-    source = _network(where if named else path)
+    source = _network(where if named else path) if named or path.exists() else None
     weights = dict(read_weights(where) if source is None else source.state_dict())
     config, own = getattr(model, 'pretrained_cfg', None) or {}, model.state_dict()
     for stem in _names(config.get('first_conv')):

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from timm.utils import distribute_bn
 
 from ..activations import activation_state
 from ..files import atomic_file, lock_folder, new_folder, sweep_temporaries
-from ..models import LAST
+from ..models import BEST, LAST
 from ..precision import fastest_convolutions
 from .advice import near_chance
 from .averaging import averaged_weights
 from .batches import HELD_OUT_NAMES
+from .checkpoints import read_step
 from .log import RunLog
 from .rollback import roll_back
 from .run import (
@@ -210,10 +212,24 @@ def out_of_patience(run: Run) -> bool:
 
 
 def unsettled(run: Run) -> bool:
-    """Whether the last epoch has not been saved, or not been validated though there are images for it."""
+    """Whether the last epoch has not been saved, or not been validated though there are images for it.
+
+    Without such images it is settled once its weights are the best: a budget may end between an epoch and its save.
+    """
     if len(run.history) > run.saved_rows:
         return True
+    if run.held_out is None:
+        run.writer.wait()
+        return bool(run.history) and run.world.broadcast_object(best_step(run.folder) != run.step)
     return run.held_out is not None and bool(run.history) and metric_name(run.recipe) not in run.history[-1]
+
+
+def best_step(folder: Path) -> int | None:
+    """The step of a run's model_best.pth.tar; None where there is none, or a damaged one."""
+    try:
+        return read_step(folder / BEST)
+    except Exception:
+        return None
 
 
 def save_is_due(run: Run) -> bool:
@@ -358,10 +374,9 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
         logger.warning(line)
     metric = row.get(metric_name(recipe), -1.0)
     last_stage = run.side == recipe.side_at(1.0)  # smaller images are another task
-    is_best = last_stage and metric > run.best
+    # with nothing to choose by the last weights are those of the run
+    is_best = ended if run.held_out is None else last_stage and metric > run.best
     run.best = metric if is_best else run.best
-    if run.held_out is None:  # nothing to choose by: the last weights are those of the run
-        is_best = ended
     if due or save_is_due(run):
         save(run, row['epoch'], is_best=is_best)
     if metric_name(recipe) in row or run.held_out is None:

@@ -324,11 +324,6 @@ class Recipe:
             )
         for name in ('step_size', 'eval_step_size'):
             check_step_size(getattr(self, name), eps, name)
-        if self.loss == 'trades' and not self.random_start and 'random_start' in TRAINING_ATTACKS[self.attack].takes:
-            raise ValueError(
-                "loss 'trades' is least at the image itself, where its gradient is rounding noise: its attack needs a "
-                'random start (--random-start)'
-            )
         if self.start_noise is not None and self.start_noise > eps:
             raise ValueError(f'start_noise {self.start_noise:g} is larger than eps {self.eps}; allowed: > 0 to eps')
         noisy = [name for name, kind in TRAINING_ATTACKS.items() if 'start_noise' in kind.takes]
@@ -350,6 +345,10 @@ class Recipe:
             what = 'trains on' if self.train_split == 'test' else 'chooses the checkpoint by'
             found.append(f'this run {what} the test split; what is measured on it afterwards is too good')
         takes = TRAINING_ATTACKS[self.attack].takes
+        if self.loss == 'trades' and not self.random_start and 'random_start' in takes:
+            found.append(
+                "loss 'trades' is least at the image itself, where its gradient is rounding noise: type --random-start"
+            )
         for name in ('steps', 'late_steps', 'step_size', 'random_start'):
             value = getattr(self, name)
             if name.removeprefix('late_') not in takes and value != SETTINGS[name].default and self.loss != 'clean':

@@ -13,7 +13,7 @@ import torch
 
 from ..files import link_file
 from ..models import BEST, LAST, load_checkpoint
-from .batches import VALIDATION, image_shape, make_batches
+from .batches import image_shape, make_batches
 from .changes import Changes, find_changes
 from .checkpoints import later_checkpoints, prune_checkpoints, read_step, save_checkpoint, set_aside, snapshot
 from .recipe import Recipe
@@ -90,7 +90,7 @@ def _write(folder: Path, state: dict[str, Any], names: list[str], recipe: Recipe
 
 
 def mend_names(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
-    """Give a checkpoint the names that a kill kept from it: last.pth.tar, and model_best.pth.tar if it is that.
+    """Give a checkpoint the names that a kill kept from it: last.pth.tar, and model_best.pth.tar if it is the best.
 
     Args:
         path: the checkpoint.
@@ -98,10 +98,7 @@ def mend_names(path: Path, state: dict[str, Any], recipe: Recipe) -> None:
         recipe: says what the best is best in.
     """
     best = best_row(recipe, state['history'], state.get('changes', []), state['best'])
-    is_best = best is not None and best['step'] == state['step']
-    if best is None and VALIDATION not in state.get('images', {VALIDATION}):  # it held nothing out
-        is_best = state.get('progress', 0.0) >= 1
-    for name in [LAST, BEST] if is_best else [LAST]:
+    for name in [LAST, BEST] if best is not None and best['step'] == state['step'] else [LAST]:
         target = path.with_name(name)
         try:
             step = read_step(target)
