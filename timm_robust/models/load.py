@@ -162,10 +162,8 @@ def _from_state(state: dict[str, Any], path: Path, arch: str | None, model_kwarg
         raise ValueError(f'cannot make {name} with {given}: {_reason(error)}') from error
     if args or (arch and 'recipe' not in state):  # a run of ours says itself what images it saw
         note_data(model, args, model_kwargs.get('pretrained_cfg_overlay') or {}, settings.get('in_chans', 3))
-    size = _size(state.get('input_size'))
-    if size and not (getattr(model, 'pretrained_cfg', None) or {}).get(
-        'fixed_input_size'
-    ):  # timm would build another network for it
+    fixed = (getattr(model, 'pretrained_cfg', None) or {}).get('fixed_input_size')
+    if (size := _size(state.get('input_size'))) and not fixed:  # timm would build another network of that size
         note(model, input_size=size)
     _note_training(model, state.get('recipe'))
     if names := class_list(state.get('classes'), getattr(model, 'num_classes', None)):
