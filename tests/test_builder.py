@@ -131,6 +131,8 @@ def test_weights_of_another_function_are_told(tmp_path, caplog):
     load_initial(same, where)
     safetensors.torch.save_file(source.state_dict(), tmp_path / 'alone.safetensors')
     load_initial(plain, str(tmp_path / 'alone.safetensors'))  # says nothing of its network
+    plain.pretrained_cfg, source.pretrained_cfg = ({'mean': kind((0.5, 0.4, 0.3))} for kind in (tuple, list))
+    assert not any('mean' in line or 'std' in line for line in other_function(source, plain))  # a file has lists
     assert not caplog.text and torch.equal(plain.conv1.weight, source.conv1.weight)
 
 

@@ -76,9 +76,12 @@ def near_chance(run: Run) -> str | None:
     )
 
 
-def _is_plain(values: Any, default: float) -> bool:
-    """Whether statistics leave pixels as they are, of however many channels."""
-    return list(values) == [default] * len(values) if isinstance(values, (list, tuple)) else False
+def _statistics(model: nn.Module, key: str, default: float) -> Any:
+    """What a network's pretrained_cfg says of its input; one number where all channels have that."""
+    values = (getattr(model, 'pretrained_cfg', None) or {}).get(key) or (default,)
+    if not isinstance(values, (list, tuple)):
+        return values
+    return values[0] if all(value == values[0] for value in values) else tuple(values)
 
 
 def other_function(source: nn.Module, model: nn.Module) -> list[str]:
@@ -89,9 +92,9 @@ def other_function(source: nn.Module, model: nn.Module) -> list[str]:
     """
     found, layers = [], dict(model.named_modules())
     for key, default in (('mean', 0.0), ('std', 1.0)):
-        given = [(getattr(net, 'pretrained_cfg', None) or {}).get(key) or (default,) for net in (source, model)]
-        if len({str(value) for value in given}) > 1 and not all(_is_plain(value, default) for value in given):
-            found.append(f'{key} {given[0]} there, {given[1]} here')
+        theirs, ours = (_statistics(net, key, default) for net in (source, model))
+        if theirs != ours:
+            found.append(f'{key} {theirs} there, {ours} here')
     for name, layer in source.named_modules():
         own = layers.get(name)
         if own is None or list(layer.children()) or isinstance(layer, _TRAINING) or isinstance(own, _TRAINING):
