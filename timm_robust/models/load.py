@@ -242,7 +242,7 @@ def trained_for(model: nn.Module) -> ThreatModel | None:
 
 def _size(value: Any) -> tuple[int, ...] | None:
     """Channels, height and width of images, out of a file; None for what cannot be."""
-    numbers = isinstance(value, (list, tuple)) and all(type(number) is int and 0 < number < 10_000 for number in value)
+    numbers = isinstance(value, (list, tuple)) and all(type(number) is int and 0 < number <= 4096 for number in value)
     return tuple(value) if numbers and len(value) == 3 else None
 
 
