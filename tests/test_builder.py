@@ -6,9 +6,8 @@ import timm
 import torch
 from tiny_runs import tiny
 
-from timm_robust.models.checkpoint import load_checkpoint
+from timm_robust.models import load_checkpoint, other_function
 from timm_robust.training import builder as module
-from timm_robust.training.advice import other_function
 from timm_robust.training.batches import read_data
 from timm_robust.training.builder import build, load_initial, make_scheduler, set_bn_momentum
 from timm_robust.training.checkpoints import save_checkpoint

@@ -23,7 +23,9 @@ _LIBRARIES = {
 _PICTURES = ['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm']
 """Endings of what is read in folders and tars."""
 _TRAIN_AND_TEST = {'torch/mnist', 'torch/kmnist', 'torch/fashion_mnist', 'torch/qmnist'}
-_SPLIT_NAMES = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'test'}
+_SPLITS = (('train', 'training'), ('validation', 'val', 'valid', 'eval'), ('test',))
+"""The names of each split, in the order in which its folder is looked for."""
+_SPLIT_NAMES = {name for names in _SPLITS for name in names}
 
 
 def is_stream(name: str) -> bool:
@@ -85,8 +87,7 @@ def _locate(root: Path, split: str) -> Path:
         raise FileNotFoundError(f'folder {root} does not exist; name the right one with --data-dir')
     if root.is_file():
         return root
-    others = {'train': ['training'], 'validation': ['val', 'valid', 'eval'], 'val': ['validation', 'valid', 'eval']}
-    for name in [split, *others.get(split, [])]:
+    for name in (split, *_names(split)):
         for path in (root / name, root / f'{name}.tar'):
             if path.exists():
                 return path
@@ -100,8 +101,12 @@ def _locate(root: Path, split: str) -> Path:
 
 def same_split(one: str | None, other: str | None) -> bool:
     """Whether two names are of one split: 'val', 'valid' and 'eval' are 'validation', 'training' is 'train'."""
-    names = {'training': 'train', 'val': 'validation', 'valid': 'validation', 'eval': 'validation'}
-    return names.get(str(one), one) == names.get(str(other), other)
+    return other in _names(one)
+
+
+def _names(split: str | None) -> tuple[str | None, ...]:
+    """All names of a split."""
+    return next((names for names in _SPLITS if split in names), (split,))
 
 
 def has_split(name: str, root: str | None, split: str) -> bool:

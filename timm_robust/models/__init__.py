@@ -6,6 +6,7 @@ import pkgutil
 from . import cifar_resnet, wide_resnet
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
+from .comparison import other_function
 from .config import check_model_kwargs, make_model
 from .load import HYPER_PARAMETERS, class_list, load_model, read_hyper_parameters, trained_classes, trained_for
 from .replaced import SharedAct, replace_activations
@@ -24,6 +25,7 @@ __all__ = [
     'load_checkpoint',
     'load_model',
     'make_model',
+    'other_function',
     'read_hyper_parameters',
     'read_weights',
     'replace_activations',

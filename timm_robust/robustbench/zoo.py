@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 
-from ..models import cifar_resnet, wide_resnet
+from ..models import cifar_resnet, other_function, wide_resnet
 
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
@@ -144,29 +144,16 @@ def check_network(model: torch.nn.Module, name: str, entry: ZooEntry) -> None:
     """Refuse a network that computes another function than the entry's with the same weights.
 
     Raises:
-        ValueError: naming what differs: class, activation, padding, or the statistics of the inputs.
+        ValueError: naming what differs: a layer, its padding, or the statistics of the inputs.
     """
+    statistics = {'mean': entry.mean, 'std': entry.std}
     with torch.device('meta'):
-        expected = timm.create_model(entry.arch, **entry.model_kwargs)
-    ours, theirs = _function_of(model), _function_of(expected) | {'mean': entry.mean, 'std': entry.std}
-    for what, wanted in theirs.items():
-        if ours[what] != wanted:
-            raise ValueError(
-                f'{name} is {entry.arch} with {what} {wanted}, the model given has {ours[what]}; name the entry '
-                'that it was converted from'
-            )
-
-
-def _function_of(model: torch.nn.Module) -> dict[str, Any]:
-    """What decides the function of a network beside its weights."""
-    config = getattr(model, 'pretrained_cfg', None) or {}
-    return {
-        'class': type(model).__name__,
-        'activation': type(getattr(model, 'act', None)).__name__,
-        'same_padding': any(getattr(module, 'pads', False) for module in model.modules()),
-        'mean': tuple(config.get('mean') or (0.0, 0.0, 0.0)),
-        'std': tuple(config.get('std') or (1.0, 1.0, 1.0)),
-    }
+        expected = timm.create_model(entry.arch, pretrained_cfg_overlay=statistics, **entry.model_kwargs)
+    if found := other_function(expected, model):
+        raise ValueError(
+            f'the model given computes otherwise than {name}, {entry.arch}: {found[0]}; name the entry that it was '
+            'converted from'
+        )
 
 
 def to_theirs(weights: dict[str, torch.Tensor], names: list[str], entry: ZooEntry) -> dict[str, torch.Tensor]:

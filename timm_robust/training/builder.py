@@ -24,10 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ..attacks import FoldedNet, batch_norms
 from ..data import StreamData, fingerprint, is_stream
 from ..distributed import World
-from ..models import BEST, class_list, load_checkpoint, load_model, make_model, read_weights
+from ..models import BEST, class_list, load_checkpoint, load_model, make_model, other_function, read_weights
 from ..pixels import input_channels, pixel_input
 from ..provenance import environment, git_commit
-from .advice import other_function
 from .averaging import ModelEma
 from .awp import WeightPerturbation
 from .batches import TRAINING, VALIDATION, held_out_names, image_shape, make_batches, read_data
