@@ -397,6 +397,7 @@ def test_nothing_is_opened_that_was_not_uploaded(place, match, page):
 
 
 def test_a_port_in_use_is_one_line(page, folders, capsys):
+    assert main(['--dataset', 'cifar100', '-n', '5']) == 2 and 'add --data-dir FOLDER' in capsys.readouterr().err
     assert main([*folders, '--port', page.local_url.rstrip('/').rpartition(':')[2]]) == 2
     assert 'port' in capsys.readouterr().err
 

@@ -111,6 +111,58 @@ def test_a_card_tells_of_extra_data_changes_on_the_way_and_the_papers(tmp_path):
     assert '- P2333/DM-Improves-AT' in card.split('---')[1]
 
 
+@pytest.mark.parametrize(
+    ('hyper', 'license_id', 'said'),
+    [
+        ({}, 'apache-2.0', ['license: apache-2.0', 'Licence: Apache-2.0.']),
+        (
+            {'pretrained': True, 'model': 'resnet50'},
+            'cc-by-nc-4.0',
+            [
+                'license: cc-by-nc-4.0',
+                'base_model: timm/resnet50.',
+                'It began from the weights `resnet50.a1_in1k`.',
+            ],
+        ),
+        (
+            {'initial_checkpoint': 'resnet18_pssilu.fgsm_cifar10_linf'},
+            'apache-2.0',
+            [
+                'base_model: timm-robust/resnet18_pssilu.fgsm_cifar10_linf',
+                'It began from the weights `resnet18_pssilu.',
+            ],
+        ),
+        (
+            {'initial_checkpoint': 'theirs.pth', 'pretrained': True},
+            'house-rules',
+            ['license: other', 'license_name: house-rules', 'from the weights `theirs.pth`', 'Licence: house-rules.'],
+        ),
+    ],
+)
+def test_a_card_names_the_licence_and_the_weights_that_training_began_from(tmp_path, hyper, license_id, said):
+    folder = tmp_path / 'resnet18_pssilu.fgsm_cifar10_linf'
+    shutil.copytree(STAGED / folder.name, folder)
+    settings = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(settings | hyper))
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['license'] = license_id
+    (folder / 'config.json').write_text(json.dumps(config))
+    card = model_card(folder)
+    assert all(text in card for text in said), [text for text in said if text not in card]
+    assert ('base_model' in card) == (len(said) == 3 or ('initial' in str(hyper) and 'theirs' not in str(hyper)))
+
+
+def test_a_card_claims_no_other_data_set_than_was_measured(tmp_path):
+    folder = tmp_path / 'resnet18_pssilu.fgsm_cifar10_linf'
+    shutil.copytree(STAGED / folder.name, folder)
+    settings = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
+    (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(settings | {'dataset': 'digits'}))
+    results = (folder / 'results.json').read_text()
+    (folder / 'results.json').write_text(results.replace('"dataset": "cifar10"', '"dataset": "digits"'))
+    head = model_card(folder).split('---')[1]
+    assert 'uoft-cs/cifar10' not in head and 'type: digits' in head
+
+
 NEVER = '; the test set was never looked at.'
 
 

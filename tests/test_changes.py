@@ -39,6 +39,14 @@ def test_what_means_the_same_is_no_change():
     }
 
 
+def test_a_budget_may_be_another_but_not_taken_away():
+    assert not changes(Recipe(budget='2h'), budget='25m') and not changes(Recipe(budget='2h'))
+    found = changes(Recipe(), budget='25m')
+    assert found == {'budget': ['25m', None]}
+    with pytest.raises(ValueError, match='trained with budget 25m, now none: go on with --budget 25m'):
+        check_changes(PATH, found, allowed=False)
+
+
 def test_changes_are_refused_with_what_to_type():
     found = changes(Recipe(eps=0.1, amp=True, model_kwargs={'width': 4}), eps='8/255', model_kwargs={'width': 8})
     with pytest.raises(ValueError) as error:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from timm_robust import __version__, cli
-from timm_robust.training.recipe import RECIPES, Recipe, find_recipe
+from timm_robust.provenance import RECIPES
+from timm_robust.training.recipe import Recipe, find_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -76,6 +76,16 @@ def test_a_budget_leaves_time_for_the_breaks_to_come(wall):
     assert clock.training_seconds(elapsed=100 - 33 - 11) == pytest.approx(8)
 
 
+def test_an_estimate_holds_until_a_validation_like_the_last_one_was_timed(wall):
+    clock = Clock(200, budget=1000)
+    clock.expect(validation=300, saving=10, interval=50)
+    assert clock.closing == pytest.approx(1.1 * 320) and clock.breaks == [310]
+    clock.note_validation(20, interval=50, like_the_last=False)  # of smaller images
+    assert clock.closing == pytest.approx(1.1 * 320)
+    clock.note_validation(40, interval=50)
+    assert clock.closing == pytest.approx(1.1 * 50)  # its own save, and the one before it
+
+
 def test_a_resumed_budget_goes_on_at_its_share(wall):
     clock = Clock(200, budget=100)
     clock.restart(40, 0.25)

@@ -230,6 +230,11 @@ def test_a_run_warns_of_what_is_rarely_meant_and_begins(tmp_path, capsys, monkey
         "attack 'fgsm' takes no late_steps: 5 changes": ['--attack', 'fgsm', '--late-steps', '5'],
         "attack 'n_fgsm' takes no random_start: False": ['--attack', 'n_fgsm', '--no-random-start'],
         "attack 'apgd' takes no step_size: '1/255'": ['--attack', 'apgd', '--step-size', '1/255'],
+        'extra_fraction 0.7 changes nothing without extra_data': ['--extra-fraction', '0.7'],
+        'beta 1.0 changes nothing without loss trades or mart': ['--beta', '1'],
+        'model_ema_decay 0.9 changes nothing without model_ema': ['--model-ema-decay', '0.9'],
+        'clip_mode agc changes nothing without clip_grad': ['--clip-mode', 'agc'],
+        'patience 3 changes nothing without held-out images': ['--patience', '3', '--val-size', '0'],
         'not all reached in 100 epochs': ['--sched', 'multistep', '--decay-milestones', '50', '500'],
     }
     for text, more in cases.items():

@@ -260,6 +260,20 @@ def test_parquet_errors_name_the_row(tmp_path, images, labels, kwargs, text):
         load_dataset('cifar10', tmp_path)
 
 
+def test_parquet_files_of_other_class_lists_are_refused(tmp_path):
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    write_parquet(tmp_path / 'train-0.parquet', [png(image)], [1], names=['ant', 'bee'])
+    write_parquet(tmp_path / 'train-1.parquet', [png(image)], [1], names=['bee', 'cow'])
+    with pytest.raises(ValueError, match=r'train-1\.parquet has the classes bee, cow, .*train-0\.parquet has ant, bee'):
+        load_dataset('parquet', tmp_path)
+
+
+def test_parquet_pictures_of_more_than_eight_bits_are_refused(tmp_path):
+    write_parquet(tmp_path / 'train.parquet', [png(torch.from_numpy(np.full((4, 4), 3000, np.uint16)))], [0])
+    with pytest.raises(ValueError, match=r'row 0: no readable image: mode I.* has more than 8 bits a channel'):
+        load_dataset('parquet', tmp_path)
+
+
 def test_parquet_that_is_none(tmp_path):
     pytest.importorskip('pyarrow')
     (tmp_path / 'train.parquet').write_text('version https://git-lfs.github.com/spec/v1')

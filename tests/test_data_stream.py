@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import random
+import re
 import shutil
 import tarfile
 
@@ -118,8 +119,26 @@ def test_pictures_of_other_formats_are_read_and_folders_without_any_are_named(tm
     data = stream(tmp_path)
     assert data.classes == (*CLASSES, 'moth', 'wasp') and len(data) == 7
     assert numbers(next(data.batches(7))[0])[3:] == [90] * 4
-    [record] = caplog.records
-    assert record.getMessage().startswith(f'{train / "fly"} is no class: it holds no picture (.png, ')
+    told = [record.getMessage() for record in caplog.records]
+    assert told[0].startswith(f'{train / "fly"} is no class: it holds no picture (.png, ')
+    assert told[1:] == [f'{train}: classes are the innermost folders, such as flying/moth']
+
+
+@pytest.mark.parametrize(
+    ('places', 'fault'),
+    [
+        (['ant/2019', 'ant/2020', 'bee/2019', 'bee/2020'], 'ant/2019 and bee/2019 would be one class, 2019;'),
+        (['ant', 'bee', '.'], 'pictures lie beside the folders of the classes;'),
+        (['ant', 'ant/.ipynb_checkpoints', 'bee'], 'ant/.ipynb_checkpoints is hidden and holds pictures;'),
+        (['ant', 'ant/old', 'bee'], 'ant/old lies in ant, and both hold pictures;'),
+    ],
+)
+def test_pictures_that_would_get_wrong_labels_are_refused(tmp_path, places, fault):
+    for place in places:
+        (tmp_path / 'train' / place).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (20, 20)).save(tmp_path / 'train' / place / 'one.png')
+    with pytest.raises(ValueError, match=re.escape(f'{tmp_path / "train"}: {fault} put the pictures of each class')):
+        stream(tmp_path)
 
 
 def test_pictures_of_more_than_eight_bits_are_named_not_cut_off(tmp_path, caplog):
@@ -198,6 +217,11 @@ def test_subset_first_holdout_and_memory(folder):
 def test_a_split_is_found_by_its_names_and_never_taken_for_another(tmp_path):
     write_folder(tmp_path, n=6), write_folder(tmp_path, n=3, split='val')
     assert len(StreamData('', tmp_path)) == 6 and len(StreamData('', tmp_path, 'validation')) == 3
+    for name in ('Training', 'Testing'):
+        write_folder(tmp_path / 'capitals', n=3, split=name)
+    with pytest.raises(FileNotFoundError, match="holds Testing, Training, but no split 'train'; name one of them"):
+        StreamData('', tmp_path / 'capitals', 'train')
+    assert len(StreamData('', tmp_path / 'capitals', 'Testing')) == 3
     (tmp_path / 'val/train.txt').touch()
     assert len(StreamData('', tmp_path / 'val', 'test')) == 3  # a folder of classes is what it is
     with pytest.raises(FileNotFoundError, match="holds train, val, but no split 'test'; name one of them with --split"):

@@ -7,6 +7,7 @@ import json
 import os
 import runpy
 import shutil
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -163,6 +164,17 @@ def test_initial_weights_are_taken_instead_of_pretrained_ones(tmp_path, monkeypa
     assert asked == [False]
 
 
+def test_a_run_goes_on_without_the_weights_that_it_began_from(tmp_path, monkeypatch):
+    save_robust(tmp_path / 'robust')
+    settings = {'initial_checkpoint': str(tmp_path / 'robust'), 'resume': 'auto', 'max_steps': 2}
+    first = build(tiny(tmp_path, **settings))
+    fit(first)
+    shutil.rmtree(tmp_path / 'robust')
+    again = build(tiny(tmp_path, **settings))
+    assert again.step == 2 and torch.equal(again.model.conv1.weight, first.model.conv1.weight)
+    assert not again.changes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('recipe', 'model'),
@@ -224,6 +236,7 @@ def test_the_study_of_starts_goes_from_cifar_to_a_table_and_goes_on_where_it_was
     # signals go to main threads alone
     monkeypatch.setattr('timm_robust.train.listen', lambda *_: contextlib.nullcontext())
     monkeypatch.setitem(script, 'GRID', (0.01,))
+    assert study([*settings[:-2], '--tune']) == 2 and 'name another file for them: --rates' in capsys.readouterr().err
     assert study([*settings, '--tune']) == 0
     rates = [*csv.DictReader((tmp_path / 'rates.csv').read_text().splitlines())]
     assert [(row['start'], row['lr']) for row in rates] == [(s, '0.01') for s in ('random', 'ordinary', 'robust')]
@@ -258,5 +271,19 @@ def test_every_arm_of_the_study_of_starts_takes_as_many_steps_under_the_rate_tha
     rates = tmp_path / 'rates.csv'
     rates.write_text('start,images,lr,clean_acc,pgd_acc\nrandom,50,0.01,0.5,0.5\nrandom,50,0.1,0.8,0.45\n')
     assert names['read_rates'](rates, [('random', 50)]) == {('random', 50): 0.1}
-    with pytest.raises(ValueError, match='no rate for robust weights and 50 pictures a class; measure them first'):
-        names['read_rates'](rates, [('robust', 50)])
+    with open(rates, 'a') as file:
+        file.write('robust,50,0.3,0.736,0.406\nrobust,50,0.003,0.682,0.46\n')  # equal, but for the dust of a sum
+    assert names['read_rates'](rates, [('robust', 50)])['robust', 50] == 0.003
+    file_of = lambda images, lr: names['Arm']('random', images, 99, lr)  # noqa: E731
+    found = names['RobustnessResult']
+    records = []
+    for number, accuracy in enumerate((0.6, 0.7)):
+        values = {'clean_acc': accuracy, 'pgd_acc': accuracy}
+        records.append(tmp_path / f'{number}.json')
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(found, 'from_json', lambda path, values=values: types.SimpleNamespace(**values))
+            names['write_rates'](rates, [file_of(200, 0.01)], records[-1:])
+    text = rates.read_text()
+    assert 'random,200,0.01,0.7,0.7' in text and 'random,200,0.01,0.6' not in text and 'random,50,0.1,0.8' in text
+    with pytest.raises(ValueError, match='no rate for robust weights and 1000 pictures a class; measure them first'):
+        names['read_rates'](rates, [('robust', 1000)])

@@ -75,6 +75,23 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, stop):
     assert_same(weights(tmp_path), weights(undisturbed[0]))
 
 
+@pytest.mark.parametrize('number', [0, 1], ids=['change of side', 'average'])
+def test_a_signal_in_a_re_estimation_saves_before_it(tmp_path, undisturbed, monkeypatch, number):
+    run, estimate, places = build(staged(tmp_path)), engine.reestimate_batch_norm, []
+
+    def signalled(run, batches):
+        places.append(run.step)
+        run.stop = run.side == 16 and len(places) > 1 + number
+        estimate(run, batches)
+
+    monkeypatch.setattr(engine, 'reestimate_batch_norm', signalled)
+    with pytest.raises(Stopped, match=rf'at step {3 + 3 * number}, and saved'):
+        fit(run)
+    monkeypatch.undo()
+    fit(build(staged(tmp_path, resume='auto')))
+    assert_same(weights(tmp_path), weights(undisturbed[0]))
+
+
 def test_batch_norm_follows_the_side(tmp_path):
     run = build(staged(tmp_path, loss='clean'))
     engine.enter_stage(run, 8)

@@ -127,6 +127,8 @@ def stranger(hub, root, tmp_path, code=LOAD, token=None, **kwargs):
     package = tmp_path / 'site'
     if not package.exists():
         shutil.copytree(ROOT / 'timm_robust', package / 'timm_robust', ignore=shutil.ignore_patterns('__pycache__'))
+    (package / 'timm_robust/recipes').mkdir(exist_ok=True)
+    (package / f'timm_robust/recipes/{NAME}.yaml').touch()  # a release of this project
     shutil.copyfile(root / 'releases.json', package / 'timm_robust/weights/releases.json')
     env = environment(hub, tmp_path / 'stranger', token, **kwargs)
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(package), env.get('PYTHONPATH')]))

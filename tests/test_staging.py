@@ -26,7 +26,7 @@ from timm_robust.release.card import model_card
 from timm_robust.release.folder import check, files_of
 from timm_robust.release.model_files import canonical, stored
 from timm_robust.release.record import read_results, results_of, strongest
-from timm_robust.release.results_page import README_START, results_page
+from timm_robust.release.results_page import README_END, README_START, results_page
 from timm_robust.release.staging import measure, render, stage
 from timm_robust.staging import main
 from timm_robust.threat_model import ThreatModel
@@ -35,7 +35,7 @@ from timm_robust.training.flags import parse_recipe
 from timm_robust.training.loop import fit
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.download import read_release
-from timm_robust.weights.releases import read_table
+from timm_robust.weights.releases import RELEASES, is_ours, read_table
 
 NAME = 'resnet18_pssilu.fgsm_digits_linf'
 SMALL = Recipe(
@@ -189,6 +189,10 @@ def test_staging_again_keeps_equal_weights_measurements_and_refuses_others(copy,
     [
         ('resnet18_relu.fgsm_digits_linf', 'names another model or norm'),
         ('resnet18_pssilu.fgsm_digits_l2', 'names another model or norm'),
+        (
+            'resnet18_pssilu.fgsm_cifar10_linf',
+            'trained on digits, .* names cifar10; call it resnet18_pssilu.METHOD_',
+        ),
         ('resnet18_pssilu', 'is no release; it must be <arch>'),
         ('../resnet18_pssilu.fgsm_digits_linf', 'is no release'),
     ],
@@ -199,11 +203,50 @@ def test_a_name_that_does_not_fit_writes_nothing(run, tmp_path, name, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_changed_network_is_no_release(tmp_path):
-    recipe = dataclasses.replace(SMALL, output=str(tmp_path), model_kwargs={'width': 4})
-    fit(build(recipe))
-    with pytest.raises(ValueError, match=r"changed resnet18_pssilu by \{'width': 4\}"):
+def test_a_changed_network_is_no_release_of_ours_and_others_say_how_it_was_changed(tmp_path, monkeypatch):
+    kwargs = {'width': 4, 'in_chans': 1}
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path), model_kwargs=kwargs)))
+    monkeypatch.setattr(staging, 'is_ours', lambda name: True)
+    with pytest.raises(ValueError, match=r"changed resnet18_pssilu by \{'width': 4, 'in_chans': 1\}"):
         stage(tmp_path / 'run', NAME, cards=tmp_path / 'cards')
+    monkeypatch.undo()
+    folder = stage(tmp_path / 'run', NAME, cards=tmp_path / 'cards')
+    x, expected = torch.rand(2, 1, 8, 8), load_model(tmp_path / 'run')
+    for model in (load_model(folder), timm.create_model(f'local-dir:{folder}', pretrained=True).eval()):
+        assert model.conv1.weight.shape == (4, 1, 3, 3)
+        torch.testing.assert_close(model(x), expected(x), atol=2e-3, rtol=1e-2)  # fp16
+    assert 'needs timm 1.0.31' in model_card(folder)
+    swapped = {'model': 'test_resnet', 'act': 'silu', 'img_size': 32}
+    fit(build(dataclasses.replace(SMALL, output=str(tmp_path / 'other'), **swapped)))
+    with pytest.raises(ValueError, match=r"changed test_resnet by \{'act': 'silu'\}"):
+        stage(tmp_path / 'other/run', 'test_resnet.fgsm_digits_linf', cards=tmp_path / 'cards')
+
+
+@pytest.mark.parametrize(
+    ('settings', 'expected'),
+    [
+        ({}, 'apache-2.0'),
+        ({'model': 'resnet50', 'pretrained': True}, 'apache-2.0'),
+        ({'model': 'convnextv2_atto', 'pretrained': True}, 'cc-by-nc-4.0'),
+        ({'pretrained': True}, 'apache-2.0'),
+        ({'initial_checkpoint': 'resnet18_pssilu.fgsm_cifar10_linf'}, 'apache-2.0'),
+        ({'initial_checkpoint': 'somewhere/theirs.pth'}, None),
+    ],
+)
+def test_weights_have_the_licence_of_those_that_training_began_from(tmp_path, settings, expected):
+    recipe = dataclasses.replace(SMALL, **settings)
+    if expected:
+        assert staging._license_of_start(tmp_path, recipe) == expected
+        return
+    with pytest.raises(ValueError, match=r'began from theirs\.pth, whose licence is not .* --license apache-2\.0'):
+        staging._license_of_start(tmp_path, recipe)
+
+
+def test_a_licence_of_others_is_named_and_their_text_is_not_ours(run, tmp_path):
+    folder = stage(run, NAME, cards=tmp_path, license_id='cc-by-nc-4.0')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['pretrained_cfg']['license'] == 'cc-by-nc-4.0' and not (folder / 'LICENSE').exists()
+    assert 'Licence: cc-by-nc-4.0.' in model_card(folder)
 
 
 def test_check_finds_what_changed(copy):
@@ -357,6 +400,14 @@ def test_the_table_of_a_readme_without_its_end_takes_nothing_away(copy):
     with pytest.raises(ValueError, match=r'README\.md has <!-- weights.*, but <!-- end of weights --> is missing'):
         render(copy / 'model_cards', copy / 'releases.json')
     assert readme.read_text().endswith('after\n')
+
+
+def test_what_somebody_stages_is_neither_registered_nor_listed_with_ours(copy):
+    assert is_ours('resnet18_pssilu.fgsm_cifar10_linf') and not is_ours(NAME) and NAME not in RELEASES
+    readme = copy / 'README.md'
+    readme.write_text(f'before\n{README_START}\n{README_END}\nafter\n')
+    render(copy / 'model_cards', copy / 'releases.json')
+    assert NAME in read_table(copy / 'releases.json') and NAME not in readme.read_text()
 
 
 def test_releases_without_a_folder_here_stay_in_the_table(copy):
@@ -598,6 +649,12 @@ def test_main_stages_measures_and_renders(run, tmp_path, capsys):
     assert main(['stage', str(run), NAME, '--note', 'Digits.', *where]) == 0
     flags = ['--dataset', 'digits', '--data-dir', '', '--attack', 'apgd', '-n', '4', '--batch-size', '4']
     assert main(['measure', NAME, *flags, *where]) == 0
+    for more, message in (
+        (['--run', str(run)], '--run measures on what that run held out; leave --split and --dataset out'),
+        (['-n', '400'], 'allowed: 1..360'),
+    ):
+        assert main(['measure', NAME, *flags, *where, *more]) == 2
+        assert message in capsys.readouterr().err
     assert main(['render', *where]) == 0
     assert 'APGD-CE + APGD-T' in (tmp_path / 'cards/RESULTS.md').read_text()
     assert main(['measure', 'resnet18_relu.fgsm_digits_linf', *flags, *where]) == 2

@@ -93,6 +93,12 @@ def test_lines_and_kinks_have_places_of_their_own(tmp_path, monkeypatch):
     [axis] = figures[0].axes
     places = {c.get_label(): c.lines[0].get_xdata()[0] for c in axis.containers}
     assert places['psilu'] < 0.5 and places['pssilu'] == pytest.approx(1.0) and places['relu'] > 2.0
+    for curvatures in ((0.5, 0.8), (3.0, 20.0)):  # all on one side of a claim
+        rows = [row(f'act{number}', value) for number, value in enumerate(curvatures)]
+        plots.plot_curvature(rows, tmp_path / 'one_side.png')
+        bars = [line.get_xdata() for line in figures[-1].axes[0].lines if line.get_linewidth() == 3]
+        assert len(bars) == 3 and all(left < right for left, right in bars)
+        assert [tuple(bars[0]), bars[1][1], bars[2][0]] == [(4, 10), 1, 1]
 
 
 @pytest.mark.slow
@@ -188,7 +194,7 @@ def test_findings_pair_by_seed_and_image(tmp_path):
     assert text.startswith(
         'Robust: still right under APGD-CE + APGD-T, Linf 25.5/255, on the first 1000 images of digits, test'
     )
-    assert 'Of 1 such claims 0.05 would be, on average' in text
+    assert 'Of 1 such claims about\n0.05 would be, on average' in text
     assert '| shown |\n\nIntervals are 95 %' in text and '| plain | 3 | 100.0 (' in text
     turned = [{**r, 'arm': {'plain': 'psilu-alpha2-frozen-pgd_at'}.get(r['arm'], 'plain')} for r in rows]
     assert '| contradicted |' in '\n'.join(findings(study, turned))
@@ -275,7 +281,8 @@ def test_what_another_process_publishes_meanwhile_stays(tmp_path, monkeypatch):
 
 def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
     study = read_study(small(tmp_path))
-    row = {'arm': 'plain', 'seed': 1, 'clean_correct': '11', 'robust': '10', 'settings': study.settings(study.arms[1])}
+    row = {'arm': 'plain', 'seed': 1, 'attack': 'pgd', 'clean_correct': '11', 'robust': '10'}
+    row['settings'] = study.settings(study.arms[1])
     write_findings(study, [row], tmp_path)
     path = tmp_path / 'points.jsonl'
     assert read_points(study, path) == [row] and read_points(study, tmp_path / 'none.jsonl') == []
@@ -289,6 +296,13 @@ def test_points_of_other_settings_and_damaged_lines_are_refused(tmp_path):
     path.write_text(2 * (json.dumps(row) + '\n'))  # as of files that were put together
     with pytest.raises(ValueError, match='line 2: plain-s1 stands there twice; delete one'):
         read_points(study, path)
+    for spoiled in ({'robust': '1'}, {'robust': 'yes'}, {'clean_correct': None}, {'attack': None}):
+        kept = {key: value for key, value in (row | spoiled).items() if value is not None}
+        path.write_text(json.dumps(kept) + '\n')
+        with pytest.raises(ValueError, match='plain-s1 lacks results, or those of 2 images; delete the line'):
+            read_points(study, path)
+    path.write_text(json.dumps({key: row[key] for key in ('arm', 'seed', 'settings')} | {'diverged': 'nan'}) + '\n')
+    assert len(read_points(study, path)) == 1
     for text in ('3', '{"arm": "plain"}', '{"arm": "pl'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r'points\.jsonl, line 1 is no point of a study; delete the line'):
@@ -339,7 +353,18 @@ def test_runs_that_held_out_other_images_are_not_paired(tmp_path, monkeypatch, c
         ('sweeps', '[{act: relu, settings: {seed: 3}}]', 'seed is no setting of a sweep; leave it out'),
         ('sweeps', '[{act: relu, settings: {esp: 3}}]', "unknown key 'esp'; did you mean 'eps'"),
         ('sweeps', '[{act: relu, name: ../up}]', "name '../up' is not allowed; allowed: letters, digits"),
-        ('sweeps', '[{act: relu, name: two, learned: [true, false]}]', 'for a sweep of one arm'),
+        ('sweeps', '[{act: psilu, name: two, learned: [true, false]}]', 'for a sweep of one arm'),
+        ('sweeps', '[{act: relu, learned: true}]', 'relu has no parameters to learn; leave learned out'),
+        (
+            'sweeps',
+            '[{act: psilu, learned: true}, {act: psilu, alpha: [1], learned: true}]',
+            'psilu-alpha1-learned-pgd_at is the same training as psilu-learned-pgd_at; leave one out',
+        ),
+        (
+            'sweeps',
+            '[{act: relu}, {act: silu, settings: {eps: 0.2}}]',
+            r'silu-frozen-pgd_at is trained and attacked at Linf 51/255, relu-frozen-pgd_at at Linf 25\.5/255',
+        ),
         ('sweeps', '[{act: relu, loss: []}]', 'hold no point'),
         ('claims', '[3]', 'a claim: 3 is no mapping of claim, more, than'),
         ('claims', '[{claim: x, more: plain}]', 'a claim lacks than; write {claim: TEXT, more: ARM, than: ARM}'),

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from functools import partial
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import numpy
 import pytest
 import torch
-from tiny_runs import Killed, tiny
+from tiny_runs import Killed, draw_pictures, tiny
 
 from timm_robust.models.checkpoint import load_checkpoint
 from timm_robust.training import builder as module
@@ -126,6 +127,46 @@ def test_a_run_warms_up_where_it_pays(tmp_path, settings, warmed, monkeypatch):
     run.writer.wait()
     assert len(calls) == warmed and (run.folder / 'last.pth.tar').is_file()
     assert not list(run.folder.glob('.saving*'))
+
+
+class Stream:
+    """Pictures that each process takes `seconds` a batch to read, after a start-up of 10 s."""
+
+    def __init__(self, n, workers, wall, seconds=3.0, iterable=False):
+        self.n, self.workers, self.wall, self.seconds, self.iterable = n, workers, wall, seconds, iterable
+
+    def __len__(self):
+        return self.n
+
+    def first(self, n):
+        return Stream(n, min(self.workers, 1) if self.iterable else self.workers, self.wall, self.seconds)
+
+    def batches(self, size):
+        self.wall[0] += 10
+        for number in range(math.ceil(self.n / size)):
+            self.wall[0] += 0 if number % max(self.workers, 1) else self.seconds
+            yield number
+
+
+@pytest.mark.parametrize('iterable', [False, True])
+@pytest.mark.parametrize('workers', [0, 1, 4])
+def test_the_reading_of_a_stream_is_told_from_its_first_batches(monkeypatch, workers, iterable):
+    wall = [0.0]
+    monkeypatch.setattr(time, 'perf_counter', lambda: wall[0])
+    for n in (8, 80, 800):
+        expected = 10 + 3 * math.ceil(n / 8 / max(workers, 1))
+        assert warmup.reading_seconds(Stream(n, workers, wall, iterable=iterable), 8) == pytest.approx(expected, abs=3)
+
+
+def test_a_validation_of_streamed_images_is_not_taken_for_its_start_up(tmp_path):
+    pictures = draw_pictures(tmp_path / 'pictures', n=60)
+    settings = {'dataset': 'folder', 'data_dir': str(pictures), 'val_size': 0.5, 'img_size': 32, 'workers': 2}
+    run = build(short(tmp_path, max_steps=None, epochs=1, batch_size=4, ema_bn_batches=0, **settings))
+    calls, validate = [], warmup.validate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, 'reading_seconds', lambda *_: 7.0)
+        patch.setattr(warmup, 'validate', lambda run, part: calls.append(type(part).__name__) or validate(run, part))
+        assert warm_up(run).validation >= 7 and set(calls) == {'ImageData'}
 
 
 def test_nothing_is_compiled_after_the_warm_up(tmp_path, monkeypatch):

@@ -214,7 +214,12 @@ def _let_go(stream: Any) -> None:
 def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
     """Measure as the record says."""
     keys = ('split', 'n', 'norm', 'attack', 'batch_size', 'seed', 'eps', 'img_size')
-    vars(args).update({key: getattr(record, key) for key in keys})
+    defaults = vars(_parser().parse_args([args.model]))
+    for key in keys:
+        typed, theirs = getattr(args, key), getattr(record, key)
+        if typed != defaults[key] and (parse_eps(typed) if key == 'eps' else typed) != theirs:
+            raise ValueError(f'--repeat takes the settings of the record, which has {key} {theirs}, not {typed}')
+        setattr(args, key, theirs)
     named = record.dataset in DATASETS and record.split != HELD_OUT  # a folder has a name of its own, a run its data
     if args.dataset is None and named:
         args.dataset = record.dataset

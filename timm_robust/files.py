@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-LOCK = 'run.lock'
+LOCK, WRITER = 'run.lock', '.lock'
 _TEMPORARY = re.compile(r'\..+\.(\d{1,9})\.[0-9a-f]{8}\.tmp')
 _YAML_BYTES, _YAML_LEVELS, _YAML_VALUES = 100_000, 20, 10_000
 
@@ -151,6 +151,17 @@ def lock_folder(folder: Path) -> IO[str] | None:
         file.write(f'process {os.getpid()} on {socket.gethostname()} since {time.strftime("%Y-%m-%d %H:%M:%S")}\n')
         file.flush()
     return file
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder; whoever wants it meanwhile waits. Where the disk knows no locks nobody does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / WRITER, 'a', encoding='utf-8') as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -17,6 +17,8 @@ __version__ = '0.1.0'
 PACKAGE = Path(__file__).parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / 'train/recipes').is_dir() else None
 """The repository that the package is used from; None where it is installed."""
+RECIPES = CHECKOUT / 'train/recipes' if CHECKOUT else PACKAGE / 'recipes'
+"""The recipes that the package brings, NAME.yaml each."""
 _SOURCES = ('hf-hub:', 'hf_hub:', 'local-dir:')  # of timm
 
 

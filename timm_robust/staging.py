@@ -18,14 +18,15 @@ from pathlib import Path
 import torch
 
 from .command_line import Parser, command, count, keep_freed_memory, say, whole_number
-from .data import DATASETS, SPLITS, ImageData
+from .data import DATASETS, SPLITS, ImageData, is_stream
 from .distributed import World
 from .evaluation import DEFAULT_N, evenly, fit_channels, read_split
 from .files import recover_folder
 from .models import BEST, load_model, read_weights
+from .provenance import RECIPES
 from .release import check, measure, read_hyper, read_results, render, stage, stored_weights
 from .results import ATTACKS
-from .training import HELD_OUT, RECIPES, held_out_images
+from .training import HELD_OUT, held_out_images
 from .weights import CARDS, WEIGHTS, table_of
 
 
@@ -39,14 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for old in args.cards.glob('.*/old'):  # of a command killed between two renames
         recover_folder(args.cards / old.parent.name[1:].rpartition('.')[0])
     if args.command == 'stage':
-        stage(args.run, args.name, cards=args.cards, notes=args.note, overwrite=args.overwrite)
+        settings = {'notes': args.note, 'license_id': args.license, 'overwrite': args.overwrite}
+        stage(args.run, args.name, cards=args.cards, **settings)
     elif args.command == 'measure':
         world = World.join(args.device)
         data = _read_data(args, world).to(world.device)
         settings = {key: getattr(args, key) for key in ('attack', 'n', 'batch_size', 'seed', 'split', 'state_dir')}
-        if args.run is not None:
-            settings['split'] = HELD_OUT
-        settings['n'] = None if args.n is None else min(args.n, len(data))  # some may not have been readable
+        settings['split'] = HELD_OUT if args.run else args.split or 'test'
+        if is_stream(args.dataset or read_hyper(args.cards / args.name)['dataset']):
+            settings['n'] = args.n and min(args.n, len(data))  # some may not have been readable
         settings |= {'device': world.device, 'world': world, 'progress': None if world.rank else say}
         measure(args.cards / args.name, data, ' '.join(args.note) or None, eps=args.eps, **settings)
         world.leave()
@@ -68,7 +70,9 @@ def _read_data(args: argparse.Namespace, world: World) -> ImageData:
     dataset = args.dataset or read_hyper(folder)['dataset']
     model = load_model(folder)
     if args.run is None:
-        return read_split(model, dataset, args.data_dir, args.split, n=args.n, processes=world.size)
+        return read_split(model, dataset, args.data_dir, args.split or 'test', n=args.n, processes=world.size)
+    if args.split or args.dataset:
+        raise ValueError('--run measures on what that run held out; leave --split and --dataset out, or --run')
     ours, theirs = read_weights(folder / WEIGHTS), stored_weights(args.run)
     if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
         raise ValueError(f'{args.run} trained other weights than those of {folder}; name the run that was staged')
@@ -85,11 +89,16 @@ def _parser() -> Parser:
     run.add_argument(
         '--overwrite', action='store_true', help='replace weights of this name, and drop their measurements'
     )
+    run.add_argument(
+        '--license',
+        metavar='ID',
+        help="of the weights, such as apache-2.0 or cc-by-nc-4.0; that of timm's weights where it began from them",
+    )
     add = commands.add_parser('measure', help='measure staged weights and keep the verdict on every image').add_argument
     add('name', metavar='NAME', help='<arch>.<tag>')
     add('--data-dir', help='folder that holds the data')
     add('--dataset', help="the training's if not given; " + ', '.join(DATASETS) + ', folder, ...')
-    add('--split', default='test', help=', '.join(SPLITS) + '; of a folder its sub-folder')
+    add('--split', help=', '.join(SPLITS) + '; of a folder its sub-folder; test if not given')
     add('--run', type=Path, help='measure on what this run, that of the weights, had held out; for data without a test')
     add(
         '-n',

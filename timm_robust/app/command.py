@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if signal.getsignal(stop) is not signal.SIG_IGN:  # as under nohup
             signal.signal(stop, lambda number, _: sys.exit(128 + number))  # so that the uploads are deleted
     given = args.data_dir or not DATASETS[args.dataset].in_folder
-    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n) if given else None
+    if not given and (args.n or args.dataset != 'cifar10'):
+        raise ValueError(f'--dataset {args.dataset} and -n are of images in a folder; add --data-dir FOLDER')
+    data = load_dataset(args.dataset, args.data_dir, 'test').first(args.n or 50) if given else None
     page = launch(args.models, host=args.host, port=args.port, data=data)
     print(f'the page is at {page.local_url}; Ctrl-C ends it', flush=True)
     page.block_thread()
@@ -64,7 +66,7 @@ def parser() -> Parser:
         '--data-dir', help='folder of the data set that accuracy over eps is measured on; the ten examples if not given'
     )
     add('--dataset', default='cifar10', choices=DATASETS, help='which it is (default: %(default)s)')
-    add('-n', type=count, default=50, help='its first images that are measured on (default: %(default)s)')
+    add('-n', type=count, help='its first images that are measured on, 50 if not given')
     return made
 
 

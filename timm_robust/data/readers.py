@@ -20,6 +20,7 @@ from .arrays import SPLITS, find_arrays, load_arrays
 from .classes import number_classes
 from .memory import ImageData, split_holdout
 from .sources import is_stream
+from .transforms import check_depth
 
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 _CLASSES = {'cifar10': CIFAR10_CLASSES, 'cifar100': tuple(map(str, range(100)))}
@@ -160,6 +161,11 @@ def _load_parquet(name: str, files: list[Path]) -> ImageData:
         encoded, file_labels, file_classes = _read_parquet(file)
         rows += [(file, row, item) for row, item in enumerate(encoded)]
         labels += file_labels
+        if classes and file_classes and classes != file_classes:
+            raise ValueError(
+                f'{file} has the classes {", ".join(file_classes[:5])}, {files[0]} has {", ".join(classes[:5])}: their '
+                'numbers mean others; keep files of one list in the folder'
+            )
         classes = classes or file_classes
     if not labels:
         raise ValueError(f'{files[0]} holds no rows')
@@ -208,6 +214,7 @@ def _decode(rows: list[tuple[Path, int, bytes]]) -> torch.Tensor:
     for number, (file, row, item) in enumerate(rows):
         try:
             with Image.open(io.BytesIO(item)) as image:
+                check_depth(image)
                 pixels = np.asarray(image.convert('RGB'))
         except MemoryError:
             raise

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 import pickle
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from timm.data import add_img_extensions, create_dataset
@@ -23,7 +23,7 @@ _LIBRARIES = {
 _PICTURES = ['.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm']
 """Endings of what is read in folders and tars."""
 _TRAIN_AND_TEST = {'torch/mnist', 'torch/kmnist', 'torch/fashion_mnist', 'torch/qmnist'}
-_SPLITS = (('train', 'training'), ('validation', 'val', 'valid', 'eval'), ('test',))
+_SPLITS = (('train', 'training'), ('validation', 'val', 'valid', 'eval'), ('test', 'testing'))
 """The names of each split, in the order in which its folder is looked for."""
 _SPLIT_NAMES = {name for names in _SPLITS for name in names}
 
@@ -65,7 +65,10 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
     else:
         options['download'] = download
     try:
-        return create_dataset(name, root, split, search_split=not folder, **options)
+        dataset = create_dataset(name, root, split, search_split=not folder, **options)
+        if folder and Path(str(root)).is_dir():
+            _check_places(dataset, str(root))
+        return dataset
     except pickle.UnpicklingError as error:  # timm keeps an index beside tars of more than 10 GB, and reads it back
         index = Path(str(root)).with_name(f'_{Path(str(root)).stem}_tarinfos.pickle')
         raise ValueError(f'{index} is no index that timm wrote ({error}); delete it') from None
@@ -81,6 +84,35 @@ def _tell_folders_without_pictures(root: Path) -> None:
             _logger.warning('%s is no class: it holds no picture (%s)', path, ', '.join(_PICTURES))
 
 
+def _check_places(dataset: Any, root: str) -> None:
+    """Refuse folders whose pictures would get wrong labels: timm takes the innermost folder's name for the class.
+
+    Raises:
+        ValueError: for a picture outside of any class, a hidden folder, two folders of one name, a class in a class.
+    """
+    folders = sorted({os.path.dirname(path)[len(root) :].strip(os.sep) for path, _ in dataset.reader.samples})
+    by_name: dict[str, str] = {}
+    for folder in folders:
+        name, parents = os.path.basename(folder), [str(parent) for parent in PurePath(folder).parents]
+        other = by_name.setdefault(name, folder)
+        if not folder:
+            fault = 'pictures lie beside the folders of the classes'
+        elif any(part.startswith('.') for part in PurePath(folder).parts):
+            fault = f'{folder} is hidden and holds pictures'
+        elif other != folder:
+            fault = f'{other} and {folder} would be one class, {name}'
+        elif around := [parent for parent in parents if by_name.get(os.path.basename(parent)) == parent]:
+            fault = f'{folder} lies in {around[0]}, and both hold pictures'
+        else:
+            continue
+        raise ValueError(
+            f'{root}: {fault}; put the pictures of each class into a folder of its own, right below {root}, or name '
+            'the folder that holds those'
+        )
+    if deeper := [folder for folder in folders if os.sep in folder]:
+        _logger.warning('%s: classes are the innermost folders, such as %s', root, ', '.join(deeper[:3]))
+
+
 def _locate(root: Path, split: str) -> Path:
     """The folder or `.tar` of a split: the one of its name, or of its other name in timm, else the root itself."""
     if not root.exists():
@@ -92,19 +124,20 @@ def _locate(root: Path, split: str) -> Path:
             if path.exists():
                 return path
     places = (path for path in sorted(root.iterdir()) if path.is_dir() or path.suffix == '.tar')
-    if held := [path.name for path in places if path.stem in _SPLIT_NAMES]:
+    if held := [path.name for path in places if path.stem.lower() in _SPLIT_NAMES]:
         raise FileNotFoundError(
-            f'{root} holds {", ".join(held)}, but no split {split!r}; name one of them with --split'
+            f'{root} holds {", ".join(held)}, but no split {split!r}; name one of them with --split (in training with '
+            '--train-split and --val-split)'
         )
     return root
 
 
 def same_split(one: str | None, other: str | None) -> bool:
     """Whether two names are of one split: 'val', 'valid' and 'eval' are 'validation', 'training' is 'train'."""
-    return other in _names(one)
+    return one == other or (one is not None and other in _names(one))
 
 
-def _names(split: str | None) -> tuple[str | None, ...]:
+def _names(split: str) -> tuple[str, ...]:
     """All names of a split."""
     return next((names for names in _SPLITS if split in names), (split,))
 
@@ -125,4 +158,4 @@ def source_name(name: str, root: str | None) -> str:
         return name.rstrip('/').rpartition('/')[2]
     path = Path(str(root)).resolve()
     path = path.with_suffix('') if path.is_file() else path
-    return path.parent.name if path.name in _SPLIT_NAMES else path.name
+    return path.parent.name if path.name.lower() in _SPLIT_NAMES else path.name

@@ -113,9 +113,14 @@ def read_sample(dataset: Any, number: int) -> tuple[Image.Image, int]:
         image = Image.open(file)
     else:
         image, label = dataset[number]
-    if image.mode[0] in 'IF':  # which Pillow would cut off at 255
-        raise ValueError(f'mode {image.mode} has more than 8 bits a channel; save it with 8')
+    check_depth(image)
     return image.convert('RGB'), -1 if label is None else int(label)
+
+
+def check_depth(image: Image.Image) -> None:
+    """Refuse a picture of more than 8 bits a channel, which Pillow would cut off at 255."""
+    if image.mode[0] in 'IF':
+        raise ValueError(f'mode {image.mode} has more than 8 bits a channel; save it with 8')
 
 
 class SampleStream(IterableDataset):
@@ -136,6 +141,7 @@ class SampleStream(IterableDataset):
         """One pass, as `Samples`; what is unreadable the readers themselves leave out."""
         worker = get_worker_info()
         for number, (image, label) in enumerate(islice(self.dataset, self.limit)):
+            check_depth(image)
             with seeded(self.seed, worker.id if worker else 0, number):
                 pixels = self.transform(image.convert('RGB'))
             yield pixels, int(label), -1

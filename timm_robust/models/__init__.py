@@ -7,7 +7,7 @@ from . import cifar_resnet, wide_resnet
 from .checkpoint import BEST, LAST, load_checkpoint, read_weights
 from .cifar_resnet import CifarResNet
 from .comparison import other_function
-from .config import check_model_kwargs, make_model
+from .config import check_model_kwargs, make_model, note
 from .load import HYPER_PARAMETERS, class_list, load_model, read_hyper_parameters, trained_classes, trained_for
 from .replaced import SharedAct, replace_activations
 from .wide_resnet import WideResNet
@@ -25,6 +25,7 @@ __all__ = [
     'load_checkpoint',
     'load_model',
     'make_model',
+    'note',
     'other_function',
     'read_hyper_parameters',
     'read_weights',

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..attacks import TRAINING_ATTACKS
 from ..data import DATASETS, is_named_by_folder, is_stream, same_split
 from ..results import RobustnessResult, check_types, read_object
-from ..training import HELD_OUT, LOSSES, RECIPES
+from ..training import HELD_OUT, LOSSES
+from ..weights import is_ours
 from .papers import Paper, extra_data_of, paper_link, papers_of
 from .record import (
     hours,
@@ -23,6 +25,13 @@ from .record import (
     trained_on,
 )
 
+LICENSE = 'apache-2.0'
+"""Of this project, as the Hub spells it."""
+_HUB_LICENSES = {
+    *(LICENSE, 'mit', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-sa-4.0', 'cc-by-nc-4.0'),
+    *('cc-by-nc-sa-4.0', 'gpl-3.0', 'lgpl-3.0', 'mpl-2.0', 'apple-ascl', 'apple-amlr', 'gemma', 'openrail'),
+}
+"""Those that the Hub knows by name, of those that are met."""
 _HUB_DATA = {'cifar10': ('uoft-cs/cifar10', 'CIFAR-10'), 'cifar100': ('uoft-cs/cifar100', 'CIFAR-100')}
 
 
@@ -35,12 +44,18 @@ def model_card(folder: Path) -> str:
     record, hyper = read_results(folder), read_hyper(folder)
     name, weights = record['model'], record['weights']
     data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
-    lines = ['---', _metadata(record, hyper, data_set, papers), '---', '', f'# {name}', '', _summary(record, hyper)]
+    config = _config(folder)
+    arguments = {key: value for key, value in hyper.get('model_kwargs', {}).items() if key != 'pretrained_cfg_overlay'}
+    license_id = str(config.get('license') or LICENSE)
+    head = _metadata(record, hyper, data_set, papers, license_id)
+    lines = ['---', head, '---', '', f'# {name}', '', _summary(record, hyper)]
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
     lines += [f"model = timm.create_model('{_address(name)}', pretrained=True).eval()  # images in, logits out", '```']
-    if not _is_ours(name):
+    if not is_ours(name):
         lines += ['', 'USER is the owner of the page that you read this on.']
-    lines += ['', _input(folder, hyper), '', '## Results', '']
+    if arguments:
+        lines += ['', f'It is made with {arguments}, and needs timm 1.0.31 or newer, which reads that in config.json.']
+    lines += ['', _input(config, hyper), '', '## Results', '']
     lines += _measurements(record, hyper)
     if (folder / 'adversarial.png').is_file():
         lines += ['', '![adversarial examples](adversarial.png)']
@@ -53,40 +68,53 @@ def model_card(folder: Path) -> str:
         '',
         f'`model.safetensors`: {weights["size"]:,} bytes, {weights["parameters"]:,} parameters, matrices in fp16,',
     ]
-    lines += [f'SHA-256 `{weights["sha256"]}`. Licence: Apache-2.0.', '']
+    lines += [f'SHA-256 `{weights["sha256"]}`. Licence: {license_id.replace("apache", "Apache")}.', '']
     return '\n'.join(lines)
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a release is this project's, which has a recipe of each name; others are known by their page alone."""
-    return (RECIPES / f'{name}.yaml').is_file()
 
 
 def _address(name: str) -> str:
     """What timm and the commands call a release."""
-    return name if _is_ours(name) else f'hf-hub:USER/{name}'
+    return name if is_ours(name) else f'hf-hub:USER/{name}'
 
 
-def _input(folder: Path, hyper: dict[str, Any]) -> str:
-    """What images the network takes."""
+def start_of(model: str, pretrained: bool, initial_checkpoint: str | None) -> str | None:
+    """The weights that training began from: a release, the name of a file, or timm's, as the Hub calls them."""
+    if initial_checkpoint or not pretrained:
+        return initial_checkpoint
+    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+    return f'{model.partition(".")[0]}.{cfg.tag}' if cfg and cfg.tag else model
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What a staged config.json says of images and licence."""
     path = folder / 'config.json'
     config = read_object(path)
     check_types(config, {'pretrained_cfg': dict[str, Any]}, str(path))
-    statistics = {key: config['pretrained_cfg'].get(key) for key in ('mean', 'std')}
-    check_types(statistics, dict.fromkeys(statistics, list[float] | None), str(path))
-    mean, std = statistics['mean'] or (0,), statistics['std'] or (1,)
+    found: dict[str, Any] = config['pretrained_cfg']
+    kinds = {'mean': list[float] | None, 'std': list[float] | None, 'license': str | None}
+    check_types({key: found.get(key) for key in kinds}, kinds, str(path))
+    return found
+
+
+def _input(config: dict[str, Any], hyper: dict[str, Any]) -> str:
+    """What images the network takes."""
+    mean, std = config.get('mean') or (0,), config.get('std') or (1,)
     text = 'Images are in [0, 1]. Mean and standard deviation are 0 and 1: do not normalise.'
     if set(mean) != {0} or set(std) != {1}:
         text = f'Images are in [0, 1], then normalised by mean {tuple(mean)} and standard deviation {tuple(std)}.'
     return text + (f' They are resized to {hyper["img_size"]} pixels.' if hyper.get('img_size') else '')
 
 
-def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, papers: list[Paper]) -> str:
+def _metadata(
+    record: dict[str, Any], hyper: dict[str, Any], data_set: str, papers: list[Paper], license_id: str
+) -> str:
     """The YAML at the head of the card."""
-    hub_id, pretty = _HUB_DATA.get(data_set, (data_set, data_set))
-    results = []
+    results, trained = [], hyper['dataset'].rpartition('/')[2]
+    seen = {trained, *(result.dataset for result in results_of(record))}
+    hub_id = _HUB_DATA[data_set][0] if data_set in seen & _HUB_DATA.keys() else None
     for result in (item['result'] for item in record['measurements'] if not item['note']):  # else not that data set
         share, args = result.robust_acc, dict[str, Any](n=result.n)
+        kind, pretty = _HUB_DATA.get(result.dataset, (result.dataset, result.dataset))
         if share is None:
             share = result.clean_acc
         else:
@@ -95,7 +123,7 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
             EvalResult(
                 task_type='image-classification',
                 task_name='Image Classification',
-                dataset_type=hub_id,
+                dataset_type=kind,
                 dataset_name=pretty,
                 dataset_split=result.split,
                 metric_type='accuracy',
@@ -106,17 +134,28 @@ def _metadata(record: dict[str, Any], hyper: dict[str, Any], data_set: str, pape
         )
     extra = extra_data_of(record['model'], hyper)
     tags = ['timm', 'image-classification', 'adversarial-robustness', 'adversarial-training', 'robustbench']
+    known = license_id in _HUB_LICENSES
     data = ModelCardData(
-        license='apache-2.0',
+        license=license_id if known else 'other',
+        license_name=None if known else license_id,
+        base_model=_base_model(hyper),
         library_name='timm',
         pipeline_tag='image-classification',
         tags=tags + [f'arxiv:{where}' for _, where in papers if where[0].isdigit()],
-        datasets=[*([hub_id] if data_set in _HUB_DATA else []), *([extra.hub] if extra and extra.hub else [])],
+        datasets=[*([hub_id] if hub_id else []), *([extra.hub] if extra and extra.hub else [])],
         metrics=['accuracy'],
         model_name=record['model'],
         eval_results=results or None,
     )
     return str(data.to_yaml()).strip()
+
+
+def _base_model(hyper: dict[str, Any]) -> str | None:
+    """The Hub's name of the weights that training began from; None for random ones, and for a file of somebody's."""
+    start = start_of(hyper['model'], hyper.get('pretrained') is True, hyper.get('initial_checkpoint'))
+    if start is None or is_ours(start):
+        return start and f'timm-robust/{start}'
+    return None if hyper.get('initial_checkpoint') else f'timm/{start}'
 
 
 def _summary(record: dict[str, Any], hyper: dict[str, Any]) -> str:
@@ -208,11 +247,13 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     attack = f'attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}' if _is_attacked(hyper) else 'no attack'
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
-    every = f'The recipe: `train/recipes/{record["model"]}.yaml`; every' if _is_ours(record['model']) else 'Every'
+    start = start_of(hyper['model'], hyper.get('pretrained') is True, hyper.get('initial_checkpoint'))
+    every = f'The recipe: `train/recipes/{record["model"]}.yaml`; every' if is_ours(record['model']) else 'Every'
     return [
         f'- {loss}; {attack}; {training["epochs"]} epochs, '
         f'{training["steps"]:,} steps of {hyper["batch_size"]} images; {hyper["sched"]} rate, peak {hyper["lr"]:g}.',
         *[f'- From step {each["step"]:,} on: {_changes(each["changes"])}.' for each in training.get('changes', [])],
+        *([f'- It began from the weights `{start}`.'] if start else []),
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',

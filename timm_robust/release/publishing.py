@@ -21,7 +21,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from ..files import sha256
+from ..files import one_writer, sha256
 from ..weights import TABLE, WEIGHTS, Release, bounded_waits, read_table, told_stalls, without_password, write_table
 from .folder import ORGANISATION, check, files_of
 
@@ -367,10 +367,11 @@ def note_commit(folder: Path, repo: str, commit: str, table: Path) -> None:
     Raises:
         ValueError: if the table is of other weights.
     """
-    old = find_release(folder, table)
-    new = replace(old, repo=repo, commit=commit)
-    if new != old:
-        write_table(read_table(table) | {new.name: new}, table)
+    with one_writer(folder.parent):
+        old = find_release(folder, table)
+        new = replace(old, repo=repo, commit=commit)
+        if new != old:
+            write_table(read_table(table) | {new.name: new}, table)
 
 
 def find_release(folder: Path, table: Path) -> Release:

@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import yaml
 
 from ..activations import activation_state
+from ..data import is_named_by_folder
 from ..distributed import World
 from ..evaluation import evaluate
-from ..files import atomic_file, atomic_folder, check_output, sha256, write_text
-from ..models import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, read_weights
-from ..plots import adversarial_figure, read_run, run_figure
+from ..files import atomic_file, atomic_folder, check_output, one_writer, sha256, write_text
+from ..models import BEST, HYPER_PARAMETERS, LAST, load_checkpoint, load_model, note, read_weights
+from ..plots import adversarial_figure, new_figure, read_run, run_figure
 from ..provenance import CHECKOUT, PACKAGE
 from ..results import read_object
 from ..threat_model import ThreatModel, parse_eps
 from ..training import HELD_OUT_NAMES, VALIDATION, Recipe
-from ..weights import CARDS, TABLE, WEIGHTS, Release, read_table, split_name, write_table
-from .card import model_card
+from ..weights import CARDS, TABLE, WEIGHTS, Release, is_ours, read_table, split_name, write_table
+from .card import LICENSE, model_card, start_of
 from .folder import ORGANISATION, check_alike, check_sums, forget_sum, sums_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, results_of, strongest, verdicts_file
@@ -37,7 +39,13 @@ _PICTURED = 6
 
 
 def stage(
-    run: str | Path, name: str, *, cards: Path = CARDS, notes: Sequence[str] = (), overwrite: bool = False
+    run: str | Path,
+    name: str,
+    *,
+    cards: Path = CARDS,
+    notes: Sequence[str] = (),
+    license_id: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write model_cards/<name>/ from a finished run: all of it or nothing.
 
@@ -49,22 +57,34 @@ def stage(
         name: '<arch>.<tag>'.
         cards: the folder that gets the folder.
         notes: what limits the weights, for the card; none: those of these weights when they were staged before.
+        license_id: of the weights, as the Hub spells it; None: Apache-2.0 for weights trained from random ones or from
+            a release of ours, that of timm's weights for those that began from them.
         overwrite: replace the folder, whatever its weights; its measurements are dropped.
 
     Raises:
         FileNotFoundError: if the run lacks a file.
-        ValueError: if the name does not fit the run, if weights overflow fp16, or if the folder exists with others.
+        ValueError: if the name does not fit the run, if the licence of the weights that it began from is not known, if
+            weights overflow fp16, or if the folder exists with others.
     """
     run, folder = Path(run), cards / name
     arch, tag = split_name(name)
     state, last = load_checkpoint(run / BEST), load_checkpoint(run / LAST)
     recipe = Recipe.from_checkpoint(state)
-    if recipe.model != arch or not tag.endswith(f'_{recipe.norm.lower()}'):
+    trained, norm = recipe.model.partition('.')[0], recipe.norm.lower()
+    if trained != arch or not tag.endswith(f'_{norm}'):
         raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
-    changed = recipe.model_kwargs or (recipe.act and {'act': recipe.act})
-    if changed:
+    data_set = recipe.dataset.rpartition('/')[2]
+    if not is_named_by_folder(recipe.dataset) and tag.split('_')[-2] != data_set:
+        raise ValueError(
+            f'{run} trained on {data_set}, {name} names {tag.split("_")[-2]}; call it {arch}.METHOD_{data_set}_{norm}'
+        )
+    arguments = {key: value for key, value in recipe.model_kwargs.items() if key != 'pretrained_cfg_overlay'}
+    if recipe.act or (recipe.model_kwargs and is_ours(name)):
+        changed = recipe.model_kwargs | ({'act': recipe.act} if recipe.act else {})
         raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
+    license_id = license_id or _license_of_start(run, recipe)
     model = load_model(run / BEST)
+    note(model, license=license_id)
     weights = stored_weights(run)
     training = _training_facts(name, state, last, notes) | {'activation': activation_state(model)}
     origin = training['origins'][-1] if training['origins'] else {'versions': {}}
@@ -81,8 +101,9 @@ def stage(
         else:
             raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
     with atomic_folder(folder) as new:
-        write_files(new, model, content, tag)
-        (new / 'LICENSE').write_text(_license())
+        write_files(new, model, content, tag, arguments)
+        if license_id == LICENSE:
+            (new / 'LICENSE').write_text(_license())
         if recipe.val_split == 'auto':  # without the data nobody could tell which it was
             recipe = replace(recipe, val_split=_found_split(run, recipe, state))
         settings = yaml.safe_dump(recipe.public(), sort_keys=False, allow_unicode=True)
@@ -102,6 +123,24 @@ def stage(
 def stored_weights(run: Path) -> dict[str, torch.Tensor]:
     """The best weights of a run as a release stores them."""
     return stored(read_weights(run / BEST))
+
+
+def _license_of_start(run: Path, recipe: Recipe) -> str:
+    """The licence of weights that nobody named one for: that of those that training began from.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    start = start_of(recipe.model, recipe.pretrained, recipe.initial_checkpoint)
+    if start is None or is_ours(start):
+        return LICENSE
+    found = None if recipe.initial_checkpoint else getattr(timm.get_pretrained_cfg(recipe.model), 'license', None)
+    if found in (None, 'unknown'):
+        raise ValueError(
+            f'{run} began from {Path(start).name}, whose licence is not known here; name that of the new weights, '
+            f'such as --license {LICENSE}'
+        )
+    return str(found)
 
 
 def _found_split(run: Path, recipe: Recipe, state: dict[str, Any]) -> str | None:
@@ -165,32 +204,35 @@ def measure(
     threat_model.check_scale()
     check_alike(before, hyper, data.name, settings.get('split', 'test'), threat_model)
     check_output(folder / RESULTS)
+    if settings.get('attack', 'autoattack') != 'none':
+        new_figure(1, 1)  # says now that matplotlib is missing, not hours later
     model = load_model(folder, device=device)
     result, tensors = evaluate(model, data, threat_model, name=name, progress=progress, world=world, **settings)
     if world is not None and world.rank:
         return
     if progress is not None:  # where the disk refuses, the log has it
         progress(result.to_line())
-    record = read_results(folder)  # another measurement may have ended meanwhile
-    if record['weights'] != before['weights']:
-        raise ValueError(f'{folder} got other weights while these were measured; type the same again')
-    check_alike(record, hyper, result.dataset, result.split, threat_model)
-    verdicts = verdicts_file(folder, result)
-    verdicts.parent.mkdir(exist_ok=True)
-    with atomic_file(verdicts) as file:
-        arrays: dict[str, Any] = {item: value.cpu().numpy() for item, value in tensors.items() if value.ndim == 1}
-        np.savez_compressed(file, **arrays)
-    measurements = [item for item in record['measurements'] if item['key'] != verdicts.stem]
-    measurements.append({'key': verdicts.stem, 'note': note, 'result': result})
-    record['measurements'] = sorted(measurements, key=lambda item: (item['result'].attack, item['result'].n))
-    _write_json(folder / RESULTS, record)
-    forget_sum(folder, verdicts.relative_to(folder).as_posix())
-    if strongest(results_of(record)) is result:
-        x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
-        x = data.pixels(slice(0, len(y))).cpu()
-        adversarial_figure(
-            folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, result.classes or data.classes, threat_model
-        )
+    with one_writer(folder.parent):  # another measurement may end at the same time
+        record = read_results(folder)
+        if record['weights'] != before['weights']:
+            raise ValueError(f'{folder} got other weights while these were measured; type the same again')
+        check_alike(record, hyper, result.dataset, result.split, threat_model)
+        verdicts = verdicts_file(folder, result)
+        verdicts.parent.mkdir(exist_ok=True)
+        with atomic_file(verdicts) as file:
+            arrays: dict[str, Any] = {item: value.cpu().numpy() for item, value in tensors.items() if value.ndim == 1}
+            np.savez_compressed(file, **arrays)
+        measurements = [item for item in record['measurements'] if item['key'] != verdicts.stem]
+        measurements.append({'key': verdicts.stem, 'note': note, 'result': result})
+        record['measurements'] = sorted(measurements, key=lambda item: (item['result'].attack, item['result'].n))
+        _write_json(folder / RESULTS, record)
+        forget_sum(folder, verdicts.relative_to(folder).as_posix())
+        if strongest(results_of(record)) is result:
+            x_adv, labels, y = (tensors[item][:_PICTURED].cpu() for item in ('x_adv', 'y_pred_adv', 'y'))
+            x = data.pixels(slice(0, len(y))).cpu()
+            adversarial_figure(
+                folder / 'adversarial.png', x, y, {name: (x_adv, labels)}, result.classes or data.classes, threat_model
+            )
 
 
 def render(cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None) -> list[Path]:
@@ -209,6 +251,12 @@ def render(cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None
     Raises:
         ValueError, FileNotFoundError: naming what differs.
     """
+    with one_writer(cards):
+        return _render(cards, table, recipes)
+
+
+def _render(cards: Path, table: Path, recipes: Path | None) -> list[Path]:
+    """What `render` does while no other command writes."""
     folders = sorted(path.parent for path in cards.glob(f'*/{RESULTS}'))
     known = read_table(table) if table.is_file() else {}
     releases = dict(known)  # those without a folder here stay
@@ -240,7 +288,8 @@ def render(cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None
     write_text(cards / 'RESULTS.md', results_page(cards, recipes))
     if start:
         after = rest.partition(README_END)[2]
-        write_text(readme, '\n'.join([before + README_START, *weights_table(records), README_END + after]))
+        table_lines = weights_table([record for record in records if is_ours(record['model'])])
+        write_text(readme, '\n'.join([before + README_START, *table_lines, README_END + after]))
     return folders
 
 

@@ -158,6 +158,7 @@ def read_study(path: Path, data_dir: str | None = None) -> Study:
             Recipe.from_values({**arm.recipe, 'seed': seed}, f'{path}, recipe of {arm.name}')
         if not timm.is_model(arm.recipe['model']):
             raise ValueError(f'{path}: {arm.recipe["model"]!r} is no model in the timm registry; change model or act')
+    _check_alike(arms, path)
     claims = [_claim(claim, [arm.name for arm in arms], path) for claim in study.get('claims', [])]
     return Study(tuple(arms), tuple(study['seeds']), measurement, tuple(claims))
 
@@ -209,6 +210,8 @@ def _arms(sweep: Any, shared: dict[str, Any], path: Path) -> list[Arm]:
         raise ValueError(
             f'{path}: learned {sweep["learned"]!r} is not allowed; allowed: true, false, or a list of them'
         )
+    if True in learned and not parameters:
+        raise ValueError(f'{path}: {sweep["act"]} has no parameters to learn; leave learned out')
     settings = sweep.get('settings', {})
     if not isinstance(settings, dict):
         raise ValueError(f'{path}: settings {str(settings)[:100]} is no mapping of settings of the recipe to values')
@@ -228,6 +231,25 @@ def _arms(sweep: Any, shared: dict[str, Any], path: Path) -> list[Arm]:
             f'{path}: name {name!r} is not allowed; allowed: letters, digits, - and _, for a sweep of one arm'
         )
     return [dataclasses.replace(arms[0], name=name)]
+
+
+def _check_alike(arms: Sequence[Arm], path: Path) -> None:
+    """Refuse arms that are attacked at other radii, which cannot be compared, and one arm under two names.
+
+    Raises:
+        ValueError: naming two arms.
+    """
+    seen: list[tuple[dict[str, Any], Arm]] = []
+    for arm in arms:
+        ball, first = (str(Recipe.from_values(each.recipe, each.name).threat_model) for each in (arm, arms[0]))
+        if ball != first:
+            raise ValueError(
+                f'{path}: {arm.name} is trained and attacked at {ball}, {arms[0].name} at {first}: give a study to each'
+            )
+        meant = arm.training | {'shape': {**get_activation(arm.act)().initial, **arm.shape}}
+        if other := next((other for training, other in seen if training == meant), None):
+            raise ValueError(f'{path}: {arm.name} is the same training as {other.name}; leave one out')
+        seen.append((meant, arm))
 
 
 def _claim(claim: Any, names: Sequence[str], path: Path) -> Claim:

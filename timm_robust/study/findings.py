@@ -15,17 +15,19 @@ from ..training import Recipe
 from .design import ATTACK_NAMES, Arm, Claim, Study
 
 _LEFT_OUT = ('path', 'warnings', 'settings', 'diverged', 'clean_correct', 'robust', 'environment', 'commits')
-_LEAST_SEEDS = 3
-"""Pairs of seeds that an interval of a claim takes: of two the spread is known too badly for its degrees of freedom."""
+LEAST_SEEDS = 3
+"""Trainings that an interval takes: of two the spread is known too badly."""
 _LIMITS = """
 Intervals are 95 %, and take seeds for normal draws. That of an arm is mean +- t * sd / sqrt(seeds) of its accuracies,
 on these images. That of a claim is of differences paired by seed and image, and for other images as well: both count
-as draws (crossed random effects). The verdict is on the robust accuracy."""
+as draws (crossed random effects). The verdict is on the robust accuracy. What was learned is that of the network that
+was measured, the best checkpoint."""
 _CAUTION = """
 
 'Not shown' does not mean equal: an effect as large as half of the interval is shown about every other time, one of 1.4
-times that about seven times in ten. A claim about arms that are equal is shown or contradicted one time in twenty at
-most. Of {count} such claims {expected:.2g} would be, on average and at most; claims that share an arm err together."""
+times that about seven times in ten. A claim about arms that are equal is shown or contradicted about one time in
+twenty (in simulations 4 to 8 times in a hundred with three seeds, 4 to 6 with five). Of {count} such claims about
+{expected:.2g} would be, on average; claims that share an arm err together."""
 
 
 def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
@@ -47,10 +49,25 @@ def read_points(study: Study, path: Path) -> list[dict[str, Any]]:
                 f'{path}, line {number}: {arm}-s{seed} comes from other settings than the study has now; undo the '
                 'change, delete the line and the folder of that training, or name another folder'
             )
+        if not _is_whole(row, study.measurement.n):
+            raise ValueError(
+                f'{path}, line {number}: {arm}-s{seed} lacks results, or those of {study.measurement.n} images; '
+                'delete the line'
+            )
         if any((arm, seed) == (other['arm'], other['seed']) for other in rows):
             raise ValueError(f'{path}, line {number}: {arm}-s{seed} stands there twice; delete one of the lines')
         rows.append(row)
     return rows
+
+
+def _is_whole(row: dict[str, Any], n: int) -> bool:
+    """Whether a row says that its training diverged, or has what was measured on n images."""
+    if 'diverged' in row:
+        return True
+    verdicts = [row.get(key) for key in ('clean_correct', 'robust')]
+    return 'attack' in row and all(
+        isinstance(text, str) and len(text) == n and set(text) <= {'0', '1'} for text in verdicts
+    )
 
 
 def write_findings(study: Study, rows: list[dict[str, Any]], folder: Path) -> None:
@@ -120,8 +137,8 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
     if lost := {row['seed'] for row in own if 'diverged' in row}:
         return f'not shown ({len(lost)} seed{"s" * (len(lost) > 1)} lost)'
     _, low, high = mean_interval(differences, other_images=True)
-    if len(differences) < _LEAST_SEEDS:
-        return f'not shown ({len(differences)} of the {_LEAST_SEEDS} seeds that a claim takes)'
+    if len(differences) < LEAST_SEEDS:
+        return f'not shown ({len(differences)} of the {LEAST_SEEDS} seeds that a claim takes)'
     if len(set(differences.sum(1))) == 1:
         return 'not shown'
     return 'shown' if low > 0 else 'contradicted' if high < 0 else 'not shown'
@@ -130,8 +147,7 @@ def judge(study: Study, claim: Claim, rows: list[dict[str, Any]], differences: n
 def percent(values: np.ndarray, sign: str = '', other_images: bool = False) -> str:
     """A mean in percent with its 95 % interval (`mean_interval`), if there are as many trainings as that takes."""
     mean, low, high = (100 * value for value in mean_interval(values.astype(float), other_images=other_images))
-    least = _LEAST_SEEDS if other_images else 2
-    return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) >= least else '')
+    return f'{mean:{sign}.1f}' + (f' ({low:{sign}.1f} to {high:{sign}.1f})' if len(values) >= LEAST_SEEDS else '')
 
 
 def differences(claim: Claim, rows: list[dict[str, Any]], key: str) -> np.ndarray:
@@ -153,7 +169,7 @@ def verdicts(name: str, rows: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _learned(arm: Arm, rows: list[dict[str, Any]]) -> str:
-    """The parameters that an arm's trainings ended with: 'alpha 1.42, 1.68; beta 0.0004, 0.0003'."""
+    """The learned parameters of an arm's measured networks: 'alpha 1.42, 1.68; beta 0.0004, 0.0003'."""
     own = [row for row in rows if arm.learned and row['arm'] == arm.name and 'robust' in row]
     names = [key for key in (own[0] if own else {}) if key.startswith('final_')]
     return '; '.join(f'{key.removeprefix("final_")} ' + ', '.join(f'{row[key]:.2g}' for row in own) for key in names)

@@ -13,7 +13,7 @@ from ..evaluation import set_shape
 from ..plots import new_figure, save_figure
 from ..results import mean_interval
 from .design import ATTACK_NAMES
-from .findings import verdicts
+from .findings import LEAST_SEEDS, verdicts
 
 _TITLES = {attack: f'{name} accuracy (%)' for attack, name in ATTACK_NAMES.items()}
 _TITLES['radius'] = 'mean minimal radius (pixels)'
@@ -52,7 +52,7 @@ def robustness(row: dict[str, Any]) -> tuple[str, float]:
 
 
 def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
-    """Clean and robust accuracy of every arm: the mean with its 95 % interval, and each training as a point."""
+    """Clean and robust accuracy of every arm: the mean, of three and more trainings with its 95 % interval; each a line."""
     arms = list(dict.fromkeys(row['arm'] for row in rows))
     figure = new_figure(9, 1.2 + 0.3 * len(arms))
     titles = {'clean_correct': 'clean accuracy (%)', 'robust': _TITLES[rows[0]['attack']]}
@@ -60,7 +60,8 @@ def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
         for place, arm in enumerate(arms):
             values = 100 * verdicts(arm, rows, key).astype(float)
             mean, low, high = mean_interval(values)
-            axis.errorbar([mean], [place], xerr=[[mean - low], [high - mean]], fmt='o', color='C0', capsize=3)
+            around = [[mean - low], [high - mean]] if len(values) >= LEAST_SEEDS else None
+            axis.errorbar([mean], [place], xerr=around, fmt='o', color='C0', capsize=3)
             axis.plot(values.mean(1), [place] * len(values), '|', color='0.4')
         axis.set_xlabel(title)
         axis.grid(axis='x', linewidth=0.3)
@@ -121,7 +122,7 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(bottom - 0.3 * (top - bottom), top)
         for level, (text, left, right) in enumerate(_CLAIMS):
             y = bottom - (0.06 + 0.09 * level) * (top - bottom)
-            ends = left or min(finite), right or max(finite)
+            ends = left or min(*finite, right / 2), right or max(*finite, 2 * left)
             axis.plot(ends, [y, y], color='0.4', linewidth=3, solid_capstyle='butt')
             end, side = (ends[1], 'right') if level == 0 else (ends[0], 'left')  # inside the axes
             place = {'va': 'bottom', 'ha': side, 'xytext': (0, 2), 'textcoords': 'offset points'}

@@ -7,7 +7,7 @@ from .flags import parse_recipe
 from .loop import Stopped, fit
 from .losses import LOSSES
 from .planning import plan
-from .recipe import RECIPES, Recipe
+from .recipe import Recipe
 from .run import Run
 from .watchdog import Diverged
 
@@ -15,7 +15,6 @@ __all__ = [
     'HELD_OUT',
     'HELD_OUT_NAMES',
     'LOSSES',
-    'RECIPES',
     'VALIDATION',
     'Diverged',
     'Recipe',

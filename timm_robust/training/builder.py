@@ -79,7 +79,7 @@ def build(recipe: Recipe) -> Run:
             held_out = held_out.subset(range(world.rank, len(held_out), world.size))
         held_out = held_out.to(world.device)
     train = train.to(world.device)
-    model = create_model(recipe, train.num_classes).to(world.device)
+    model = create_model(recipe, train.num_classes, fresh=path is None).to(world.device)
     if channels := input_channels(model):
         train, held_out = train.with_channels(channels), held_out and held_out.with_channels(channels)
     example = check_fit(model, recipe, train)
@@ -175,8 +175,8 @@ def warn_of_leak(recipe: Recipe) -> None:
         )
 
 
-def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
-    """The recipe's network from timm's registry, with its initial weights.
+def create_model(recipe: Recipe, num_classes: int, fresh: bool = True) -> nn.Module:
+    """The recipe's network from timm's registry, with its initial weights unless a checkpoint brings others.
 
     Raises:
         ValueError: for a name that is not registered, with the nearest ones, and for weights that do not fit.
@@ -191,9 +191,11 @@ def create_model(recipe: Recipe, num_classes: int) -> nn.Module:
             f'num_classes {max(num_classes, 2)} and more (leave it out for as many as the data has)'
         )
     arch, kwargs = architecture(recipe)
-    pretrained = recipe.pretrained and not recipe.initial_checkpoint  # which would replace what was downloaded
+    pretrained = (
+        fresh and recipe.pretrained and not recipe.initial_checkpoint
+    )  # which would replace what was downloaded
     model = make_model(arch, kwargs, pretrained=pretrained, num_classes=classes)
-    if recipe.initial_checkpoint:
+    if recipe.initial_checkpoint and fresh:
         load_initial(model, recipe.initial_checkpoint)
     if recipe.bn_momentum is not None:
         set_bn_momentum(model, recipe.bn_momentum)

@@ -13,7 +13,7 @@ from .recipe import MACHINE, SETTINGS, Recipe
 
 FREE = (
     *MACHINE,
-    *('val_interval', 'patience', 'budget', 'on_divergence'),
+    *('val_interval', 'patience', 'on_divergence'),
     *('channels_last', 'fold_bn', 'torchcompile', 'grad_checkpointing'),  # equal up to rounding
     *('batch_size', 'val_size'),  # compared elsewhere: times the processes, and without --val-split
 )
@@ -36,7 +36,8 @@ def find_changes(state: Mapping[str, Any], recipe: Recipe, images: Mapping[str, 
     default = Recipe()
     for name in SETTINGS:
         was, now = state['recipe'].get(name, getattr(default, name)), getattr(recipe, name)
-        if name not in FREE and _meaning(name, was) != _meaning(name, now):
+        free = name in FREE or (name == 'budget' and (now or not was))  # without one the share of the run is of steps
+        if not free and _meaning(name, was) != _meaning(name, now):
             changes[name] = [was, now]
     there = state.get('images') or {}
     for what, now in images.items():

@@ -38,8 +38,10 @@ class Clock:
         spent: seconds that earlier sessions took.
 
     Attributes:
-        validations: seconds that each validation took, with saving, or was estimated to take.
+        validations: seconds that each validation took, with saving.
         breaks: seconds that were no training, from each validation to the next.
+        estimated: seconds that the last validation may take, with saving, until one like it was timed.
+        saving: seconds of the save before it.
         interval: seconds of training between two validations; 0: not known.
         last_step: seconds that the last step may take.
     """
@@ -48,7 +50,7 @@ class Clock:
         self.total_steps, self.budget, self.spent = total_steps, budget, 0.0
         self.validations: list[float] = []
         self.breaks: list[float] = []
-        self.interval = self.last_step = 0.0
+        self.interval = self.last_step = self.estimated = self.saving = 0.0
         self.started = time.perf_counter()
         self._share = 0.0  # when training went on last
         self._since: float | None = None  # then; None: the clock is stopped
@@ -85,14 +87,22 @@ class Clock:
         if self._stopped is None:
             self._stopped = time.perf_counter()
 
-    def note_validation(self, seconds: float, interval: float) -> None:
+    def expect(self, validation: float, saving: float, interval: float) -> None:
+        """What is known before the first validation: seconds of the last one, of a save, of training between two."""
+        self.estimated, self.saving, self.interval = validation + saving, saving, interval
+        self.breaks.append(self.estimated)  # at most: a thread writes
+
+    def note_validation(self, seconds: float, interval: float, like_the_last: bool = True) -> None:
         """A validation has ended.
 
         Args:
             seconds: that it took, with saving.
             interval: seconds of training from one to the next, as fast as training is now.
+            like_the_last: whether the last one of the run does the same, on images of the same size: its estimate has
+                had its day.
         """
         self._note_break()
+        self.estimated = 0.0 if like_the_last else self.estimated
         self.validations.append(seconds)
         self.breaks.append(self._break)
         self.interval, self._break, self._trained = interval, 0.0, 0.0
@@ -121,7 +131,7 @@ class Clock:
     @property
     def closing(self) -> float:
         """Seconds from where the share reaches 1 to the end of the run: a tenth more than the longest validation."""
-        return self.last_step + 1.1 * max(self.validations, default=0.0)
+        return self.last_step + 1.1 * (max(*self.validations, self.estimated, 0.0) + self.saving)
 
     def _passed(self) -> float:
         """The share by the clock."""

@@ -265,7 +265,7 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
         stop_if_asked(run, epoch)
         run.writer.check()
         due = recipe.save_interval is not None and run.step % recipe.save_interval == 0
-        if run.step % recipe.log_interval == 0:
+        if run.world.size == 1 or run.step % recipe.log_interval == 0:  # all processes must agree, which takes time
             due = save_is_due(run) or due
         if due and run.step < end:
             save_within(run, epoch)
@@ -273,14 +273,25 @@ def train_epoch(run: Run, log: RunLog) -> dict[str, Any]:
 
 
 def enter_stage(run: Run, side: int | None) -> None:
-    """Train on images of this side from now on; batch norm's statistics, those of another side, are estimated anew."""
+    """Train on images of this side from now on; batch norm's statistics, those of another side, are estimated anew.
+
+    Raises:
+        Stopped: after a signal; the run goes on with this.
+    """
     if side == run.side:
         return
-    first, run.side = run.side is None, side
+    before, run.side = run.side, side
     logger.info('images of %d x %d pixels from step %d on', side, side, run.step)
-    if not first:
-        run.clock.stop()
+    if before is None:
+        return
+    run.clock.stop()
+    try:
         reestimate_batch_norm(run, STAGE_BN_BATCHES)
+    except StopAsked:
+        run.side = before
+        if run.sums is not None and run.sums.first_step == run.step:  # of an epoch without a step there is no row
+            run.sums = None
+        stop_if_asked(run, (run.step - 1) // run.batches.steps_per_epoch)
 
 
 def save_within(run: Run, epoch: int) -> None:
@@ -384,7 +395,8 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
         interval = run.clock.interval
         if row['images_per_s']:  # not where a resumed epoch had no step left to take
             interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
-        run.clock.note_validation(seconds, interval)
+        like_the_last = progress(run) >= recipe.turning_points[-1]
+        run.clock.note_validation(seconds, interval, like_the_last)
 
 
 def stop_if_asked(run: Run, epoch: int) -> None:

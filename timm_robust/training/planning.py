@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..data import StreamData
 from ..precision import fastest_convolutions
 from .advice import images_per_class
 from .run import Run, training_batch
@@ -25,7 +26,9 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         timing = warm_up(run)
         if pays(run) or recipe.torchcompile:
             start_up = run.clock.elapsed()
-        timing = Timing({share: _step_seconds(run, share, steps) for share in timing.steps}, timing.validation)
+        loader = _loader_seconds(run)
+        steps_of = {share: max(_step_seconds(run, share, steps), loader) for share in timing.steps}
+        timing = Timing(steps_of, timing.validation)
     saving = saving_seconds(run)
     ends = [*list(timing.steps)[1:], 1.0]  # of the part of the run that each kind of step holds for
     parts = {share: end - share for share, end in zip(timing.steps, ends, strict=True)}
@@ -40,8 +43,9 @@ def plan(run: Run, steps: int = 5) -> dict[str, Any]:
         epochs = run.clock.training_seconds(start_up) / per_epoch
     else:
         epochs = run.total_steps / run.batches.steps_per_epoch
-        validations = max(epochs / recipe.val_interval, 1)
-        total = start_up + epochs * per_epoch + validations * (timing.validation + saving)  # no other epoch is saved
+        saves = max(epochs / recipe.val_interval, 1)  # no other epoch is saved
+        validations = 1 if run.held_out is None else saves  # then at the end, of the average
+        total = start_up + epochs * per_epoch + validations * timing.validation + saves * saving
     sides = {recipe.side_at(share): seconds for share, seconds in timing.steps.items() if recipe.stages}
     counts = images_per_class(run.batches.data)
     images = round(epochs * run.batches.steps_per_epoch) * batch
@@ -75,6 +79,21 @@ def _step_seconds(run: Run, share: float, steps: int) -> float:
         run.train_step(x, y, number, share)
     synchronise(run.world.device)
     return (time.perf_counter() - started) / steps
+
+
+def _loader_seconds(run: Run) -> float:
+    """Seconds between batches of a stream that nothing but its worker processes hold up; 0 for data in memory.
+
+    The first batches of all of them are read at the same time, so that a few steps would not wait for any.
+    """
+    if not isinstance(run.batches.data, StreamData):
+        return 0.0
+    workers = max(run.batches.data.workers, 1)
+    training_batch(run, 0)
+    started = time.perf_counter()
+    for number in range(1, 2 * workers):
+        training_batch(run, number)
+    return (time.perf_counter() - started) / workers
 
 
 def _peak_memory(device: torch.device) -> int:

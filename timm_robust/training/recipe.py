@@ -23,11 +23,11 @@ import torch
 import yaml
 
 from ..attacks import TRAINING_ATTACKS, AttackSchedule
-from ..data import DATASETS
+from ..data import DATASETS, is_stream
 from ..files import read_yaml, write_text
 from ..models import check_model_kwargs
 from ..precision import Precision
-from ..provenance import CHECKOUT, PACKAGE
+from ..provenance import RECIPES
 from ..threat_model import MAX_CLASSES, NORMS, ThreatModel, check_step_size, parse_eps, resolved_step_size
 from .clock import parse_duration
 from .losses import LOSSES
@@ -353,6 +353,10 @@ class Recipe:
             value = getattr(self, name)
             if name.removeprefix('late_') not in takes and value != SETTINGS[name].default and self.loss != 'clean':
                 found.append(f'attack {self.attack!r} takes no {name}: {value!r} changes nothing')
+        for name, (needed, is_met) in _NEEDS.items():
+            value = getattr(self, name)
+            if value not in (SETTINGS[name].default, []) and not is_met(self):
+                found.append(f'{name} {value} changes nothing without {needed}')
         if self.lr > 10 or self.lr * self.weight_decay >= 1:
             found.append(f'a step of lr {self.lr:g} and weight_decay {self.weight_decay:g} throws the weights about')
         if self.sched == 'multistep' and self.decay_milestones[-1] >= self.epochs:
@@ -506,13 +510,29 @@ class Recipe:
         write_text(path, text)
 
 
-RECIPES = CHECKOUT / 'train/recipes' if CHECKOUT else PACKAGE / 'recipes'
-"""The recipes that the package brings, NAME.yaml each."""
 MACHINE = (
     *('data_dir', 'dataset_download', 'workers', 'device', 'output', 'experiment', 'resume', 'allow_changes'),
     *('log_interval', 'save_interval', 'tensorboard', 'log_wandb', 'checkpoint_hist'),
 )
 """Settings that tell of the machine, not of the training: they are not published."""
+_NEEDS: dict[str, tuple[str, Callable[[Recipe], Any]]] = {
+    'act_shared': ('act', lambda recipe: recipe.act),
+    'crop_padding': (
+        'images in memory: streamed ones have crops of their own',
+        lambda recipe: not is_stream(recipe.dataset),
+    ),
+    'extra_fraction': ('extra_data', lambda recipe: recipe.extra_data),
+    'beta': ('loss trades or mart', lambda recipe: 'beta' in LOSSES[recipe.loss].takes),
+    'awp_start': ('awp_gamma', lambda recipe: recipe.awp_gamma),
+    'late_start': ('late_steps', lambda recipe: recipe.late_steps),
+    'patience': ('held-out images (val_size, val_split)', lambda recipe: recipe.val_size or recipe.val_split),
+    'clip_mode': ('clip_grad', lambda recipe: recipe.clip_grad),
+    'decay_milestones': ('sched multistep', lambda recipe: recipe.sched == 'multistep'),
+    'decay_rate': ('sched multistep', lambda recipe: recipe.sched == 'multistep'),
+    'model_ema_decay': ('model_ema', lambda recipe: recipe.model_ema),
+    'ema_bn_batches': ('model_ema', lambda recipe: recipe.model_ema),
+}
+"""Setting -> the other that it takes, and whether a recipe has that."""
 SETTINGS = {field.name: field for field in dataclasses.fields(Recipe)}
 _HINTS = typing.get_type_hints(Recipe)
 

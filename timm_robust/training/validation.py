@@ -16,7 +16,7 @@ from .step import Forward
 
 
 class StopAsked(Exception):
-    """A signal came in the middle of a validation, which is made anew when the run goes on."""
+    """A signal came in a validation, or where statistics are re-estimated; it is made anew when the run goes on."""
 
 
 def validate(run: Run, data: Any) -> dict[str, float]:
@@ -67,6 +67,9 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
 
     For averaged weights, whose averaged statistics belong to no weights that ever were, and for images of another side
     than before. The adversarial images are made first, with the statistics as they are. Frozen ones stay.
+
+    Raises:
+        StopAsked: as `validate`; the statistics are then as they were.
     """
     model, step, recipe = run.model, run.train_step, run.recipe
     norms = batch_norms(model)
@@ -75,6 +78,8 @@ def reestimate_batch_norm(run: Run, batches: int) -> None:
     inputs = []
     done = run.clock.progress(run.step)
     for number in range(reestimation_batches(run, batches)):
+        if run.stop and run.world.size == 1:
+            raise StopAsked
         step.draw_from(run.step + number)
         x, y = training_batch(run, run.step + number)
         inputs.append((x, step.perturb(x, y, done), y))

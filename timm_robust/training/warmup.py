@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..activations import has_kernels
+from ..data import StreamData
 from ..pixels import resized
 from .batches import image_shape
 from .run import Run
@@ -38,8 +40,9 @@ class Timing:
 
 
 def pays(run: Run) -> bool:
-    """Whether a run begins with a warm-up; on a CPU torchcompile compiles activations alone, in seconds."""
-    return run.recipe.budget is not None or (run.recipe.torchcompile and run.world.device.type != 'cpu')
+    """Whether a run begins with a warm-up; kernels of activations alone, on a CPU, are compiled when it is built."""
+    compiles = run.recipe.torchcompile and not (run.world.device.type == 'cpu' and has_kernels(run.model, 'cpu'))
+    return run.recipe.budget is not None or compiles
 
 
 def warm_up(run: Run) -> Timing:
@@ -62,25 +65,45 @@ def warm_up(run: Run) -> Timing:
                 synchronise(device)
                 steps[share] = run.world.max(time.perf_counter() - started)
         if run.held_out is not None:
-            part = run.held_out.first(min(recipe.batch_size, len(run.held_out)))
+            part, reading = run.held_out.first(min(recipe.batch_size, len(run.held_out))), 0.0
+            if isinstance(run.held_out, StreamData):
+                part, reading = part.in_memory(), reading_seconds(run.held_out, recipe.batch_size)
             for side in dict.fromkeys(recipe.side_at(share) for share in steps):
                 run.side = side
                 for _ in range(1 + twice):
                     started = time.perf_counter()
                     validate(run, part)
-                    validation = run.world.max((time.perf_counter() - started) * len(run.held_out) / len(part))
+                    validation = (time.perf_counter() - started) * len(run.held_out) / len(part)
+            # worker processes read while the network computes
+            beside = isinstance(run.held_out, StreamData) and run.held_out.workers > 0
+            validation = run.world.max(max(validation, reading) if beside else validation + reading)
         if run.ema is not None:  # at most: a step does more
             validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
     return Timing(steps, validation)
+
+
+def reading_seconds(data: StreamData, batch_size: int) -> float:
+    """How long one pass takes that does nothing but read, from two rounds of batches of all worker processes.
+
+    The first batch needs start-up and one round, whatever follows one round after the other.
+    """
+    rounds = len(data) / (batch_size * max(data.workers, 1))
+    part = data.first(min(len(data), 2 * batch_size * max(data.workers, 1)))
+    timed = len(part) / (batch_size * max(part.workers, 1))  # one process reads the first of what has no numbers
+    first, started = 0.0, time.perf_counter()
+    for _ in part.batches(batch_size):
+        first = first or time.perf_counter() - started
+    total = time.perf_counter() - started
+    if len(part) == len(data) or timed <= 1:
+        return total
+    return first + (total - first) / (timed - 1) * max(rounds - 1, 0.0)
 
 
 def reserve(run: Run, timing: Timing, saving: float) -> None:
     """Tell the clock what a budget must leave time for."""
     in_flight = run.recipe.log_interval if run.world.device.type == 'cuda' else 1  # a GPU is waited for at a log line
     run.clock.last_step = in_flight * max(timing.steps.values())
-    run.clock.validations.append(timing.validation + 2 * saving)  # the last one has a save before it too
-    run.clock.breaks.append(timing.validation + saving)  # at most: a thread writes
-    run.clock.interval = training_interval(run) * timing.steps[0.0]
+    run.clock.expect(timing.validation, saving, training_interval(run) * timing.steps[0.0])
 
 
 def training_interval(run: Run) -> int:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..files import write_text
-from ..provenance import CHECKOUT, PACKAGE
+from ..provenance import CHECKOUT, PACKAGE, RECIPES
 
 TABLE = Path(__file__).with_name('releases.json')
 STAGED = (CHECKOUT or PACKAGE) / 'model_cards'
@@ -130,8 +130,13 @@ def write_table(releases: dict[str, Release], path: Path = TABLE) -> None:
     write_text(path, json.dumps(entries, indent=2) + '\n')
 
 
-RELEASES = read_table()
-"""Name -> release."""
+def is_ours(name: str) -> bool:
+    """Whether a release is this project's, which has a recipe of each name; others are known by their page alone."""
+    return (RECIPES / f'{name}.yaml').is_file()
+
+
+RELEASES = {name: release for name, release in read_table().items() if is_ours(name)}
+"""Name -> release of this project: what somebody stages of their own has other classes, and is loaded by its page."""
 
 
 def releases_of(arch: str) -> list[Release]:

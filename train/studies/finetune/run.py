@@ -11,8 +11,8 @@ on the same -n test pictures. All take 600 steps whatever their pictures, under 
 training; nothing is held out, and the last weights count.
 
 --tune tries five rates for each start and size under seed 99, with networks and a draw of its own, on 1,000 training
-pictures that are in no draw. The best mean of clean and PGD accuracy wins: PGD accuracy alone is 50 % for a classifier
-that always says the same.
+pictures that are in no draw. The best mean of clean and PGD accuracy wins, of equal ones the lowest rate: PGD accuracy
+alone is 50 % there for a classifier that always says the same.
 
 results.csv, findings.md and accuracy.png go to OUT; what was done with the same settings is not done again.
 
@@ -105,6 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--jobs', type=count, default=2, help='processes at a time (default: %(default)s)')
     parser.add_argument('--max-steps', type=count, help='end each training early, to try the script')
     args = parser.parse_args(argv)
+    if args.tune and args.max_steps and args.rates == rates:
+        raise ValueError('rates of --max-steps are none to train by; name another file for them: --rates FILE')
     starts = [(start, n) for n in args.images for start in COLOURS]
     test: tuple[str, ...]
     if args.tune:
@@ -230,31 +232,36 @@ def measure(run: Run, arm: Arm, test: Sequence[str]) -> Path:
 
 
 def write_rates(path: Path, arms: Sequence[Arm], records: Sequence[Path]) -> None:
-    """Write what --tune measured."""
+    """Write what --tune measured; what was measured with other numbers of pictures stays."""
     results = [RobustnessResult.from_json(record) for record in records]
     rows = [
         {'start': arm.start, 'images': arm.images, 'lr': arm.lr, 'clean_acc': found.clean_acc, 'pgd_acc': found.pgd_acc}
         for arm, found in zip(arms, results, strict=True)
     ]
-    write_table(path, rows)
+    sizes = {str(arm.images) for arm in arms}
+    old = csv.DictReader(path.read_text().splitlines()) if path.is_file() else ()
+    write_table(path, [*(row for row in old if row['images'] not in sizes), *rows])
 
 
 def read_rates(path: Path, starts: Sequence[tuple[str, int]]) -> dict[tuple[str, int], float]:
-    """The rate of each start at each size: the best mean of clean and PGD accuracy.
+    """The rate of each start at each size: the best mean of clean and PGD accuracy, of equal ones the lowest.
 
     Raises:
         ValueError: if they were not measured.
     """
     best: dict[tuple[str, int], tuple[float, float]] = {}
     for row in csv.DictReader(path.read_text().splitlines()) if path.is_file() else ():
-        key, score = (row['start'], int(row['images'])), float(row['clean_acc']) + float(row['pgd_acc'])
-        best[key] = max(best.get(key, (0.0, 0.0)), (score, float(row['lr'])))
+        score = round(
+            float(row['clean_acc']) + float(row['pgd_acc']), 6
+        )  # a sum of floats would break ties by its dust
+        key = row['start'], int(row['images'])
+        best[key] = max(best.get(key, (0.0, 0.0)), (score, -float(row['lr'])))
     if missing := [start for start in starts if start not in best]:
         raise ValueError(
             f'{path} has no rate for {missing[0][0]} weights and {missing[0][1]} pictures a class; measure them first: '
             'type the same with --tune'
         )
-    return {key: lr for key, (_, lr) in best.items()}
+    return {key: -lr for key, (_, lr) in best.items()}
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -277,9 +284,17 @@ def report(output: Path, arms: Sequence[Arm], records: Sequence[Path]) -> None:
         with np.load(path.with_suffix('.npz')) as flags:
             clean.setdefault(arm[:2], []).append(flags['clean_correct'])
             robust.setdefault(arm[:2], []).append(flags['robust'])
+            share = float(flags['y'].mean())  # of the second class
         last = read_run(output / 'runs' / Path(record.model).parent.name)[-1]
         row = {**arm._asdict(), 'clean_acc': record.clean_acc, 'pgd_acc': record.pgd_acc, 'apgd_acc': record.apgd_acc}
         rows.append(row | {'n': record.n, 'steps': int(last['step']), 'train_seconds': last['seconds']})
+        rows[-1] |= {'commit': record.commit, 'data_sha256': record.data_sha256}
+    if len({row['data_sha256'] for row in rows}) > 1:
+        raise ValueError(
+            f'{output} holds measurements of other test pictures; delete {output / "records"} and its runs'
+        )
+    if len(commits := {row['commit'] for row in rows}) > 1:
+        print(f'the classifiers were measured by several versions of the code: {", ".join(map(str, commits))}')
     write_table(output / 'results.csv', rows)
     sizes = sorted({arm.images for arm in arms})
 
@@ -310,11 +325,14 @@ def report(output: Path, arms: Sequence[Arm], records: Sequence[Path]) -> None:
         output / 'accuracy.png',
         sizes,
         {(s, n): (verdicts(clean, s, n), verdicts(robust, s, n)) for s in COLOURS for n in sizes},
+        max(share, 1 - share),
     )
 
 
-def draw(path: Path, sizes: Sequence[int], found: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]) -> None:
-    """Clean and robust accuracy over the number of pictures, a line a start, with intervals."""
+def draw(
+    path: Path, sizes: Sequence[int], found: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]], constant: float
+) -> None:
+    """Clean and robust accuracy over the number of pictures, a line a start; dotted: a constant answer."""
     figure = matplotlib.figure.Figure(figsize=(7, 3), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
     for axis, title, place in zip(axes, ('clean', 'APGD-CE + APGD-T, Linf 8/255'), (0, 1), strict=True):
@@ -323,7 +341,7 @@ def draw(path: Path, sizes: Sequence[int], found: dict[tuple[str, int], tuple[np
             around = abs(means[:, 1:] - means[:, :1]).T
             where = np.array(sizes) * 1.04 ** (shift - 1)
             axis.errorbar(where, means[:, 0], around, color=colour, marker='o', capsize=3, label=f'{start} weights')
-        axis.axhline(50, color='black', linewidth=0.7, linestyle=':')
+        axis.axhline(100 * constant, color='black', linewidth=0.7, linestyle=':')
         axis.set(xscale='log', xlabel='pictures a class', title=title, xticks=sizes, xticklabels=sizes)
         axis.minorticks_off()
     axes[0].set_ylabel('accuracy on two classes (%)')
