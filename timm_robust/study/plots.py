@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,9 @@ from .findings import LEAST_SEEDS, verdicts
 _TITLES = {attack: f'{name} accuracy (%)' for attack, name in ATTACK_NAMES.items()}
 _TITLES['radius'] = 'mean minimal radius (pixels)'
 _CLAIMS = (
-    ('best at 4 to 10 (Yu et al. 2026, arXiv:2603.23860)', 4, 10),
-    ('low is better (Singla et al. 2021, arXiv:2102.07861)', None, 1),
-    ('high, finite is better (Dai et al. 2021, arXiv:2110.05626v1)', 1, None),
+    ('best at 4 to 10 (Yu et al. 2026, arXiv:2603.23860)', 4.0, 10.0),
+    ('low is better (Singla et al. 2021, arXiv:2102.07861)', 0.0, 1.0),
+    ('high, finite is better (Dai et al. 2021, arXiv:2110.05626v1)', 1.0, math.inf),
 )
 
 
@@ -52,7 +53,7 @@ def robustness(row: dict[str, Any]) -> tuple[str, float]:
 
 
 def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
-    """Clean and robust accuracy of every arm: the mean, of three and more trainings with its 95 % interval; each a line."""
+    """Clean and robust accuracy of every arm: the mean, of three and more trainings its 95 % interval; each a line."""
     arms = list(dict.fromkeys(row['arm'] for row in rows))
     figure = new_figure(9, 1.2 + 0.3 * len(arms))
     titles = {'clean_correct': 'clean accuracy (%)', 'robust': _TITLES[rows[0]['attack']]}
@@ -122,7 +123,7 @@ def plot_curvature(rows: list[dict[str, Any]], path: Path) -> None:
         axis.set_ylim(bottom - 0.3 * (top - bottom), top)
         for level, (text, left, right) in enumerate(_CLAIMS):
             y = bottom - (0.06 + 0.09 * level) * (top - bottom)
-            ends = left or min(*finite, right / 2), right or max(*finite, 2 * left)
+            ends = left or min(*finite, right / 2), right if math.isfinite(right) else max(*finite, 2 * left)
             axis.plot(ends, [y, y], color='0.4', linewidth=3, solid_capstyle='butt')
             end, side = (ends[1], 'right') if level == 0 else (ends[0], 'left')  # inside the axes
             place = {'va': 'bottom', 'ha': side, 'xytext': (0, 2), 'textcoords': 'offset points'}
