@@ -150,6 +150,16 @@ def test_pictures_of_more_than_eight_bits_are_named_not_cut_off(tmp_path, caplog
     assert 'more than 8 bits a channel; save it with 8' in caplog.text
 
 
+def test_reading_is_timed_though_a_picture_cannot_be_read(tmp_path):
+    train = write_folder(tmp_path, n=300) / 'train'
+    (train / 'ant/000.png').write_bytes(b'junk')
+    data = stream(tmp_path)
+    with pytest.raises(ValueError, match='1 of 20 pictures of .* cannot be read'):
+        data.first(20).in_memory()
+    assert len(data.probe(20).in_memory()) == 19 and len(data.probe(1000)) == 300
+    assert sum(len(y) for _, y in data.batches(100)) == 299
+
+
 def test_a_tar_holds_pictures_of_other_formats_too(tmp_path):
     train = write_folder(tmp_path / 'unpacked', n=3) / 'train'
     Image.new('RGB', (20, 20), (90, 90, 90)).save(train / 'ant/one.webp')
@@ -473,13 +483,13 @@ def test_a_failure_is_no_end_of_the_stream(folder):
 # Web data sets
 
 
-def write_shards(root, n=24, shards=2):
+def write_shards(root, n=24, shards=2, make=encoded):
     pytest.importorskip('webdataset')
     names = [f'toy-train-{shard}.tar' for shard in range(shards)]
     for shard, name in enumerate(names):
         with tarfile.open(root / name, 'w') as tar:
             for number in range(shard, n, shards):
-                for suffix, content in (('png', encoded(number)), ('cls', str(number % 3).encode())):
+                for suffix, content in (('png', make(number)), ('cls', str(number % 3).encode())):
                     member = tarfile.TarInfo(f'{number:03}.{suffix}')
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -500,6 +510,23 @@ def test_web_data_is_read_whole(tmp_path, workers):
         assert sorted(seen) == [(number, number % 3) for number in range(24)]
     first = data.first(5)
     assert [numbers(x) for x, _ in first.batches(4)] == [[0, 2, 4, 6], [8]] and len(first.in_memory()) == 5
+
+
+def test_no_more_processes_read_web_data_than_it_has_files(tmp_path):
+    shards = write_shards(tmp_path)
+    found = [StreamData('wds/toy', shards, workers=workers, num_classes=3).readers for workers in (0, 1, 2, 8)]
+    assert found == [0, 1, 2, 2]
+
+
+def test_web_pictures_of_more_than_eight_bits_are_not_cut_off(tmp_path):
+    def deep(number):
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((20, 20), 3000, np.uint16)).save(buffer, 'PNG')
+        return buffer.getvalue()
+
+    data = StreamData('wds/toy', write_shards(tmp_path, make=deep), img_size=16, workers=0, num_classes=3)
+    with pytest.raises(ValueError, match='more than 8 bits a channel; save it with 8'):
+        next(data.batches(4))
 
 
 @pytest.mark.parametrize('workers', [0, 2])

@@ -395,8 +395,14 @@ def test_a_record_can_be_repeated_and_compared(checkpoint, tmp_path, capsys):
     assert all(again[key] == record[key] for key in keys)
     record['pgd_acc'] = 1 - record['pgd_acc'] or 0.5
     path.write_text(json.dumps(record))
-    assert main([str(checkpoint), '--repeat', str(path), '--quiet', '--seed', '5']) == 2
-    assert '--repeat takes the settings of the record, which has seed' in capsys.readouterr().err
+    for more, text in (
+        (['--seed', '5'], 'seed 3, not 5'),
+        (['--attack', 'autoattack'], 'attack pgd, not autoattack'),
+        (['--steps', '50'], 'pgd_steps 10, not 50'),
+        (['--no-search'], 'search True, not False'),
+    ):
+        assert main([str(checkpoint), '--repeat', str(path), '--quiet', *more]) == 2
+        assert f'--repeat takes the settings of the record, which has {text}' in capsys.readouterr().err
     assert main([str(checkpoint), '--repeat', str(path), '--quiet']) == 1
     assert 'not repeated: pgd_acc is' in capsys.readouterr().err
 

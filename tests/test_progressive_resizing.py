@@ -7,6 +7,7 @@ from tiny_runs import assert_same, signalled_at, tap_steps, tiny, weights
 from timm_robust.pixels import resized
 from timm_robust.training import loop as engine
 from timm_robust.training.builder import build
+from timm_robust.training.clock import Clock
 from timm_robust.training.loop import Stopped, fit
 from timm_robust.training.planning import plan
 from timm_robust.training.recipe import Recipe
@@ -90,6 +91,22 @@ def test_a_signal_in_a_re_estimation_saves_before_it(tmp_path, undisturbed, monk
     monkeypatch.undo()
     fit(build(staged(tmp_path, resume='auto')))
     assert_same(weights(tmp_path), weights(undisturbed[0]))
+
+
+@pytest.mark.parametrize(
+    ('settings', 'expected'),
+    [
+        ({}, [False, False, True, True]),
+        ({'val_size': 0}, 4 * [False]),  # the average is re-estimated at the end alone
+        ({'val_size': 0, 'model_ema': False}, [False, False, True, True]),
+        ({'late_steps': 2, 'late_start': 0.9}, [False, False, False, True]),
+    ],
+)
+def test_the_estimate_of_the_last_validation_holds_until_one_like_it(tmp_path, monkeypatch, settings, expected):
+    seen = []
+    monkeypatch.setattr(Clock, 'note_validation', lambda clock, seconds, interval, like: seen.append(like))
+    fit(build(staged(tmp_path, **settings)))
+    assert seen == expected
 
 
 def test_batch_norm_follows_the_side(tmp_path):

@@ -35,7 +35,7 @@ from timm_robust.training.flags import parse_recipe
 from timm_robust.training.loop import fit
 from timm_robust.training.recipe import Recipe
 from timm_robust.weights.download import read_release
-from timm_robust.weights.releases import RELEASES, is_ours, read_table
+from timm_robust.weights.releases import RELEASES, STAGED, is_ours, read_table
 
 NAME = 'resnet18_pssilu.fgsm_digits_linf'
 SMALL = Recipe(
@@ -247,6 +247,21 @@ def test_a_licence_of_others_is_named_and_their_text_is_not_ours(run, tmp_path):
     config = json.loads((folder / 'config.json').read_text())
     assert config['pretrained_cfg']['license'] == 'cc-by-nc-4.0' and not (folder / 'LICENSE').exists()
     assert 'Licence: cc-by-nc-4.0.' in model_card(folder)
+    again = stage(run, NAME, cards=tmp_path, notes=['Said later.'])
+    assert 'Licence: cc-by-nc-4.0.' in model_card(again) and not (again / 'LICENSE').exists()
+
+
+def test_a_folder_with_the_name_of_a_release_is_one_by_its_weights_alone(tmp_path):
+    ours = STAGED / 'resnet18_pssilu.fgsm_cifar10_linf'
+    start = dataclasses.replace(SMALL, initial_checkpoint=str(ours))
+    assert staging._license_of_start(tmp_path, start) == 'apache-2.0'
+    theirs = tmp_path / ours.name
+    theirs.mkdir()
+    (theirs / 'model.safetensors').write_bytes(b'theirs')
+    (tmp_path / 'w.yaml').touch()
+    for path in (theirs, tmp_path / 'w'):
+        with pytest.raises(ValueError, match='whose licence is not known'):
+            staging._license_of_start(tmp_path, dataclasses.replace(SMALL, initial_checkpoint=str(path)))
 
 
 def test_check_finds_what_changed(copy):

@@ -133,18 +133,18 @@ class Stream:
     """Pictures that each process takes `seconds` a batch to read, after a start-up of 10 s."""
 
     def __init__(self, n, workers, wall, seconds=3.0, iterable=False):
-        self.n, self.workers, self.wall, self.seconds, self.iterable = n, workers, wall, seconds, iterable
+        self.n, self.readers, self.wall, self.seconds, self.iterable = n, workers, wall, seconds, iterable
 
     def __len__(self):
         return self.n
 
-    def first(self, n):
-        return Stream(n, min(self.workers, 1) if self.iterable else self.workers, self.wall, self.seconds)
+    def probe(self, n):
+        return Stream(min(n, self.n), min(self.readers, 1) if self.iterable else self.readers, self.wall, self.seconds)
 
     def batches(self, size):
         self.wall[0] += 10
         for number in range(math.ceil(self.n / size)):
-            self.wall[0] += 0 if number % max(self.workers, 1) else self.seconds
+            self.wall[0] += 0 if number % max(self.readers, 1) else self.seconds
             yield number
 
 

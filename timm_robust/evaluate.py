@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     record = RobustnessResult.from_json(args.repeat) if args.repeat else None
     if record is not None:
-        _take_settings(args, record)
+        _take_settings(args, record, argv)
     ThreatModel(args.norm or 'L2', args.eps or 1.0)  # what is typed is refused before anything is loaded
     _check_files(args)
     options = _model_options(args)
@@ -211,15 +211,18 @@ def _let_go(stream: Any) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
-def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
+def _take_settings(args: argparse.Namespace, record: RobustnessResult, argv: Sequence[str] | None) -> None:
     """Measure as the record says."""
     keys = ('split', 'n', 'norm', 'attack', 'batch_size', 'seed', 'eps', 'img_size')
-    defaults = vars(_parser().parse_args([args.model]))
-    for key in keys:
-        typed, theirs = getattr(args, key), getattr(record, key)
-        if typed != defaults[key] and (parse_eps(typed) if key == 'eps' else typed) != theirs:
-            raise ValueError(f'--repeat takes the settings of the record, which has {key} {theirs}, not {typed}')
-        setattr(args, key, theirs)
+    settings = {key: getattr(record, key) for key in keys} | {'search': record.search != 'model'}
+    if record.steps is not None:
+        settings |= {f'pgd_{key}': getattr(record, key) for key in ('steps', 'step_size', 'restarts')}
+    typed = _parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(settings)))  # None: not typed
+    for key, theirs in settings.items():
+        given = getattr(typed, key)
+        if given is not None and (parse_eps(given) if key == 'eps' else given) != theirs:
+            raise ValueError(f'--repeat takes the settings of the record, which has {key} {theirs}, not {given}')
+    vars(args).update(settings)
     named = record.dataset in DATASETS and record.split != HELD_OUT  # a folder has a name of its own, a run its data
     if args.dataset is None and named:
         args.dataset = record.dataset
@@ -227,10 +230,7 @@ def _take_settings(args: argparse.Namespace, record: RobustnessResult) -> None:
         raise ValueError(
             f'the record is of the folder {record.dataset}; type what it holds, --dataset KIND --data-dir DIR'
         )
-    args.search = record.search != 'model'
     args.checks &= NOT_CHECKED not in record.warnings
-    if record.steps is not None:
-        args.pgd_steps, args.pgd_step_size, args.pgd_restarts = record.steps, record.step_size, record.restarts
 
 
 def _differences(old: RobustnessResult, new: RobustnessResult) -> list[str]:
@@ -250,6 +250,7 @@ def _parser() -> Parser:
         description='Clean, PGD and AutoAttack accuracy of a model.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.set_defaults(search=True, checks=True)
     add = parser.add_argument
     add('model', metavar='MODEL', help='registry name (NAME.TAG for trained weights), checkpoint file or folder')
     add('--checkpoint', metavar='FILE', help="weights for the registry name MODEL, of timm's train.py, or cleaned")
@@ -276,7 +277,12 @@ def _parser() -> Parser:
         help="radius in pixels on the [0, 1] scale, such as '8/255' or 0.5; that of training, for a run of ours, or "
         '8/255 for Linf and 0.5 for L2 if not given',
     )
-    add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
+    add(
+        '--attack',
+        default='autoattack',
+        choices=ATTACKS,
+        help='the strongest attack to run, after PGD; none: clean accuracy',
+    )
     add('--steps', dest='pgd_steps', type=whole_number(1, 10_000), default=10, metavar='N', help='steps of PGD')
     add('--restarts', dest='pgd_restarts', type=count, default=1, metavar='N', help='random starts of PGD')
     add(
@@ -298,9 +304,21 @@ def _parser() -> Parser:
         metavar='N',
         help='resize images to this size; what the model was trained with if not given',
     )
-    add('--no-search', dest='search', action='store_false', help='run AutoAttack on the model itself, not on a copy')
+    add(
+        '--no-search',
+        dest='search',
+        action='store_false',
+        default=argparse.SUPPRESS,
+        help='run AutoAttack on the model itself, not on a copy',
+    )
     add('--state-dir', help="keep AutoAttack's finds there batch by batch; type the same again to go on after a kill")
-    add('--no-checks', dest='checks', action='store_false', help='skip the search for signs of masked gradients')
+    add(
+        '--no-checks',
+        dest='checks',
+        action='store_false',
+        default=argparse.SUPPRESS,
+        help='skip the search for signs of masked gradients',
+    )
     add('--repeat', metavar='FILE', help='repeat the measurement of this record with its settings, and compare')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     add('--model-kwargs', nargs='*', default={}, action=KeyValue, metavar='KEY=VALUE', help='passed to the model')

@@ -155,11 +155,11 @@ def lock_folder(folder: Path) -> IO[str] | None:
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Hold a folder; whoever wants it meanwhile waits. Where the disk knows no locks nobody does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / WRITER, 'a', encoding='utf-8') as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
+    """Hold a folder; whoever wants it meanwhile waits. Where there can be no lock nobody does. Not to be nested."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no such folder, a lock of somebody else, a disk without locks
+            file = stack.enter_context(open(folder / WRITER, 'a', encoding='utf-8'))
+            if fcntl is not None:
                 fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 

@@ -24,7 +24,7 @@ from .evaluation import DEFAULT_N, evenly, fit_channels, read_split
 from .files import recover_folder
 from .models import BEST, load_model, read_weights
 from .provenance import RECIPES
-from .release import check, measure, read_hyper, read_results, render, stage, stored_weights
+from .release import measure, read_hyper, read_results, render, stage, stored_weights
 from .results import ATTACKS
 from .training import HELD_OUT, held_out_images
 from .weights import CARDS, WEIGHTS, table_of
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         world.leave()
         if world.rank:
             return 0
-    for folder in render(args.cards, table, args.recipes):
-        check(folder)
+    render(args.cards, table, args.recipes)
     return 0
 
 
@@ -105,7 +104,12 @@ def _parser() -> Parser:
         type=count,
         help=f'images, the first of the split, all if not given; of a folder spread over it, {DEFAULT_N} if not given',
     )
-    add('--attack', default='autoattack', choices=ATTACKS, help='the strongest attack to run; PGD always runs')
+    add(
+        '--attack',
+        default='autoattack',
+        choices=ATTACKS,
+        help='the strongest attack to run, after PGD; none: clean accuracy',
+    )
     add(
         '--batch-size',
         type=count,

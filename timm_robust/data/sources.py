@@ -64,6 +64,8 @@ def open_dataset(name: str, root: str | None, split: str, download: bool, **opti
             _tell_folders_without_pictures(Path(root))
     else:
         options['download'] = download
+        if reader in ('wds', 'hfids'):
+            options['input_img_mode'] = ''  # timm would cut 16 bits off at 255
     try:
         dataset = create_dataset(name, root, split, search_split=not folder, **options)
         if folder and Path(str(root)).is_dir():

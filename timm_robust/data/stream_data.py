@@ -83,6 +83,7 @@ class StreamData:
         self.classes = tuple(classes or own)
         self._own, self._labels = len(own), None if table is None else torch.tensor(table)
         self.unreadable: dict[int, str] = {}
+        self._most_unreadable = MOST_UNREADABLE
         self._size = len(self.dataset)
         self.rows = torch.arange(0 if self.iterable else self._size)  # of the data set as timm reads it
         self._all_labels: torch.Tensor | None = None
@@ -137,6 +138,20 @@ class StreamData:
             raise ValueError(f'cannot take the first {n} images of {self.name}; allowed: 1..{len(self)}')
         return self._with(_size=n, workers=min(self.workers, 1)) if self.iterable else self.subset(range(n))
 
+    def probe(self, n: int) -> StreamData:
+        """The first n images, or all, however many of them can be read: to time their reading."""
+        return self.first(min(n, len(self)))._with(_most_unreadable=1.0)
+
+    @property
+    def readers(self) -> int:
+        """Processes that read: `workers`, but of an iterable data set no more than it has files; 0: this one."""
+        if not self.iterable:
+            return self.workers
+        reader = self.dataset.reader  # a worker needs a file of its own
+        files = len(getattr(getattr(reader, 'split_info', None), 'filenames', ()))
+        own = files // getattr(reader, 'dist_num_replicas', 1)
+        return min(self.workers, max(own, 1)) if files else self.workers
+
     def with_channels(self, n: int) -> StreamData:
         """The same images with n channels; for 1 they must be grey, and the first of another kind ends the reading.
 
@@ -189,12 +204,8 @@ class StreamData:
 
     def loader(self, dataset: Any, seed: int, **options: Any) -> DataLoader:
         """Worker processes over samples; their seeds come from `seed`, not from the global random numbers."""
-        generator, workers = torch.Generator().manual_seed(seed), self.workers
-        if self.iterable:  # a worker needs a file of its own
-            reader = dataset.dataset.reader
-            files = len(getattr(getattr(reader, 'split_info', None), 'filenames', ()))
-            own = files // getattr(reader, 'dist_num_replicas', 1)
-            workers = min(workers, max(own, 1)) if files else workers
+        generator, workers = torch.Generator().manual_seed(seed), self.readers
+        if self.iterable:
             dataset.dataset.set_loader_cfg(num_workers=workers)
         pinned = self.device.type == 'cuda'
         return DataLoader(dataset, num_workers=workers, pin_memory=pinned, generator=generator, **options)
@@ -258,7 +269,7 @@ class StreamData:
 
     def _check_readable(self) -> None:
         """Refuse a split of which too much is unreadable."""
-        if len(self.unreadable) > MOST_UNREADABLE * len(self):
+        if len(self.unreadable) > self._most_unreadable * len(self):
             raise ValueError(f'{self._found_unreadable()}; at most {MOST_UNREADABLE:.0%} may be; mend or delete them')
 
     def _found_unreadable(self) -> str:

@@ -44,9 +44,8 @@ def model_card(folder: Path) -> str:
     record, hyper = read_results(folder), read_hyper(folder)
     name, weights = record['model'], record['weights']
     data_set, papers = name.partition('.')[2].split('_')[-2], papers_of(name, hyper)
-    config = _config(folder)
-    arguments = {key: value for key, value in hyper.get('model_kwargs', {}).items() if key != 'pretrained_cfg_overlay'}
-    license_id = str(config.get('license') or LICENSE)
+    config, license_id = _config(folder), read_license(folder)
+    arguments = arguments_of(hyper.get('model_kwargs') or {})
     head = _metadata(record, hyper, data_set, papers, license_id)
     lines = ['---', head, '---', '', f'# {name}', '', _summary(record, hyper)]
     lines += ['', '## Use', '', '```python', 'import timm', 'import timm_robust  # registers the models', '']
@@ -77,6 +76,11 @@ def _address(name: str) -> str:
     return name if is_ours(name) else f'hf-hub:USER/{name}'
 
 
+def arguments_of(model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a network is made with, beside the statistics of its input, which its pretrained_cfg holds."""
+    return {key: value for key, value in model_kwargs.items() if key != 'pretrained_cfg_overlay'}
+
+
 def start_of(model: str, pretrained: bool, initial_checkpoint: str | None) -> str | None:
     """The weights that training began from: a release, the name of a file, or timm's, as the Hub calls them."""
     if initial_checkpoint or not pretrained:
@@ -94,6 +98,11 @@ def _config(folder: Path) -> dict[str, Any]:
     kinds = {'mean': list[float] | None, 'std': list[float] | None, 'license': str | None}
     check_types({key: found.get(key) for key in kinds}, kinds, str(path))
     return found
+
+
+def read_license(folder: Path) -> str:
+    """The licence of a staged model, as the Hub spells it."""
+    return str(_config(folder).get('license') or LICENSE)
 
 
 def _input(config: dict[str, Any], hyper: dict[str, Any]) -> str:
@@ -257,7 +266,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',
-        f'- Weights of epoch {training["epoch"]} ({training["weights"]}), {_chosen_by(hyper)}.',
+        f'- Weights of epoch {training["epoch"] + 1} of {training["epochs"]} ({training["weights"]}), {_chosen_by(hyper)}.',
         f'- {every} setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
         'again, in the folder of this card:',
         '',

@@ -85,6 +85,8 @@ def read_hyper(folder: Path) -> dict[str, Any]:
     """
     settings = read_hyper_parameters(folder)
     check_types(settings, _HYPER, str(folder / HYPER_PARAMETERS))
+    kinds = {'model_kwargs': dict[str, Any] | None, 'initial_checkpoint': str | None, 'pretrained': bool | None}
+    check_types({key: settings.get(key) for key in kinds}, kinds, str(folder / HYPER_PARAMETERS))
     if settings['norm'] not in LEADERBOARD_EPS:
         raise ValueError(f'{folder / HYPER_PARAMETERS}: norm {settings["norm"]!r} is unknown; allowed: Linf, L2')
     return settings

@@ -28,9 +28,9 @@ from ..provenance import CHECKOUT, PACKAGE
 from ..results import read_object
 from ..threat_model import ThreatModel, parse_eps
 from ..training import HELD_OUT_NAMES, VALIDATION, Recipe
-from ..weights import CARDS, TABLE, WEIGHTS, Release, is_ours, read_table, split_name, write_table
-from .card import LICENSE, model_card, start_of
-from .folder import ORGANISATION, check_alike, check_sums, forget_sum, sums_of, verify
+from ..weights import CARDS, RELEASES, TABLE, WEIGHTS, Release, is_ours, read_table, split_name, write_table
+from .card import LICENSE, arguments_of, model_card, read_license, start_of
+from .folder import ORGANISATION, check, check_alike, check_sums, forget_sum, sums_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, results_of, strongest, verdicts_file
 from .results_page import README_END, README_START, results_page, weights_table
@@ -67,25 +67,10 @@ def stage(
             weights overflow fp16, or if the folder exists with others.
     """
     run, folder = Path(run), cards / name
-    arch, tag = split_name(name)
     state, last = load_checkpoint(run / BEST), load_checkpoint(run / LAST)
     recipe = Recipe.from_checkpoint(state)
-    trained, norm = recipe.model.partition('.')[0], recipe.norm.lower()
-    if trained != arch or not tag.endswith(f'_{norm}'):
-        raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
-    data_set = recipe.dataset.rpartition('/')[2]
-    if not is_named_by_folder(recipe.dataset) and tag.split('_')[-2] != data_set:
-        raise ValueError(
-            f'{run} trained on {data_set}, {name} names {tag.split("_")[-2]}; call it {arch}.METHOD_{data_set}_{norm}'
-        )
-    arguments = {key: value for key, value in recipe.model_kwargs.items() if key != 'pretrained_cfg_overlay'}
-    if recipe.act or (recipe.model_kwargs and is_ours(name)):
-        changed = recipe.model_kwargs | ({'act': recipe.act} if recipe.act else {})
-        raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
-    license_id = license_id or _license_of_start(run, recipe)
-    model = load_model(run / BEST)
-    note(model, license=license_id)
-    weights = stored_weights(run)
+    _check_name(run, recipe, name)
+    model, weights = load_model(run / BEST), stored_weights(run)
     training = _training_facts(name, state, last, notes) | {'activation': activation_state(model)}
     origin = training['origins'][-1] if training['origins'] else {'versions': {}}
     provenance = {
@@ -93,31 +78,54 @@ def stage(
         'commit': str(origin.get('commit')),
     }
     content = weights_content(weights, name, **provenance)
-    kept: list[dict[str, Any]] = []
-    if (folder / WEIGHTS).is_file() and not overwrite:
-        if (folder / WEIGHTS).read_bytes() == content:
+    if recipe.val_split == 'auto':  # without the data nobody could tell which it was
+        recipe = replace(recipe, val_split=_found_split(run, recipe, state))
+    cards.mkdir(parents=True, exist_ok=True)
+    with one_writer(cards):  # a measurement may end meanwhile
+        kept: list[dict[str, Any]] = []
+        if (folder / WEIGHTS).is_file() and not overwrite:
+            if (folder / WEIGHTS).read_bytes() != content:
+                raise ValueError(
+                    f'{folder} holds other weights; type --overwrite to replace them and their measurements'
+                )
             old = read_results(folder)
             kept, training['notes'] = old['measurements'], training['notes'] or old['training']['notes']
-        else:
-            raise ValueError(f'{folder} holds other weights; type --overwrite to replace them and their measurements')
-    with atomic_folder(folder) as new:
-        write_files(new, model, content, tag, arguments)
-        if license_id == LICENSE:
-            (new / 'LICENSE').write_text(_license())
-        if recipe.val_split == 'auto':  # without the data nobody could tell which it was
-            recipe = replace(recipe, val_split=_found_split(run, recipe, state))
-        settings = yaml.safe_dump(recipe.public(), sort_keys=False, allow_unicode=True)
-        (new / HYPER_PARAMETERS).write_text(settings)
-        shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
-        run_figure(new / 'training.png', {name: read_run(run)})
-        facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
-        facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
-        _write_json(new / RESULTS, {'model': name, 'weights': facts, 'training': training, 'measurements': kept})
-        if kept and (folder / FLAGS).is_dir():
-            shutil.copytree(folder / FLAGS, new / FLAGS)
-        if kept and (folder / 'adversarial.png').is_file():
-            shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
+            license_id = license_id or read_license(folder)
+        license_id = license_id or _license_of_start(run, recipe)
+        note(model, license=license_id)
+        with atomic_folder(folder) as new:
+            write_files(new, model, content, split_name(name)[1], arguments_of(recipe.model_kwargs))
+            if license_id == LICENSE:
+                (new / 'LICENSE').write_text(_license())
+            settings = yaml.safe_dump(recipe.public(), sort_keys=False, allow_unicode=True)
+            (new / HYPER_PARAMETERS).write_text(settings)
+            shutil.copyfile(run / 'summary.csv', new / 'summary.csv')
+            run_figure(new / 'training.png', {name: read_run(run)})
+            facts = {'sha256': sha256(new / WEIGHTS), 'size': len(content), 'dtype': 'float16'}
+            facts['parameters'] = sum(parameter.numel() for parameter in model.parameters())
+            _write_json(new / RESULTS, {'model': name, 'weights': facts, 'training': training, 'measurements': kept})
+            if kept and (folder / FLAGS).is_dir():
+                shutil.copytree(folder / FLAGS, new / FLAGS)
+            if kept and (folder / 'adversarial.png').is_file():
+                shutil.copyfile(folder / 'adversarial.png', new / 'adversarial.png')
     return folder
+
+
+def _check_name(run: Path, recipe: Recipe, name: str) -> None:
+    """Refuse a name that tells of another network, norm or data set, and a network that was changed.
+
+    Raises:
+        ValueError: saying what the run trained.
+    """
+    (arch, tag), norm = split_name(name), recipe.norm.lower()
+    if recipe.model.partition('.')[0] != arch or not tag.endswith(f'_{norm}'):
+        raise ValueError(f'{run} trained {recipe.model} against {recipe.norm}; {name} names another model or norm')
+    named, data_set = tag.split('_')[-2], recipe.dataset.rpartition('/')[2]
+    if not is_named_by_folder(recipe.dataset) and named != data_set:
+        raise ValueError(f'{run} trained on {data_set}, {name} names {named}; call it {arch}.METHOD_{data_set}_{norm}')
+    if recipe.act or (recipe.model_kwargs and is_ours(name)):
+        changed = recipe.model_kwargs | ({'act': recipe.act} if recipe.act else {})
+        raise ValueError(f'{run} changed {arch} by {changed}; a release is the network of that name, unchanged')
 
 
 def stored_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -132,7 +140,7 @@ def _license_of_start(run: Path, recipe: Recipe) -> str:
         ValueError: if it is not known.
     """
     start = start_of(recipe.model, recipe.pretrained, recipe.initial_checkpoint)
-    if start is None or is_ours(start):
+    if start is None or is_ours(start) or _is_release(Path(start)):
         return LICENSE
     found = None if recipe.initial_checkpoint else getattr(timm.get_pretrained_cfg(recipe.model), 'license', None)
     if found in (None, 'unknown'):
@@ -141,6 +149,12 @@ def _license_of_start(run: Path, recipe: Recipe) -> str:
             f'such as --license {LICENSE}'
         )
     return str(found)
+
+
+def _is_release(folder: Path) -> bool:
+    """Whether a folder holds the weights of a release of ours, by their SHA-256."""
+    release = RELEASES.get(folder.name)
+    return release is not None and (folder / WEIGHTS).is_file() and sha256(folder / WEIGHTS) == release.sha256
 
 
 def _found_split(run: Path, recipe: Recipe, state: dict[str, Any]) -> str | None:
@@ -252,7 +266,10 @@ def render(cards: Path = CARDS, table: Path = TABLE, recipes: Path | None = None
         ValueError, FileNotFoundError: naming what differs.
     """
     with one_writer(cards):
-        return _render(cards, table, recipes)
+        folders = _render(cards, table, recipes)
+        for folder in folders:
+            check(folder)
+        return folders
 
 
 def _render(cards: Path, table: Path, recipes: Path | None) -> list[Path]:

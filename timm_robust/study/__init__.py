@@ -6,6 +6,6 @@ own, so that a study that was stopped goes on where it was.
 """
 
 from .command import main
-from .findings import percent
+from .findings import LEAST_SEEDS, percent
 
-__all__ = ['main', 'percent']
+__all__ = ['LEAST_SEEDS', 'main', 'percent']

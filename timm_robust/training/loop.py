@@ -395,7 +395,9 @@ def finish_epoch(run: Run, row: dict[str, Any], log: RunLog, *, last: bool = Fal
         interval = run.clock.interval
         if row['images_per_s']:  # not where a resumed epoch had no step left to take
             interval = training_interval(run) * recipe.batch_size * run.world.size / row['images_per_s']
-        like_the_last = progress(run) >= recipe.turning_points[-1]
+        # the last one re-estimates the average too, where nothing is held out it alone does
+        whole = run.held_out is not None or run.ema is None
+        like_the_last = progress(run) >= recipe.turning_points[-1] and run.side == recipe.side_at(1.0) and whole
         run.clock.note_validation(seconds, interval, like_the_last)
 
 

@@ -88,7 +88,7 @@ def _loader_seconds(run: Run) -> float:
     """
     if not isinstance(run.batches.data, StreamData):
         return 0.0
-    workers = max(run.batches.data.workers, 1)
+    workers = max(run.batches.data.readers, 1)
     training_batch(run, 0)
     started = time.perf_counter()
     for number in range(1, 2 * workers):

@@ -65,9 +65,11 @@ def warm_up(run: Run) -> Timing:
                 synchronise(device)
                 steps[share] = run.world.max(time.perf_counter() - started)
         if run.held_out is not None:
-            part, reading = run.held_out.first(min(recipe.batch_size, len(run.held_out))), 0.0
             if isinstance(run.held_out, StreamData):
-                part, reading = part.in_memory(), reading_seconds(run.held_out, recipe.batch_size)
+                part = run.held_out.probe(recipe.batch_size).in_memory()
+                reading = reading_seconds(run.held_out, recipe.batch_size)
+            else:
+                part, reading = run.held_out.first(min(recipe.batch_size, len(run.held_out))), 0.0
             for side in dict.fromkeys(recipe.side_at(share) for share in steps):
                 run.side = side
                 for _ in range(1 + twice):
@@ -75,7 +77,7 @@ def warm_up(run: Run) -> Timing:
                     validate(run, part)
                     validation = (time.perf_counter() - started) * len(run.held_out) / len(part)
             # worker processes read while the network computes
-            beside = isinstance(run.held_out, StreamData) and run.held_out.workers > 0
+            beside = isinstance(run.held_out, StreamData) and run.held_out.readers > 0
             validation = run.world.max(max(validation, reading) if beside else validation + reading)
         if run.ema is not None:  # at most: a step does more
             validation += reestimation_batches(run, recipe.ema_bn_batches) * max(steps.values())
@@ -87,9 +89,9 @@ def reading_seconds(data: StreamData, batch_size: int) -> float:
 
     The first batch needs start-up and one round, whatever follows one round after the other.
     """
-    rounds = len(data) / (batch_size * max(data.workers, 1))
-    part = data.first(min(len(data), 2 * batch_size * max(data.workers, 1)))
-    timed = len(part) / (batch_size * max(part.workers, 1))  # one process reads the first of what has no numbers
+    rounds = len(data) / (batch_size * max(data.readers, 1))
+    part = data.probe(2 * batch_size * max(data.readers, 1))
+    timed = len(part) / (batch_size * max(part.readers, 1))  # one process reads the first of what has no numbers
     first, started = 0.0, time.perf_counter()
     for _ in part.batches(batch_size):
         first = first or time.perf_counter() - started

@@ -132,7 +132,7 @@ def write_table(releases: dict[str, Release], path: Path = TABLE) -> None:
 
 def is_ours(name: str) -> bool:
     """Whether a release is this project's, which has a recipe of each name; others are known by their page alone."""
-    return (RECIPES / f'{name}.yaml').is_file()
+    return _NAME.fullmatch(name) is not None and (RECIPES / f'{name}.yaml').is_file()
 
 
 RELEASES = {name: release for name, release in read_table().items() if is_ours(name)}

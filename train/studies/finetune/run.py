@@ -43,7 +43,7 @@ from timm_robust.data import ImageData, load_dataset
 from timm_robust.files import atomic_file
 from timm_robust.plots import read_run
 from timm_robust.results import RobustnessResult, mean_interval
-from timm_robust.study import percent
+from timm_robust.study import LEAST_SEEDS, percent
 
 OWN = ('automobile', 'truck')
 STEPS, TUNE_SEED = 600, 99
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--jobs', type=count, default=2, help='processes at a time (default: %(default)s)')
     parser.add_argument('--max-steps', type=count, help='end each training early, to try the script')
     args = parser.parse_args(argv)
-    if args.tune and args.max_steps and args.rates == rates:
+    if args.tune and args.max_steps and args.rates.resolve() == rates.resolve():
         raise ValueError('rates of --max-steps are none to train by; name another file for them: --rates FILE')
     starts = [(start, n) for n in args.images for start in COLOURS]
     test: tuple[str, ...]
@@ -338,7 +338,7 @@ def draw(
     for axis, title, place in zip(axes, ('clean', 'APGD-CE + APGD-T, Linf 8/255'), (0, 1), strict=True):
         for shift, (start, colour) in enumerate(COLOURS.items()):
             means = np.array([mean_interval(found[start, n][place]) for n in sizes]) * 100
-            around = abs(means[:, 1:] - means[:, :1]).T
+            around = abs(means[:, 1:] - means[:, :1]).T if len(found[start, sizes[0]][place]) >= LEAST_SEEDS else None
             where = np.array(sizes) * 1.04 ** (shift - 1)
             axis.errorbar(where, means[:, 0], around, color=colour, marker='o', capsize=3, label=f'{start} weights')
         axis.axhline(100 * constant, color='black', linewidth=0.7, linestyle=':')
