@@ -154,7 +154,7 @@ def test_reading_is_timed_though_a_picture_cannot_be_read(tmp_path):
     train = write_folder(tmp_path, n=300) / 'train'
     (train / 'ant/000.png').write_bytes(b'junk')
     data = stream(tmp_path)
-    with pytest.raises(ValueError, match='1 of 20 pictures of .* cannot be read'):
+    with pytest.raises(ValueError, match=r'1 of 20 pictures of .* cannot be read'):
         data.first(20).in_memory()
     assert len(data.probe(20).in_memory()) == 19 and len(data.probe(1000)) == 300
     assert sum(len(y) for _, y in data.batches(100)) == 299

@@ -64,8 +64,8 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f'this picture has {width} x {height} pixels; {_ROOM}')
     if max(width, height) > MAX_RATIO * min(width, height):
         raise ValueError(
-            f'this picture of {width} x {height} pixels is a strip; allowed: a long side of at most {MAX_RATIO} times the '
-            'short one'
+            f'this picture of {width} x {height} pixels is a strip; allowed: a long side of at most {MAX_RATIO} times '
+            'the short one'
         )
 
 

@@ -266,7 +266,8 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
         *([f'- {hyper["extra_fraction"]:.0%} of each batch is extra data: {extra.text}.'] if extra else []),
         f'- {hours(training["seconds"])} on {trained_on(training)}, {training["images_per_s"]:g} images/s; '
         f'versions: {versions}; {"last " if len(training["origins"]) > 1 else ""}commit `{origin.get("commit")}`.',
-        f'- Weights of epoch {training["epoch"] + 1} of {training["epochs"]} ({training["weights"]}), {_chosen_by(hyper)}.',
+        f'- Weights of epoch {training["epoch"] + 1} of {training["epochs"]} ({training["weights"]}), '
+        f'{_chosen_by(hyper)}.',
         f'- {every} setting of this run: `train_hparams.yaml`; its course: `summary.csv`. To train it '
         'again, in the folder of this card:',
         '',
