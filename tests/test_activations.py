@@ -461,3 +461,33 @@ def test_half_precision_keeps_small_values_and_large_ones(f, values, dtype):
             ]
             torch.testing.assert_close(*slopes, rtol=1e-2, atol=1e-2)
             assert f(x, parameter.detach().to(dtype)).isfinite().all()
+
+
+FORMULAS = {
+    'pprelu': lambda x, a: a * x.clamp(min=0),
+    'prelu': lambda x, a: torch.where(x > 0, x, a * x),
+    'pelu': lambda x, a: torch.where(x > 0, x, a * (x.exp() - 1)),
+    'reblu': lambda x, a: torch.where(x > 0, a * ((x**2 + 1).sqrt() - 1) + x, 0),
+    'psoftplus': lambda x, a: (1 + (a * x).exp()).log() / a,
+    'smoothrelu': lambda x, a: torch.where(x > 0, x - (1 + a**2 * x).log() / a**2, 0),
+}
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_a_learned_activation_is_the_papers_formula_away_from_its_start(name):
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    [parameter] = ACTIVATIONS[name].initial
+    act = ACTIVATIONS[name](dtype=torch.float64, **{parameter: 0.6})
+    torch.testing.assert_close(act(x), FORMULAS[name](x, 0.6))
+
+
+@pytest.mark.parametrize('size', [0.5, 1.5])  # beyond BETA_MAX beta moves nothing
+def test_the_gradient_of_beta_is_that_of_the_formula(size):
+    x = torch.linspace(-3, 3, 61)
+    found = []
+    for function in (pssilu, _pssilu_formula):
+        alpha, beta = torch.tensor([0.7], requires_grad=True), torch.tensor([size], requires_grad=True)
+        found.append(torch.autograd.grad(function(x, alpha, beta).square().sum(), (alpha, beta)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert (found[0][1] != 0).item() == (size < BETA_MAX)

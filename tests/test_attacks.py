@@ -241,3 +241,16 @@ def cross_entropy_64(output, y):
 )
 def test_apgd_looks_back_where_the_authors_code_does(steps, expected):
     assert _checkpoints(steps) == expected
+
+
+@pytest.mark.parametrize('norm', ['Linf', 'L2'])
+def test_n_fgsm_is_one_step_of_eps_up_from_its_noise(norm):
+    weight, starts = torch.randn(3, 4, 4), []
+
+    def climb(x):
+        starts.append(x.detach())
+        return (x * weight).flatten(1).sum(1)
+
+    found = n_fgsm(climb, torch.full((5, 3, 4, 4), 0.5), ThreatModel(norm, 0.1))
+    step = weight.sign() if norm == 'Linf' else weight / weight.norm()
+    torch.testing.assert_close(found, starts[0] + 0.1 * step)

@@ -410,3 +410,15 @@ def test_a_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pyautoattack', None)
     with pytest.raises(ImportError, match="type: pip install 'pyautoattack"):
         autoattack(conv_net(), torch.zeros(1, 3, 8, 8), torch.tensor([0]), LINF)
+
+
+@pytest.mark.parametrize('threat_model', [ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5)], ids=str)
+def test_what_lies_a_thousandth_outside_counts_for_nothing(threat_model):
+    x = torch.full((1, 3, 8, 8), 0.5)
+    away = torch.ones_like(x) if threat_model.norm == 'Linf' else torch.ones_like(x) / x.numel() ** 0.5
+    always_wrong = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    nn.init.zeros_(always_wrong[1].weight)
+    always_wrong[1].bias.data = torch.tensor([0.0, 1.0])
+    for far, inside in ((1.0, True), (1.001, False)):
+        x_adv = x + far * threat_model.eps * away
+        assert door.recheck(always_wrong, x_adv, x, torch.tensor([0]), threat_model)[2].item() == inside

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 from subprocess import PIPE
 
@@ -61,10 +60,7 @@ def test_two_processes_take_the_steps_of_one_on_the_joint_batch(tmp_path, settin
 def test_a_stopped_pair_saves_and_resumes(tmp_path):
     settings = ['--batch-size', 50, '--epochs', 400, '--output', tmp_path, '--log-interval', 1, '--max-steps', 2000]
     process = warm.Popen(torchrun(*settings), stderr=PIPE, env=ONE_THREAD)
-    deadline = time.monotonic() + 120
-    for line in process.stderr:  # wait for the second step
-        if ' step 2/' in line or time.monotonic() > deadline:
-            break
+    warm.wait_for_line(process, ' step 2/')
     process.send_signal(signal.SIGTERM)
     rest = process.stderr.read()
     process.wait(60)

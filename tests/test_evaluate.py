@@ -558,3 +558,10 @@ def test_it_runs_as_a_module():
     command = [sys.executable, '-W', 'error::RuntimeWarning', '-m', 'timm_robust.evaluate', '--help']
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert '--results-file' in done.stdout and '8/255' in done.stdout
+
+
+def test_distances_are_those_of_images_that_an_attack_broke():
+    x = torch.zeros(2, 3, 4, 4)
+    tensors = {'clean_correct': torch.tensor([False, True]), 'robust': torch.tensor([False, False])}
+    tensors['x_adv'] = torch.stack([x[0], x[1] + 0.1])  # the first was wrong before
+    assert module._distances(x, tensors, ThreatModel('Linf', 0.2))['mean_distance'] == pytest.approx(0.1)

@@ -58,10 +58,8 @@ def assert_same_end(folder, undisturbed):
 def test_sigkill_at_any_step_and_a_checkpoint_cut_off(tmp_path, undisturbed):
     for step in (2, 9, 14, 17):
         process = start(tmp_path)
-        for line in process.stderr:
-            if f' step {step}/' in line:
-                time.sleep(0.05)  # somewhere in the next step, or in a save
-                break
+        warm.wait_for_line(process, f' step {step}/')
+        time.sleep(0.05)  # somewhere in the next step, or in a save
         process.kill()
         process.wait()
     last = tmp_path / 'run/last.pth.tar'
@@ -78,9 +76,7 @@ def test_sigkill_at_any_step_and_a_checkpoint_cut_off(tmp_path, undisturbed):
 @pytest.mark.slow
 def test_a_polite_signal_saves_says_how_to_go_on_and_exits(tmp_path, undisturbed):
     process = start(tmp_path)
-    for line in process.stderr:
-        if ' step 4/' in line:
-            break
+    warm.wait_for_line(process, ' step 4/')
     process.send_signal(signal.SIGTERM)
     error = process.stderr.read()
     assert process.wait(60) == 128 + signal.SIGTERM

@@ -275,3 +275,15 @@ def test_a_model_trained_on_resized_images_is_evaluated_on_resized_images(tmp_pa
     at_64, at_32 = (evaluate(loaded, data, TINY.threat_model, img_size=s, **settings)[1] for s in (None, 32))
     assert torch.equal(at_64['y_pred'], run.forward(data.first(50).pixels()).argmax(1))
     assert not torch.equal(pixel_input(loaded)(x), pixel_input(loaded, 32)(x)) and len(at_32['y_pred']) == 50
+
+
+def test_the_weights_that_are_validated_are_the_averaged_ones(tmp_path, monkeypatch):
+    seen = []
+
+    def watched(run, data):
+        seen.append(torch.equal(run.model.conv1.weight, run.ema.module.conv1.weight))
+        return validate(run, data)
+
+    monkeypatch.setattr(engine, 'validate', watched)
+    fit(build(tiny(tmp_path)))
+    assert len(seen) == 3 and all(seen)

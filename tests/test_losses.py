@@ -81,7 +81,10 @@ def test_mart_is_the_papers_formula(net, batch):
     others = q.masked_fill(F.one_hot(y, 4).bool(), 0).amax(1)
     bce = -q[rows, y].log() - (1 - others).log()
     expected = (bce + 5 * (p * (p / q).log()).sum(1) * (1 - p[rows, y])).mean()
-    torch.testing.assert_close(lost(mart(beta=5.0), net, nudge, x, y).loss, expected)
+    found = lost(mart(beta=5.0), net, nudge, x, y).loss
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(gradients(net, found), gradients(net, expected), strict=True):
+        torch.testing.assert_close(ours, theirs)
     with pytest.raises(ValueError, match='without mixup'):
         lost(mart(), net, nudge, x, F.one_hot(y, 4).float())
 
@@ -119,3 +122,11 @@ def test_kl_divergence():
     a, b = torch.randn(5, 4), torch.randn(5, 4)
     assert (kl_divergence(a, b) > 0).all()
     torch.testing.assert_close(kl_divergence(a, a + 3), torch.zeros(5), atol=1e-6, rtol=0)
+
+
+def test_trades_climbs_the_divergence_of_the_adversarial_from_the_clean_outputs(net, batch):
+    (x, y), seen = batch, []
+    x_adv = (x + 0.3).clamp(0, 1)
+    trades().perturb(net, lambda surrogate, start: seen.append(surrogate(x_adv)) or start, x, y)
+    p, q = net(x).softmax(1), net(x_adv).softmax(1)
+    torch.testing.assert_close(seen[0], (p * (p / q).log()).sum(1))

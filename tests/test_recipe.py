@@ -329,3 +329,9 @@ def test_paths_and_lists_are_copied_to_plain_values(tmp_path):
     assert recipe.data_dir == str(tmp_path) and recipe.decay_milestones == [3]
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.lr = 1.0
+
+
+def test_the_step_of_the_attack_grows_with_eps_and_follows_late_steps():
+    recipe = Recipe(eps_warmup=0.5, steps=2, late_steps=5, late_start=0.4)
+    at = [recipe.attack_schedule.at(share).keywords for share in (0.25, 0.45, 1.0)]
+    assert [found['step_size'] / found['threat_model'].eps for found in at] == pytest.approx([1.25, 0.5, 0.5])

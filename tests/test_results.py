@@ -12,7 +12,7 @@ import pytest
 from timm_robust import files
 from timm_robust.files import atomic_file, atomic_folder, recover_folder
 from timm_robust.provenance import environment, git_commit, public_name
-from timm_robust.results import RobustnessResult, mean_interval
+from timm_robust.results import _T, RobustnessResult, mean_interval
 
 
 def result(**changes) -> RobustnessResult:
@@ -259,3 +259,8 @@ def test_an_interval_for_other_images_by_hand():
     square, free = 8 / 3 + 8 / 3 - 2 / 3, (14 / 3) ** 2 / ((8 / 3) ** 2 + (8 / 3) ** 2 / 2 + (2 / 3) ** 2 / 2)
     around = {1: 12.706, 2: 4.303}[int(free)] * (square / 6) ** 0.5
     assert mean_interval(values, other_images=True) == pytest.approx((5 / 3, 5 / 3 - around, 5 / 3 + around))
+
+
+def test_the_table_of_students_t_is_right():
+    stats = pytest.importorskip('scipy.stats')
+    assert stats.t.ppf(0.975, range(1, len(_T) + 1)) == pytest.approx(_T, abs=5e-4)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from timm_robust.evaluation import sanity_checks
 from timm_robust.evaluation.sanity_checks import _outputs, find_problems
 from timm_robust.threat_model import ThreatModel
 
@@ -123,3 +124,20 @@ def test_chance_is_what_guesses_reach_and_not_half_above_it(classes, right, said
     logits = torch.eye(classes)[torch.zeros(50, dtype=torch.long)]
     found = _outputs(nn.Identity(), logits - 0.5, torch.arange(50) < right, 50)
     assert any('about chance' in doubt for doubt in found) == said
+
+
+@pytest.mark.parametrize(
+    ('weak', 'said'), [((0.05, 40), 'more steps are not stronger'), ((0.1, 10), 'a larger ball is not')]
+)
+def test_a_stronger_attack_that_finds_less_is_said(monkeypatch, weak, said):
+    x, y = torch.full((20, 3, 4, 4), 0.5), torch.zeros(20, dtype=torch.long)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
+    model[1].weight.data = torch.tensor([[-1.0], [1.0]]).expand(2, 48).clone()
+    model[1].bias.data = torch.tensor([24.5, -24.5])
+
+    def pgd(loss_fn, x, ball, steps, **settings):
+        return x if (round(ball.eps, 3), steps) == weak else x + 0.05
+
+    monkeypatch.setattr(sanity_checks, 'pgd', pgd)
+    found = sanity_checks._gradients(model, x, y, EPS, 0, 50)
+    assert any(said in text for text in found), found

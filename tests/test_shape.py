@@ -72,3 +72,11 @@ def test_curve_facts_say_what_the_curve_does():
     facts = curve_facts(get_activation('softplus10')())
     assert facts['max_curvature'] == 2.5 and facts['f(-5)'] == pytest.approx(0, abs=1e-6)
     assert curve_facts(get_activation('relu')())['max_curvature'] == float('inf')
+
+
+def test_the_lipschitz_constant_of_several_outputs_is_in_the_l1_norm():
+    weight = torch.randn(1, 48)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 2, bias=False))
+    model[1].weight.data = torch.cat([weight, 2 * weight])
+    found = local_lipschitz(model, torch.full((3, 3, 4, 4), 0.5), 0.05)
+    assert found == pytest.approx(3 * weight.abs().sum().item(), rel=1e-3)

@@ -12,6 +12,7 @@ from timm_robust.attacks.surrogates import cross_entropy
 from timm_robust.training import step
 from timm_robust.training.builder import build
 from timm_robust.training.loop import fit
+from timm_robust.training.losses import trades
 
 SETTINGS = {'val_size': 0, 'max_steps': None, 'batch_size': 32, 'warmup_epochs': 0.0, 'model_ema': False}
 
@@ -178,3 +179,56 @@ def test_the_folded_attack_is_the_plain_attack(tmp_path, loss):
         found.append(run.train_step.perturb(x, y, 1.0))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
     assert ((found[0] - found[1]).abs() < 1e-6).float().mean() > 0.99
+
+
+def tiny_run(folder, **changes):
+    settings = {'max_steps': 3, 'model_kwargs': {'width': 2}, 'pssilu_reg': 0.0, 'pssilu_beta_clip': None}
+    return build(tiny(folder, **settings | changes))
+
+
+def test_beta_and_smoothing_of_the_recipe_reach_the_loss(tmp_path):
+    run = tiny_run(tmp_path, loss='trades', beta=3.0, smoothing=0.2)
+    x, y = run.batches[0]
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(x[0].numel(), 10))
+    found, expected = (loss.descend(net, x, x + 0.01, y).loss for loss in (run.train_step.loss, trades(3.0, 0.2)))
+    torch.testing.assert_close(found, expected)
+    assert not torch.isclose(found, trades().descend(net, x, x + 0.01, y).loss)
+
+
+def test_the_norm_of_all_gradients_is_clipped(tmp_path):
+    run = tiny_run(tmp_path, clip_grad=1e-3)
+    run.train_step(*run.batches[0], 0)
+    total = torch.stack([parameter.grad.norm() for parameter in run.model.parameters()]).norm().item()
+    assert total == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_update_is_taken_at_weights_further_up_the_loss(tmp_path):
+    run, losses = tiny_run(tmp_path, awp_gamma=0.05, loss='clean'), []
+    objective = run.train_step.objective
+
+    def watch(*args):
+        out = objective(*args)
+        losses.append(out.loss.item())
+        return out
+
+    run.train_step.objective = watch
+    run.train_step(*run.batches[0], 0)
+    assert len(losses) == 2 and losses[1] > losses[0]
+
+
+def test_each_step_and_each_process_draws_noise_of_its_own(tmp_path):
+    train_step, drawn = tiny_run(tmp_path).train_step, []
+    for number, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
+        train_step.rank = rank
+        train_step.draw_from(number)
+        drawn.append(torch.rand(()).item())
+    assert drawn[0] == drawn[3] and len(set(drawn)) == 3
+
+
+def test_the_average_warms_up_in_training(tmp_path):
+    run = tiny_run(tmp_path, model_ema_decay=0.9)
+    before = run.model.conv1.weight.detach().clone()
+    run.scheduler.step_update(1)
+    run.train_step(*run.batches[0], 0)
+    assert not torch.equal(before, run.model.conv1.weight)
+    torch.testing.assert_close(run.ema.module.conv1.weight, 0.1 * before + 0.9 * run.model.conv1.weight)

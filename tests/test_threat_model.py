@@ -132,3 +132,11 @@ ONE = torch.zeros(1, dtype=torch.long)
 def test_check_images_refuses(x, y, match):
     with pytest.raises(ValueError, match=match):
         check_images(x, y, num_classes=10)
+
+
+@pytest.mark.parametrize('threat_model', MODELS[:2], ids=str)
+def test_what_lies_a_thousandth_outside_is_not_contained(threat_model):
+    x = torch.full((1, 3, 8, 8), 0.5)
+    away = torch.ones_like(x) if threat_model.norm == 'Linf' else torch.ones_like(x) / x.numel() ** 0.5
+    for far, inside in ((1.0, True), (1.001, False)):
+        assert threat_model.contains(x + far * threat_model.eps * away, x).item() == inside

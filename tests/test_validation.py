@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from tiny_runs import TINY, tiny
@@ -51,3 +53,25 @@ def test_averaged_statistics_are_re_estimated(tmp_path):
     run.forward.net = None  # compiled, it would be compiled anew for the momenta of this
     reestimate_batch_norm(run, run.recipe.ema_bn_batches)
     assert (means[0] - theirs).norm() < 0.2 * theirs.norm()
+
+
+def test_validation_takes_its_own_steps_and_counts_no_image_that_was_wrong_before(tmp_path, monkeypatch):
+    run, seen = build(tiny(tmp_path, eval_steps=7)), []
+    monkeypatch.setattr(validation, 'pgd', lambda forward, x, ball, **settings: seen.append(settings) or x.flip(0))
+    found = validate(run, run.held_out)
+    assert {settings['steps'] for settings in seen} == {7}
+    assert seen[0]['step_size'] == pytest.approx(2.5 * 0.1 / 7)
+    assert found['val_pgd_acc'] <= found['val_clean_acc']
+
+
+def test_statistics_are_of_adversarial_images(tmp_path):
+    run, far = build(tiny(tmp_path)), []
+    descend = run.train_step.loss.descend
+
+    def watched(forward, x, x_adv, y):
+        far.append((x_adv - x).abs().max().item())
+        return descend(forward, x, x_adv, y)
+
+    run.train_step.loss = dataclasses.replace(run.train_step.loss, descend=watched)
+    reestimate_batch_norm(run, 2)
+    assert far and min(far) > 0.05

@@ -153,6 +153,20 @@ class Popen:
         self.wait()
 
 
+def wait_for_line(process, text, seconds=300):
+    """Read its stderr up to the line that holds this text; a process that does not say it in time is killed."""
+    said, timer = [], threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        for line in process.stderr:
+            said.append(line)
+            if text in line:
+                return
+    finally:
+        timer.cancel()
+    raise AssertionError(f'{text!r} did not come in {seconds} s, but:\n{"".join(said)}')
+
+
 def run(words, timeout=None, **options):
     """Run it to its end; the outcome has returncode, stdout and stderr, as text."""
     process = Popen(words, **{'stdout': PIPE, 'stderr': PIPE, **options})

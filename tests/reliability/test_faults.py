@@ -98,9 +98,7 @@ def test_when_one_of_two_processes_dies_the_other_ends_and_nothing_is_half_writt
     command += [str(ROOT / 'train/adv_train.py'), *ARGS, '--output', str(tmp_path), '--epochs', '500']
     command += ['--save-interval', '1', '--resume', 'auto']
     process = warm.Popen(command, stderr=subprocess.PIPE, env=ENVIRONMENT)
-    for line in process.stderr:
-        if ' step 3/' in line:
-            break
+    warm.wait_for_line(process, ' step 3/')
     children = Path(f'/proc/{process.pid}/task/{process.pid}/children')
     if not children.is_file():
         process.kill()
