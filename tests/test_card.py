@@ -111,45 +111,45 @@ def test_a_card_tells_of_extra_data_changes_on_the_way_and_the_papers(tmp_path):
     assert '- P2333/DM-Improves-AT' in card.split('---')[1]
 
 
+OURS = 'resnet18_pssilu.fgsm_cifar10_linf'
+
+
 @pytest.mark.parametrize(
-    ('hyper', 'license_id', 'said'),
+    ('hyper', 'start', 'license_id', 'licences', 'base'),
     [
-        ({}, 'apache-2.0', ['license: apache-2.0', 'Licence: Apache-2.0.']),
+        ({}, None, 'apache-2.0', ['license: apache-2.0', 'Licence: Apache-2.0.'], None),
         (
-            {'pretrained': True, 'model': 'resnet50'},
+            {'pretrained': True},
+            'resnet50.a1_in1k',
             'cc-by-nc-4.0',
-            [
-                'license: cc-by-nc-4.0',
-                'base_model: timm/resnet50.',
-                'It began from the weights `resnet50.a1_in1k`.',
-            ],
+            ['license: cc-by-nc-4.0', 'Licence: cc-by-nc-4.0.'],
+            'timm/resnet50.a1_in1k',
         ),
-        (
-            {'initial_checkpoint': 'resnet18_pssilu.fgsm_cifar10_linf'},
-            'apache-2.0',
-            [
-                'base_model: timm-robust/resnet18_pssilu.fgsm_cifar10_linf',
-                'It began from the weights `resnet18_pssilu.',
-            ],
-        ),
+        ({'initial_checkpoint': OURS}, OURS, 'apache-2.0', ['license: apache-2.0'], f'timm-robust/{OURS}'),
         (
             {'initial_checkpoint': 'theirs.pth', 'pretrained': True},
+            'theirs.pth',
             'house-rules',
-            ['license: other', 'license_name: house-rules', 'from the weights `theirs.pth`', 'Licence: house-rules.'],
+            ['license: other', 'license_name: house-rules', 'Licence: house-rules.'],
+            None,
         ),
     ],
 )
-def test_a_card_names_the_licence_and_the_weights_that_training_began_from(tmp_path, hyper, license_id, said):
-    folder = tmp_path / 'resnet18_pssilu.fgsm_cifar10_linf'
-    shutil.copytree(STAGED / folder.name, folder)
+def test_a_card_names_the_licence_and_the_weights_that_training_began_from(
+    tmp_path, hyper, start, license_id, licences, base
+):
+    folder = tmp_path / OURS
+    shutil.copytree(STAGED / OURS, folder)
     settings = yaml.safe_load((folder / 'train_hparams.yaml').read_text())
     (folder / 'train_hparams.yaml').write_text(yaml.safe_dump(settings | hyper))
-    config = json.loads((folder / 'config.json').read_text())
-    config['pretrained_cfg']['license'] = license_id
-    (folder / 'config.json').write_text(json.dumps(config))
+    results, config = (json.loads((folder / name).read_text()) for name in ('results.json', 'config.json'))
+    results['training']['start'], config['pretrained_cfg']['license'] = start, license_id
+    for name, content in (('results.json', results), ('config.json', config)):
+        (folder / name).write_text(json.dumps(content))
     card = model_card(folder)
-    assert all(text in card for text in said), [text for text in said if text not in card]
-    assert ('base_model' in card) == (len(said) == 3 or ('initial' in str(hyper) and 'theirs' not in str(hyper)))
+    assert all(text in card for text in licences)
+    assert (f'base_model: {base}\n' in card) if base else 'base_model' not in card
+    assert (f'It began from the weights `{start}`.' in card) if start else 'It began from' not in card
 
 
 def test_a_card_claims_no_other_data_set_than_was_measured(tmp_path):

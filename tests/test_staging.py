@@ -237,6 +237,8 @@ def test_weights_have_the_licence_of_those_that_training_began_from(tmp_path, se
     recipe = dataclasses.replace(SMALL, **settings)
     if expected:
         assert staging._license_of_start(tmp_path, recipe) == expected
+        if recipe.model == 'resnet50':
+            assert staging._start_of(recipe) == 'resnet50.a1_in1k'
         return
     with pytest.raises(ValueError, match=r'began from theirs\.pth, whose licence is not .* --license apache-2\.0'):
         staging._license_of_start(tmp_path, recipe)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..attacks import TRAINING_ATTACKS
@@ -81,12 +80,10 @@ def arguments_of(model_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model_kwargs.items() if key != 'pretrained_cfg_overlay'}
 
 
-def start_of(model: str, pretrained: bool, initial_checkpoint: str | None) -> str | None:
-    """The weights that training began from: a release, the name of a file, or timm's, as the Hub calls them."""
-    if initial_checkpoint or not pretrained:
-        return initial_checkpoint
-    cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
-    return f'{model.partition(".")[0]}.{cfg.tag}' if cfg and cfg.tag else model
+def start_of(record: dict[str, Any], hyper: dict[str, Any]) -> str | None:
+    """The weights that training began from: a release, timm's as the Hub calls them, or a file's name."""
+    found: str | None = record['training'].get('start') or hyper.get('initial_checkpoint')
+    return found
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -147,7 +144,7 @@ def _metadata(
     data = ModelCardData(
         license=license_id if known else 'other',
         license_name=None if known else license_id,
-        base_model=_base_model(hyper),
+        base_model=_base_model(record, hyper),
         library_name='timm',
         pipeline_tag='image-classification',
         tags=tags + [f'arxiv:{where}' for _, where in papers if where[0].isdigit()],
@@ -159,9 +156,9 @@ def _metadata(
     return str(data.to_yaml()).strip()
 
 
-def _base_model(hyper: dict[str, Any]) -> str | None:
+def _base_model(record: dict[str, Any], hyper: dict[str, Any]) -> str | None:
     """The Hub's name of the weights that training began from; None for random ones, and for a file of somebody's."""
-    start = start_of(hyper['model'], hyper.get('pretrained') is True, hyper.get('initial_checkpoint'))
+    start = start_of(record, hyper)
     if start is None or is_ours(start):
         return start and f'timm-robust/{start}'
     return None if hyper.get('initial_checkpoint') else f'timm/{start}'
@@ -256,7 +253,7 @@ def _training(record: dict[str, Any], hyper: dict[str, Any]) -> list[str]:
     attack = f'attack {hyper["attack"]}{steps}, {hyper["norm"]} {hyper["eps"]}' if _is_attacked(hyper) else 'no attack'
     versions = ', '.join(f'{package} {version}' for package, version in origin.get('versions', {}).items() if version)
     extra = extra_data_of(record['model'], hyper)
-    start = start_of(hyper['model'], hyper.get('pretrained') is True, hyper.get('initial_checkpoint'))
+    start = start_of(record, hyper)
     every = f'The recipe: `train/recipes/{record["model"]}.yaml`; every' if is_ours(record['model']) else 'Every'
     return [
         f'- {loss}; {attack}; {training["epochs"]} epochs, '

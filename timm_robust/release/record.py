@@ -47,6 +47,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     check_types(record, _STAGED, str(path))
     check_types(record['weights'], _WEIGHTS, f'{path}, weights')
     check_types(record['training'], _TRAINING, f'{path}, training')
+    check_types({'start': None} | record['training'], {'start': str | None}, f'{path}, training')
     for origin in record['training']['origins']:
         check_types({'versions': {}} | origin, _ORIGIN, f'{path}, origins')
     for item in record['measurements']:

@@ -29,7 +29,7 @@ from ..results import read_object
 from ..threat_model import ThreatModel, parse_eps
 from ..training import HELD_OUT_NAMES, VALIDATION, Recipe
 from ..weights import CARDS, RELEASES, TABLE, WEIGHTS, Release, is_ours, read_table, split_name, write_table
-from .card import LICENSE, arguments_of, model_card, read_license, start_of
+from .card import LICENSE, arguments_of, model_card, read_license
 from .folder import ORGANISATION, check, check_alike, check_sums, forget_sum, sums_of, verify
 from .model_files import stored, weights_content, write_files
 from .record import FLAGS, RESULTS, read_hyper, read_results, results_of, strongest, verdicts_file
@@ -72,6 +72,8 @@ def stage(
     _check_name(run, recipe, name)
     model, weights = load_model(run / BEST), stored_weights(run)
     training = _training_facts(name, state, last, notes) | {'activation': activation_state(model)}
+    if start := _start_of(recipe):
+        training['start'] = Path(start).name
     origin = training['origins'][-1] if training['origins'] else {'versions': {}}
     provenance = {
         'trained_with': f'timm_robust {origin["versions"].get("timm_robust")}',
@@ -133,13 +135,21 @@ def stored_weights(run: Path) -> dict[str, torch.Tensor]:
     return stored(read_weights(run / BEST))
 
 
+def _start_of(recipe: Recipe) -> str | None:
+    """The weights that training began from, as typed, or timm's as the Hub calls them; None for random ones."""
+    if recipe.initial_checkpoint or not recipe.pretrained:
+        return recipe.initial_checkpoint
+    cfg = timm.get_pretrained_cfg(recipe.model)
+    return f'{recipe.model.partition(".")[0]}.{cfg.tag}' if cfg and cfg.tag else recipe.model
+
+
 def _license_of_start(run: Path, recipe: Recipe) -> str:
     """The licence of weights that nobody named one for: that of those that training began from.
 
     Raises:
         ValueError: if it is not known.
     """
-    start = start_of(recipe.model, recipe.pretrained, recipe.initial_checkpoint)
+    start = _start_of(recipe)
     if start is None or is_ours(start) or _is_release(Path(start)):
         return LICENSE
     found = None if recipe.initial_checkpoint else getattr(timm.get_pretrained_cfg(recipe.model), 'license', None)
